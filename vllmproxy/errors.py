@@ -32,9 +32,7 @@ class ApiError(Exception):
     type: ClassVar[str] = "bad_request_error"
     default_param: ClassVar[str] = "None"
 
-    def __init__(
-        self, message: str, *, param: str | None = None, headers: Sequence[tuple[bytes, bytes]] = ()
-    ) -> None:
+    def __init__(self, message: str, *, param: str | None = None, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         super().__init__(message)
         self.message = message
         self.param = self.default_param if param is None else param

@@ -1,0 +1,503 @@
+"""The whole API over a real socket, with Twisted's own server in front of it."""
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+import pytest_twisted
+from attrs import frozen
+from treq.client import HTTPClient
+from twisted.internet import reactor
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, Logger, formatEvent, globalLogPublisher
+from twisted.python.failure import Failure
+from twisted.web.client import Agent
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IResponse
+
+from vllmproxy.api import errors as api_errors
+from vllmproxy.api.app import Api
+from vllmproxy.errors import Internal
+from vllmproxy.keys.cache import KeyCache
+from vllmproxy.keys.gate import Gate
+from vllmproxy.keys.key import VirtualKey, hash_key
+from vllmproxy.keys.masterkey import MasterKey
+from vllmproxy.store.memory import MemoryStore
+
+MASTER = "sk-canary-of-the-master-key"
+CUSTOM = "sk-canary-of-a-custom-key"
+NOW = 1_700_000_000.0
+FORWARDED = {"X-Forwarded-For": "192.0.2.1"}
+
+
+@frozen
+class Answer:
+    status: int
+    headers: Headers
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, str]:
+        error: dict[str, str] = self.json["error"]
+        assert error["code"] == str(self.status)
+        assert set(error) == {"message", "type", "param", "code"}
+        return error
+
+
+class FragileStore(MemoryStore):
+    """A memory store that can be made to fail."""
+
+    fault: Exception | None = None
+
+    async def get_key(self, token: str) -> VirtualKey | None:
+        if self.fault is not None:
+            raise self.fault
+        return await super().get_key(token)
+
+    async def ping(self) -> None:
+        if self.fault is not None:
+            raise self.fault
+        await super().ping()
+
+
+class House:
+    def __init__(self, *, auth: bool = True, open_metrics: bool = False) -> None:
+        self.clock = Clock()
+        self.clock.advance(NOW)
+        self.store = FragileStore()
+        cache = KeyCache(self.clock, ttl=60.0, negative_ttl=60.0)
+        gate = Gate(self.store, cache, MasterKey(MASTER) if auth else None, self.clock)
+        self.api = Api(
+            gate,
+            self.store,
+            self.clock,
+            metrics_text=lambda: (b"text/plain; version=0.0.4", b"numbers 1\n"),
+            open_metrics=open_metrics,
+            version="1.2.3",
+        )
+        self.client = HTTPClient(Agent(reactor))
+
+    async def open(self) -> None:
+        await self.store.open()
+        self.port = reactor.listenTCP(0, self.api.site(), interface="127.0.0.1")
+
+    async def close(self) -> None:
+        await self.port.stopListening()
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        key: str | None = MASTER,
+        headers: dict[str, str] | None = None,
+    ) -> Answer:
+        sent = {**({"Authorization": f"Bearer {key}"} if key is not None else {}), **(headers or {})}
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        response: IResponse = await self.client.request(
+            method,
+            f"http://127.0.0.1:{self.port.getHost().port}{path}",
+            headers=sent,
+            data=data,
+            timeout=20,
+            unbuffered=True,
+        )
+        return Answer(response.code, response.headers, await response.content())  # type: ignore[attr-defined]
+
+    async def make(self, **fields: Any) -> dict[str, Any]:
+        answer = await self.ask("POST", "/key/generate", fields)
+        assert answer.status == 200, answer.body
+        made: dict[str, Any] = answer.json
+        return made
+
+
+@pytest_twisted.async_yield_fixture
+async def house() -> AsyncIterator[House]:
+    it = House()
+    await it.open()
+    yield it
+    await it.close()
+
+
+@pytest_twisted.async_yield_fixture
+async def open_house() -> AsyncIterator[House]:
+    it = House(auth=False)
+    await it.open()
+    yield it
+    await it.close()
+
+
+@pytest.fixture
+def logged() -> Iterator[list[LogEvent]]:
+    events: list[LogEvent] = []
+    globalLogPublisher.addObserver(events.append)
+    yield events
+    globalLogPublisher.removeObserver(events.append)
+
+
+@pytest_twisted.ensureDeferred
+async def test_generate_answers_litellms_row_and_shows_the_key_once(house: House) -> None:
+    answer = await house.ask("POST", "/key/generate", {"key_alias": "a", "duration": "30d", "metadata": {"x": 1}})
+    made = answer.json
+    assert answer.status == 200
+    assert answer.headers.getRawHeaders("content-type") == ["application/json"]
+    assert answer.headers.getRawHeaders("cache-control") == ["no-store"]
+    assert made["key"].startswith("sk-")
+    assert len(made["key"]) >= 35
+    assert made["token"] == made["token_id"] == hash_key(made["key"])
+    assert made["key_name"] == "sk-..." + made["key"][-4:]
+    assert made["expires"] == "2023-12-14T22:13:20.000Z"
+    assert made["duration"] == "30d"
+    assert (made["key_alias"], made["metadata"], made["created_by"]) == ("a", {"x": 1}, "master")
+    assert {
+        "user_id",
+        "team_id",
+        "tags",
+        "models",
+        "aliases",
+        "blocked",
+        "allowed_routes",
+        "key_type",
+    } <= set(made)
+    assert {"max_budget", "soft_budget", "budget_duration", "spend", "rpm_limit", "tpm_limit"} <= set(made)
+    assert {"max_parallel_requests", "model_rpm_limit", "model_tpm_limit", "permissions"} <= set(made)
+    info = await house.ask("GET", f"/key/info?key={made['token']}")
+    assert made["key"].encode() not in info.body
+
+
+@pytest_twisted.ensureDeferred
+async def test_generate_takes_an_empty_body_and_makes_different_keys(house: House) -> None:
+    first = await house.ask("POST", "/key/generate")
+    second = await house.ask("POST", "/key/generate", b"{}")
+    assert first.status == second.status == 200
+    assert first.json["key"] != second.json["key"]
+    assert first.json["expires"] is None
+
+
+@pytest_twisted.ensureDeferred
+async def test_curls_form_content_type_does_not_matter(house: House) -> None:
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    answer = await house.ask("POST", "/key/generate", {"key_alias": "curl"}, headers=headers)
+    assert answer.json["key_alias"] == "curl"
+
+
+@pytest_twisted.ensureDeferred
+async def test_custom_key(house: House) -> None:
+    # A caller that tried too early is let in as soon as the key exists.
+    assert (await house.ask("GET", "/key/info", key=CUSTOM)).status == 401
+    assert (await house.make(key=CUSTOM))["key"] == CUSTOM
+    assert (await house.ask("GET", "/key/info", key=CUSTOM)).status == 200
+    for key in (CUSTOM, MASTER):
+        again = await house.ask("POST", "/key/generate", {"key": key})
+        assert (again.status, again.error["param"]) == (400, "key")
+        assert "exists already" in again.error["message"]
+    short = await house.ask("POST", "/key/generate", {"key": "sk-short"})
+    assert (short.status, short.error["type"], short.error["param"]) == (400, "bad_request_error", "key")
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_taken_alias(house: House) -> None:
+    await house.make(key_alias="team-a")
+    answer = await house.ask("POST", "/key/generate", {"key_alias": "team-a"})
+    assert answer.status == 400
+    assert (answer.error["type"], answer.error["param"]) == ("bad_request_error", "key_alias")
+    assert "team-a" in answer.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b"{", "None"),
+        (b"[]", "None"),
+        (b'{"unheard_of": 1}', "unheard_of"),
+        (b'{"max_budget": 10}', "max_budget"),
+        (b'{"key_type": "management"}', "key_type"),
+        (b'{"metadata": "x"}', "metadata"),
+        (b'{"duration": "soon"}', "duration"),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_a_body_that_is_refused(house: House, body: bytes, param: str) -> None:
+    answer = await house.ask("POST", "/key/generate", body)
+    assert answer.status == 400
+    assert (answer.error["type"], answer.error["param"]) == ("bad_request_error", param)
+
+
+@pytest_twisted.ensureDeferred
+async def test_info_for_the_master_key(house: House) -> None:
+    made = await house.make(key_alias="a", user_id="u")
+    for name in (made["key"], made["token"]):
+        answer = await house.ask("GET", f"/key/info?key={name}")
+        assert answer.status == 200
+        assert answer.json["key"] == name
+        assert (answer.json["info"]["key_alias"], answer.json["info"]["user_id"]) == ("a", "u")
+        assert "token" not in answer.json["info"]
+    for query in ("?key=sk-nobody-has-this-key", ""):
+        answer = await house.ask("GET", "/key/info" + query)
+        assert (answer.status, answer.error["type"]) == (404, "not_found_error")
+        assert answer.error["message"].startswith("Key not found in database")
+        assert "nobody" not in answer.error["message"]
+    for query in ("?key=a&key=b", "?key=%ff"):
+        assert (await house.ask("GET", "/key/info" + query)).status == 400
+
+
+@pytest_twisted.ensureDeferred
+async def test_info_for_a_virtual_key_is_about_itself(house: House) -> None:
+    mine, other = await house.make(key_alias="mine"), await house.make(key_alias="other")
+    for query in ("", f"?key={mine['key']}", f"?key={mine['token']}"):
+        answer = await house.ask("GET", "/key/info" + query, key=mine["key"])
+        assert (answer.status, answer.json["info"]["key_alias"]) == (200, "mine")
+    assert (await house.ask("GET", "/key/info", key=mine["key"])).json["key"] == mine["token"]
+    for name in (other["key"], other["token"], "sk-nobody-has-this-key"):
+        answer = await house.ask("GET", f"/key/info?key={name}", key=mine["key"])
+        assert (answer.status, answer.error["type"]) == (403, "auth_error")
+
+
+@pytest_twisted.ensureDeferred
+async def test_delete_takes_effect_at_once(house: House) -> None:
+    one, two, three = await house.make(), await house.make(key_alias="two"), await house.make()
+    for made in (one, two, three):
+        assert (await house.ask("GET", "/key/info", key=made["key"])).status == 200
+    answer = await house.ask("POST", "/key/delete", {"keys": [one["key"], three["token"]]})
+    assert (answer.status, answer.json) == (200, {"deleted_keys": [one["key"], three["token"]]})
+    answer = await house.ask("POST", "/key/delete", {"key_aliases": ["two"]})
+    assert (answer.status, answer.json) == (200, {"deleted_keys": ["two"]})
+    for made in (one, two, three):
+        gone = await house.ask("GET", "/key/info", key=made["key"])
+        assert (gone.status, gone.error["type"]) == (401, "token_not_found_in_db")
+    assert (await house.make(key_alias="two"))["key_alias"] == "two"
+
+
+@pytest_twisted.ensureDeferred
+async def test_delete_says_what_it_did_not_find(house: House) -> None:
+    made = await house.make(key_alias="here")
+    body = {"keys": [made["key"], "sk-nobody-has-this-key"], "key_aliases": ["nobody", "here"]}
+    answer = await house.ask("POST", "/key/delete", body)
+    assert answer.status == 200
+    assert answer.json == {
+        "deleted_keys": [made["key"], "here"],
+        "not_found": ["sk-nobody-has-this-key", "nobody"],
+    }
+    answer = await house.ask("POST", "/key/delete", {"keys": [made["key"]]})
+    assert (answer.status, answer.error["type"], answer.error["param"]) == (404, "not_found_error", "keys")
+    answer = await house.ask("POST", "/key/delete", {"key_aliases": ["here"]})
+    assert (answer.status, answer.error["param"]) == (404, "key_aliases")
+    for bad in ({}, {"keys": "x"}, {"tokens": []}):
+        assert (await house.ask("POST", "/key/delete", bad)).status == 400
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/key/generate"), ("GET", "/key/info"), ("POST", "/key/delete")])
+@pytest_twisted.ensureDeferred
+async def test_the_contracts_401s(house: House, method: str, path: str) -> None:
+    expired, blocked = await house.make(duration="30s"), await house.make(blocked=True)
+    house.clock.advance(30)
+    table = [
+        ({}, "auth_error", "None", "Authentication Error, No api key passed in."),
+        (
+            {"Authorization": MASTER},
+            "auth_error",
+            "None",
+            "Authentication Error, Malformed API Key passed in. Ensure Key has `Bearer ` prefix.",
+        ),
+        (
+            {"x-api-key": "sk-nobody-has-this-key"},
+            "token_not_found_in_db",
+            "key",
+            "Authentication Error, Invalid proxy server token passed.",
+        ),
+        ({"API-Key": expired["key"]}, "expired_key", "None", "Authentication Error - Expired Key."),
+        (
+            {"x-litellm-api-key": blocked["key"]},
+            "auth_error",
+            "None",
+            "Authentication Error, Key is blocked.",
+        ),
+    ]
+    for headers, kind, param, message in table:
+        answer = await house.ask(method, path, key=None, headers=headers)
+        assert answer.status == 401
+        assert (answer.error["type"], answer.error["param"]) == (kind, param)
+        assert answer.error["message"].startswith(message)
+        assert answer.headers.getRawHeaders("www-authenticate") == ["Bearer"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_virtual_key_manages_nothing(house: House) -> None:
+    made = await house.make()
+    for path in ("/key/generate", "/key/delete"):
+        answer = await house.ask("POST", path, {"keys": [made["key"]]}, key=made["key"])
+        assert (answer.status, answer.error["type"]) == (403, "auth_error")
+        assert answer.error["message"].startswith("Virtual key is not allowed to call this route.")
+    assert (await house.ask("GET", "/key/info", key=made["key"])).status == 200
+
+
+@pytest_twisted.ensureDeferred
+async def test_auth_off_has_no_keys_to_manage(open_house: House) -> None:
+    for method, path in (("POST", "/key/generate"), ("POST", "/key/delete"), ("GET", "/key/info?key=sk-a")):
+        answer = await open_house.ask(method, path, key="anything")
+        assert answer.status == 403
+        assert "--master-key-file" in answer.error["message"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_closed_store_is_503_and_not_401(house: House) -> None:
+    made = await house.make()
+    await house.store.close()
+    for method, path, key in (
+        ("POST", "/key/generate", MASTER),
+        ("GET", "/key/info?key=sk-a", MASTER),
+        ("GET", "/key/info", made["key"]),
+    ):
+        answer = await house.ask(method, path, key=key)
+        assert (answer.status, answer.error["type"]) == (503, "no_db_connection")
+        assert answer.headers.getRawHeaders("retry-after") == ["1"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_health(house: House) -> None:
+    for path in ("/health/liveliness", "/health/liveness"):
+        answer = await house.ask("GET", path, key=None)
+        assert (answer.status, answer.json) == (200, "I'm alive!")
+    ready = await house.ask("GET", "/health/readiness", key=None)
+    assert (ready.status, ready.json) == (200, {"status": "healthy", "db": "connected", "version": "1.2.3"})
+    await house.store.close()
+    ready = await house.ask("GET", "/health/readiness", key=None)
+    assert (ready.status, ready.json["status"], ready.json["db"]) == (503, "unhealthy", "not connected")
+    assert (await house.ask("GET", "/health/liveness", key=None)).status == 200
+
+
+@pytest_twisted.ensureDeferred
+async def test_metrics_are_for_this_machine_and_the_master_key(house: House) -> None:
+    answer = await house.ask("GET", "/metrics", key=None)
+    assert (answer.status, answer.body) == (200, b"numbers 1\n")
+    assert answer.headers.getRawHeaders("content-type") == ["text/plain; version=0.0.4"]
+    made = await house.make()
+    for headers in (FORWARDED, {"Forwarded": "for=192.0.2.1"}, {"Via": "1.1 x"}, {"X-Real-IP": "127.0.0.1"}):
+        assert (await house.ask("GET", "/metrics", key=None, headers=headers)).status == 401
+        assert (await house.ask("GET", "/metrics", key=made["key"], headers=headers)).status == 403
+        assert (await house.ask("GET", "/metrics", headers=headers)).status == 200
+
+
+@pytest_twisted.ensureDeferred
+async def test_metrics_without_auth_and_opened(open_house: House) -> None:
+    assert (await open_house.ask("GET", "/metrics", key=None)).status == 200
+    assert (await open_house.ask("GET", "/metrics", key=None, headers=FORWARDED)).status == 403
+    opened = House(open_metrics=True)
+    await opened.open()
+    try:
+        assert (await opened.ask("GET", "/metrics", key=None, headers=FORWARDED)).status == 200
+    finally:
+        await opened.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_is_not_there(house: House) -> None:
+    index = await house.ask("GET", "/", key=None)
+    assert (index.status, index.json["name"], index.json["vllm"]) == (200, "vllmproxy", "/vllm/")
+    for path in (
+        "/nothing",
+        "/key",
+        "/key/",
+        "/key/generate/x",
+        "/key//generate",
+        "/caf%C3%A9",
+        "/v1/models",
+    ):
+        answer = await house.ask("GET", path, key=None)
+        assert (answer.status, answer.error["type"]) == (404, "not_found_error"), path
+    for method, path, allow in (
+        ("GET", "/key/generate", "POST"),
+        ("DELETE", "/key/info", "GET, HEAD"),
+        ("OPTIONS", "/health/liveness", "GET, HEAD"),
+    ):
+        answer = await house.ask(method, path)
+        assert answer.status == 405
+        assert answer.headers.getRawHeaders("allow") == [allow]
+        assert allow in answer.error["message"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_klein_cannot_read_is_400_in_the_same_shape(house: House, logged: list[LogEvent]) -> None:
+    assert (await house.ask("GET", "/%ff", key=None)).error["type"] == "bad_request_error"
+    for host in ("a..b", "." * 70, "\u00fc" * 70):
+        answer = await house.ask("GET", "/health/liveness", key=None, headers={"Host": host})
+        assert answer.status in (200, 400)
+        assert answer.headers.getRawHeaders("content-type") == ["application/json"]
+    assert [event for event in logged if "log_failure" in event] == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_head_answers_the_head_alone(house: House) -> None:
+    for path, status in (("/health/liveness", 200), ("/key/info", 404), ("/nothing", 404), ("/metrics", 200)):
+        full, head = await house.ask("GET", path), await house.ask("HEAD", path)
+        assert full.status == head.status == status
+        assert head.body == b""
+        assert head.headers.getRawHeaders("content-length") == [str(len(full.body))]
+        assert head.headers.getRawHeaders("server") == ["vllmproxy"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_fault_of_ours_is_logged_and_not_told(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[LogEvent] = []
+    monkeypatch.setattr(api_errors, "_log", Logger(observer=seen.append))
+    house.store.fault = ZeroDivisionError("at 10.0.0.7")
+    for path in ("/key/info?key=sk-a", "/health/readiness"):
+        answer = await house.ask("GET", path)
+        assert (answer.status, answer.error["type"]) == (500, "internal_server_error")
+        assert b"10.0.0.7" not in answer.body
+        assert b"Traceback" not in answer.body
+    assert [event["log_failure"].type for event in seen] == [ZeroDivisionError] * 2
+
+
+def test_a_cancelled_handler_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[LogEvent] = []
+    monkeypatch.setattr(api_errors, "_log", Logger(observer=seen.append))
+    assert isinstance(api_errors.error_of(Failure(CancelledError())), Internal)
+    assert seen == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_client_that_hangs_up_cancels_its_handler_in_silence(house: House, logged: list[LogEvent]) -> None:
+    asked: Deferred[None] = Deferred()
+    cancelled: Deferred[None] = Deferred()
+
+    async def never() -> None:
+        asked.callback(None)
+        await Deferred(lambda _: cancelled.callback(None))
+
+    house.store.ping = never  # type: ignore[method-assign]
+    response = Deferred.fromCoroutine(house.ask("GET", "/health/readiness"))
+    response.addErrback(lambda failure: failure.check(Exception) and None)
+    await asked
+    response.cancel()
+    await cancelled
+    assert [event for event in logged if "log_failure" in event] == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_no_key_in_any_log_event_or_error(house: House, logged: list[LogEvent]) -> None:
+    made = await house.make(key=CUSTOM, key_alias="a")
+    bodies = [
+        (await house.ask("POST", "/key/generate", {"key": CUSTOM})).body,
+        (await house.ask("POST", "/key/generate", {"key": CUSTOM + " "})).body,
+        (await house.ask("POST", "/key/generate", {"key_alias": "a"})).body,
+        (await house.ask("GET", "/metrics", key="sk-canary-of-nobody", headers=FORWARDED)).body,
+        (await house.ask("GET", "/key/info?key=sk-canary-of-nobody")).body,
+        (await house.ask("GET", "/key/info?key=sk-canary-of-nobody", key=CUSTOM)).body,
+        (await house.ask("GET", "/key/info", headers={"Authorization": MASTER})).body,
+        (await house.ask("GET", f"/nothing?key={CUSTOM}")).body,
+        (await house.ask("PUT", f"/key/info?key={CUSTOM}")).body,
+    ]
+    await house.ask("GET", f"/key/info?key={CUSTOM}")
+    await house.ask("POST", "/key/delete", {"keys": [CUSTOM]})
+    bodies.append((await house.ask("POST", "/key/delete", {"keys": [CUSTOM]})).body)
+    shown = [formatEvent(event) + repr(event) for event in logged]
+    assert any(made["token"] in text for text in shown), "the log says which key was made, by its id"
+    for text in [*shown, *(body.decode() for body in bodies)]:
+        assert "canary" not in text

@@ -1,0 +1,168 @@
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllmproxy.api.fields import new_key, parse_delete, parse_generate, parse_object, row_of, token_of
+from vllmproxy.errors import BadRequest
+from vllmproxy.keys.key import hash_key
+
+NOW = 1_700_000_000.0
+CUSTOM = "sk-0123456789abc"
+
+
+@pytest.mark.parametrize("body", [b"", b" \n", b"{}", b" {} "])
+def test_an_empty_body_is_an_empty_object(body: bytes) -> None:
+    assert parse_object(body) == {}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"[]",
+        b"null",
+        b"3",
+        b'"x"',
+        b'{"a": NaN}',
+        b'{"a": Infinity}',
+        b'{"a": "\\ud800"}',
+        b'{"metadata": {"\\udfff": 1}}',
+        b'{"a": "\xff"}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"a": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_what_is_no_object_is_refused(body: bytes) -> None:
+    with pytest.raises(BadRequest, match=r"JSON"):
+        parse_object(body)
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_are_an_object_or_refused(body: bytes) -> None:
+    with suppress(BadRequest):
+        assert isinstance(parse_object(body), dict)
+
+
+def test_everything_taken_comes_back_in_the_row() -> None:
+    wanted = parse_generate(
+        {
+            "key": CUSTOM,
+            "key_alias": "équipe a",
+            "user_id": "u",
+            "team_id": "t",
+            "metadata": {"a": [1, {"b": None}]},
+            "tags": ["x", "y", "x"],
+            "blocked": True,
+            "duration": "1h",
+            "key_type": "default",
+            # Restrictions that are left open are no restrictions.
+            "models": [],
+            "max_budget": None,
+            "budget_duration": "",
+            "aliases": {},
+            "spend": 0,
+            "auto_rotate": False,
+        },
+        NOW,
+    )
+    key = new_key(wanted, CUSTOM, NOW, "master")
+    assert (key.token, key.key_name) == (hash_key(CUSTOM), "sk-...9abc")
+    row = row_of(key)
+    assert row["expires"] == "2023-11-14T23:13:20.000Z"
+    assert row["created_at"] == row["updated_at"] == "2023-11-14T22:13:20.000Z"
+    assert row["created_by"] == row["updated_by"] == "master"
+    assert (row["key_alias"], row["user_id"], row["team_id"]) == ("équipe a", "u", "t")
+    assert (row["metadata"], row["tags"], row["blocked"]) == ({"a": [1, {"b": None}]}, ["x", "y"], True)
+    assert (row["models"], row["spend"], row["max_budget"]) == ([], 0.0, None)
+    assert "token" not in row
+    assert CUSTOM not in json.dumps(row) + repr(wanted) + repr(key)
+
+
+def test_nothing_asked_for_is_a_plain_key() -> None:
+    wanted = parse_generate({}, NOW)
+    row = row_of(new_key(wanted, CUSTOM, NOW, None))
+    assert (row["key_alias"], row["expires"], row["blocked"], row["metadata"], row["tags"]) == (
+        None,
+        None,
+        False,
+        {},
+        [],
+    )
+    assert parse_generate({"duration": "-1"}, NOW).lasts is None
+    assert parse_generate({"duration": None, "key_alias": "", "key": "", "blocked": None}, NOW) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("models", ["m"]),
+        ("aliases", {"a": "b"}),
+        ("allowed_routes", ["/x"]),
+        ("key_type", "management"),
+        ("key_type", 3),
+        ("max_budget", 10),
+        ("max_budget", 0),
+        ("soft_budget", 1.0),
+        ("budget_duration", "30d"),
+        ("rpm_limit", 0),
+        ("tpm_limit", 5),
+        ("max_parallel_requests", 1),
+        ("model_rpm_limit", {"m": 1}),
+        ("model_tpm_limit", {"m": 1}),
+        ("model_max_budget", {"m": 1}),
+        ("permissions", {"a": True}),
+        ("spend", 1),
+        ("guardrails", ["g"]),
+        ("auto_rotate", True),
+        ("unheard_of", None),
+        ("key_alias", 3),
+        ("key_alias", "a\nb"),
+        ("key_alias", "a\x00b"),
+        ("key_alias", "a" * 256),
+        ("user_id", ["u"]),
+        ("team_id", {}),
+        ("metadata", []),
+        ("metadata", "x"),
+        ("tags", "x"),
+        ("tags", [1]),
+        ("tags", [""]),
+        ("blocked", 1),
+        ("blocked", "true"),
+        ("duration", 30),
+        ("duration", "soon"),
+        ("duration", "0s"),
+        ("key", 7),
+        ("key", "sk-0123456789ab"),
+        ("key", "pk-0123456789abcdef"),
+        ("key", "sk-0123456789 abcdef"),
+        ("key", "sk-0123456789abcdef\n"),
+        ("key", "sk-0123456789abcdeé"),
+        ("key", "sk-" + "a" * 253),
+    ],
+)
+def test_a_field_that_is_refused_is_named(name: str, value: Any) -> None:
+    with pytest.raises(BadRequest) as caught:
+        parse_generate({name: value}, NOW)
+    assert caught.value.param == name
+    assert name.replace("_", " ") in caught.value.message.replace("_", " ")
+    assert "0123456789" not in caught.value.message
+
+
+def test_delete() -> None:
+    wanted = parse_delete({"keys": ["sk-a", "sk-a"], "key_aliases": ["b"]})
+    assert (wanted.keys, wanted.aliases) == (("sk-a",), ("b",))
+    assert "sk-a" not in repr(wanted)
+    for body in ({}, {"keys": []}, {"keys": "sk-a"}, {"keys": [None]}, {"token": "x"}):
+        with pytest.raises(BadRequest):
+            parse_delete(body)
+
+
+def test_a_key_is_named_by_itself_or_by_its_hash() -> None:
+    assert token_of(CUSTOM) == hash_key(CUSTOM)
+    assert token_of(hash_key(CUSTOM)) == hash_key(CUSTOM)
+    assert token_of("é") == hash_key("é")

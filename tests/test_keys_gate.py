@@ -1,0 +1,260 @@
+from collections.abc import Sequence
+
+import pytest
+from attrs import evolve
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
+
+from vllmproxy.errors import ApiError, AuthError, ExpiredKey, Forbidden, StoreDown, UnknownKey
+from vllmproxy.keys.cache import KeyCache
+from vllmproxy.keys.credentials import Credential
+from vllmproxy.keys.gate import ANONYMOUS, MASTER, Caller, Gate
+from vllmproxy.keys.key import VirtualKey, hash_key
+from vllmproxy.keys.masterkey import MasterKey
+from vllmproxy.keys.routes import Group
+from vllmproxy.store.interface import StoreUnavailable
+
+SECRET = b"sk-canary-of-a-virtual-key"
+TOKEN = hash_key(SECRET)
+MASTER_SECRET = b"sk-canary-of-the-master-key"
+KEY = VirtualKey(token=TOKEN, key_name="sk-...-key", key_alias="team-a")
+NOW = 1_700_000_000.0
+
+
+class SlowStore:
+    """A store whose look-ups are answered by the test."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, Deferred[VirtualKey | None]]] = []
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def ping(self) -> None: ...
+
+    async def add_key(self, key: VirtualKey) -> None: ...
+
+    async def get_key(self, token: str) -> VirtualKey | None:
+        answer: Deferred[VirtualKey | None] = Deferred()
+        self.asked.append((token, answer))
+        return await answer
+
+    async def find_aliases(self, aliases: Sequence[str]) -> dict[str, str]:
+        return {}
+
+    async def delete_keys(self, tokens: Sequence[str]) -> list[str]:
+        return []
+
+
+class House:
+    def __init__(self, *, auth: bool = True) -> None:
+        self.clock = Clock()
+        self.clock.advance(NOW)
+        self.store = SlowStore()
+        self.cache = KeyCache(self.clock, ttl=10.0, negative_ttl=10.0, max_unknown=50)
+        self.gate = Gate(self.store, self.cache, MasterKey(MASTER_SECRET) if auth else None, self.clock)
+
+    def ask(self, secret: bytes = SECRET) -> Deferred[Caller]:
+        answer = self.gate.identify(Credential("present", secret))
+        assert isinstance(answer, Deferred)
+        return answer
+
+    def know(self, key: VirtualKey) -> Caller | Deferred[Caller]:
+        self.cache.put(key.token, key)
+        return self.gate.identify(Credential("present", SECRET))
+
+
+def failure_of(answer: Deferred[Caller]) -> BaseException:
+    failures: list[Failure] = []
+    answer.addErrback(failures.append)
+    assert len(failures) == 1
+    error = failures[0].value
+    assert isinstance(error, BaseException)
+    return error
+
+
+def result_of(answer: Deferred[Caller]) -> Caller:
+    results: list[Caller] = []
+    answer.addCallback(results.append)
+    assert len(results) == 1
+    return results[0]
+
+
+def test_no_key_and_malformed_key() -> None:
+    gate = House().gate
+    with pytest.raises(AuthError, match=r"^Authentication Error, No api key passed in\.") as caught:
+        gate.identify(Credential("none"))
+    assert (caught.value.type, caught.value.param) == ("auth_error", "None")
+    assert (b"www-authenticate", b"Bearer") in caught.value.headers
+    with pytest.raises(
+        AuthError,
+        match=r"^Authentication Error, Malformed API Key passed in\. Ensure Key has `Bearer ` prefix\.",
+    ):
+        gate.identify(Credential("malformed"))
+
+
+def test_auth_off_takes_anything() -> None:
+    gate = House(auth=False).gate
+    for credential in (Credential("none"), Credential("malformed"), Credential("present", b"anything")):
+        assert gate.identify(credential) is ANONYMOUS
+    assert ANONYMOUS.key_id is None
+    assert not ANONYMOUS.is_master
+
+
+def test_the_master_key_needs_no_store() -> None:
+    house = House()
+    assert house.gate.identify(Credential("present", MASTER_SECRET)) is MASTER
+    assert house.store.asked == []
+    assert house.gate.is_master_token(hash_key(MASTER_SECRET))
+    assert not house.gate.is_master_token(TOKEN)
+
+
+def test_a_miss_asks_the_store_once_and_a_hit_is_synchronous() -> None:
+    house = House()
+    answer = house.ask()
+    assert [token for token, _ in house.store.asked] == [TOKEN]
+    house.store.asked[0][1].callback(KEY)
+    expected = Caller(TOKEN, "team-a", False, KEY)
+    assert result_of(answer) == expected
+    assert house.gate.identify(Credential("present", SECRET)) == expected
+    assert len(house.store.asked) == 1
+
+
+def test_concurrent_misses_share_one_call_and_cancel_alone() -> None:
+    house = House()
+    first, second, third = house.ask(), house.ask(), house.ask()
+    other = house.ask(b"sk-another-key")
+    assert len(house.store.asked) == 2
+    first.cancel()
+    assert isinstance(failure_of(first), CancelledError)
+    house.store.asked[0][1].callback(KEY)
+    assert result_of(second).key_id == result_of(third).key_id == TOKEN
+    assert not other.called
+    house.store.asked[1][1].callback(None)
+    assert isinstance(failure_of(other), UnknownKey)
+
+
+def test_an_unknown_key_is_401_and_remembered() -> None:
+    house = House()
+    answer = house.ask()
+    house.store.asked[0][1].callback(None)
+    error = failure_of(answer)
+    assert isinstance(error, UnknownKey)
+    assert error.message.startswith("Authentication Error, Invalid proxy server token passed.")
+    assert (error.status, error.type, error.param) == (401, "token_not_found_in_db", "key")
+    with pytest.raises(UnknownKey):
+        house.gate.identify(Credential("present", SECRET))
+    house.clock.advance(10)
+    house.ask()
+    assert len(house.store.asked) == 2
+
+
+def test_made_up_keys_leave_a_good_one_in_the_cache() -> None:
+    house = House()
+    house.know(KEY)
+    for number in range(500):
+        answer = house.ask(b"sk-made-up-%d" % number)
+        house.store.asked[-1][1].callback(None)
+        assert isinstance(failure_of(answer), UnknownKey)
+    assert isinstance(house.gate.identify(Credential("present", SECRET)), Caller)
+    assert len(house.cache) == 51
+
+
+def test_store_down_is_503_for_all_who_wait_and_not_remembered() -> None:
+    house = House()
+    first, second = house.ask(), house.ask()
+    house.store.asked[0][1].errback(StoreUnavailable("10.0.0.7 refused"))
+    for answer in (first, second):
+        error = failure_of(answer)
+        assert isinstance(error, StoreDown)
+        assert (b"retry-after", b"1") in error.headers
+        assert "10.0.0.7" not in error.message
+    third = house.ask()
+    house.store.asked[1][1].callback(KEY)
+    assert result_of(third).key_id == TOKEN
+
+
+def test_a_fault_of_the_store_reaches_its_callers_as_it_is() -> None:
+    house = House()
+    answer = house.ask()
+    house.store.asked[0][1].errback(ZeroDivisionError())
+    assert isinstance(failure_of(answer), ZeroDivisionError)
+
+
+def test_expiry_counts_at_the_second_also_for_a_cached_key() -> None:
+    house = House()
+    key = evolve(KEY, expires=NOW + 5)
+    house.know(key)
+    house.clock.advance(4.999)
+    assert isinstance(house.gate.identify(Credential("present", SECRET)), Caller)
+    house.clock.advance(0.001)
+    with pytest.raises(ExpiredKey, match=r"^Authentication Error - Expired Key\.") as caught:
+        house.gate.identify(Credential("present", SECRET))
+    assert caught.value.type == "expired_key"
+    assert "2023-11-14T22:13:25+00:00" in caught.value.message
+
+
+def test_blocked() -> None:
+    house = House()
+    with pytest.raises(AuthError, match=r"^Authentication Error, Key is blocked\.") as caught:
+        house.know(evolve(KEY, blocked=True))
+    assert caught.value.type == "auth_error"
+
+
+def test_invalidate_takes_effect_at_once() -> None:
+    house = House()
+    house.know(KEY)
+    house.gate.invalidate(TOKEN)
+    answer = house.ask()
+    house.store.asked[0][1].callback(None)
+    assert isinstance(failure_of(answer), UnknownKey)
+
+
+def test_an_answer_older_than_the_invalidation_is_not_remembered() -> None:
+    house = House()
+    before = house.ask()
+    house.gate.invalidate(TOKEN)
+    after = house.ask()
+    assert len(house.store.asked) == 2
+    house.store.asked[0][1].callback(KEY)
+    assert result_of(before).key_id == TOKEN
+    assert house.cache.get(TOKEN) is None
+    joined = house.ask()
+    assert len(house.store.asked) == 2
+    house.store.asked[1][1].callback(None)
+    assert isinstance(failure_of(after), UnknownKey)
+    assert isinstance(failure_of(joined), UnknownKey)
+    assert house.cache.is_unknown(TOKEN)
+
+
+@pytest.mark.parametrize("group", ["inference", "info"])
+def test_open_routes(group: Group) -> None:
+    gate = House().gate
+    for caller in (MASTER, ANONYMOUS, Caller(TOKEN, "team-a", False, KEY)):
+        gate.check_route(caller, group)
+
+
+@pytest.mark.parametrize("group", ["admin", "unknown"])
+def test_shut_routes(group: Group) -> None:
+    gate = House().gate
+    gate.check_route(MASTER, group)
+    for caller in (ANONYMOUS, Caller(TOKEN, "team-a", False, KEY)):
+        with pytest.raises(Forbidden, match=r"^Virtual key is not allowed to call this route\.") as caught:
+            gate.check_route(caller, group)
+        assert "nly the master key may call" in caught.value.message
+        assert ("--master-key-file" in caught.value.message) is (caller is ANONYMOUS)
+
+
+def test_no_secret_in_any_refusal_or_repr() -> None:
+    house = House()
+    answer = house.ask()
+    house.store.asked[0][1].callback(None)
+    errors: list[BaseException] = [failure_of(answer)]
+    for key in (evolve(KEY, blocked=True), evolve(KEY, expires=1.0)):
+        with pytest.raises(ApiError) as caught:
+            house.know(key)
+        errors.append(caught.value)
+    shown = repr(errors) + repr(house.gate) + repr(vars(house.gate)) + repr(vars(house.cache)) + repr(MASTER)
+    assert "canary" not in shown

@@ -1,0 +1,411 @@
+"""The access log: what a line says, and that no reader of it can hold the reactor up."""
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet.task import Clock
+from twisted.logger import Logger
+
+from vllmproxy.observers import jsonlines
+from vllmproxy.observers.descriptor import LogDescriptor
+from vllmproxy.observers.jsonlines import BATCH_BYTES, BATCH_SECONDS, BUFFER_BYTES, JsonLines, open_access_log
+from vllmproxy.observers.record import RequestRecord
+
+FULL = RequestRecord(
+    time=1795444326.0625,
+    request_id="r-1",
+    method="POST",
+    route="/v1/chat/completions",
+    client="10.0.0.9",
+    key_id="ab" * 32,
+    key_alias="Zoë",
+    end_user="u1",
+    model="m",
+    status=200,
+    bytes_in=12,
+    bytes_out=345,
+    time_to_first_byte=0.0123456789,
+    duration=1.5,
+    prompt_tokens=11,
+    completion_tokens=4,
+    total_tokens=15,
+)
+
+
+def record(route: str = "/v1/models", request_id: str = "r") -> RequestRecord:
+    return RequestRecord(time=0.0, request_id=request_id, method="GET", route=route)
+
+
+class Writer:
+    """Stands in for a descriptor: takes ``most`` bytes a call, or raises ``error``."""
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.calls = 0
+        self.most = 1 << 30
+        self.error: OSError | None = None
+
+    def __call__(self, data: bytes) -> int:
+        self.calls += 1
+        if self.error is not None:
+            raise self.error
+        taken = data[: self.most]
+        self.written += taken
+        return len(taken)
+
+    def lines(self) -> list[Any]:
+        return [json.loads(line) for line in self.written.splitlines()]
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def writer() -> Writer:
+    return Writer()
+
+
+@pytest.fixture
+def log(writer: Writer, clock: Clock) -> JsonLines:
+    return JsonLines(writer, clock)
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the module tells Twisted's log; it is kept from the global publisher."""
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(jsonlines, "_log", Logger(observer=found.append))
+    return found
+
+
+def test_a_line_has_every_field_that_is_known(log: JsonLines, writer: Writer) -> None:
+    log.finished(FULL)
+    log.close()
+    assert writer.lines() == [
+        {
+            "time": "2026-11-23T14:32:06.062Z",
+            "request_id": "r-1",
+            "method": "POST",
+            "route": "/v1/chat/completions",
+            "client": "10.0.0.9",
+            "key_id": "ab" * 32,
+            "key_alias": "Zoë",
+            "end_user": "u1",
+            "model": "m",
+            "status": 200,
+            "bytes_in": 12,
+            "bytes_out": 345,
+            "time_to_first_byte": 0.012346,
+            "duration": 1.5,
+            "prompt_tokens": 11,
+            "completion_tokens": 4,
+            "total_tokens": 15,
+            "ended": "done",
+        }
+    ]
+
+
+def test_what_is_not_known_is_left_out(log: JsonLines, writer: Writer) -> None:
+    log.finished(record())
+    log.close()
+    (line,) = writer.lines()
+    assert line["time"] == "1970-01-01T00:00:00.000Z"
+    assert set(line) == {
+        *("time", "request_id", "method", "route", "client", "status"),
+        *("bytes_in", "bytes_out", "duration", "ended"),
+    }
+
+
+@given(st.text(st.characters(exclude_categories=())), st.binary())
+def test_any_route_makes_one_line_of_printable_json(route: str, raw: bytes) -> None:
+    writer = Writer()
+    log = JsonLines(writer, Clock())
+    routes = [route, raw.decode("latin-1"), raw.decode("utf-8", "surrogateescape")]
+    for each in routes:
+        log.finished(record(each))
+    log.close()
+    assert writer.written.count(b"\n") == 3
+    assert all(0x20 <= byte < 0x7F or byte == 0x0A for byte in writer.written)
+    # json pairs up surrogates that were written one by one; nothing else may differ
+    assert [line["route"] for line in writer.lines()] == [json.loads(json.dumps(each)) for each in routes]
+
+
+def test_lines_are_written_together_after_a_moment(log: JsonLines, writer: Writer, clock: Clock) -> None:
+    assert clock.getDelayedCalls() == []
+    for _ in range(5):
+        log.finished(record())
+    clock.advance(BATCH_SECONDS * 0.9)
+    assert writer.calls == 0
+    clock.advance(BATCH_SECONDS * 0.2)
+    assert (writer.calls, len(writer.lines())) == (1, 5)
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_full_batch_does_not_wait(log: JsonLines, writer: Writer, clock: Clock) -> None:
+    while not writer.calls:
+        log.finished(record())
+    assert BATCH_BYTES <= len(writer.written) < BATCH_BYTES + 1000
+    assert clock.getDelayedCalls() == []
+
+
+def test_close_flushes_and_is_final(writer: Writer, clock: Clock) -> None:
+    closed: list[int] = []
+    log = JsonLines(writer, clock, close=lambda: closed.append(1))
+    log.finished(record())
+    log.close()
+    log.close()
+    log.finished(record())
+    assert (len(writer.lines()), closed, log.dropped) == (1, [1], 1)
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_write_function_that_says_nothing_took_all(clock: Clock) -> None:
+    written: list[bytes] = []
+    log = JsonLines(written.append, clock)
+    for _ in range(2000):
+        log.finished(record())
+    log.close()
+    assert b"".join(written).count(b"\n") == 2000
+
+
+def test_partial_writes_lose_and_repeat_nothing(log: JsonLines, writer: Writer, clock: Clock) -> None:
+    writer.most = 7
+    for number in range(20):
+        log.finished(record(request_id=str(number)))
+    clock.advance(BATCH_SECONDS)
+    assert [line["request_id"] for line in writer.lines()] == [str(number) for number in range(20)]
+
+
+def test_a_stalled_reader_costs_one_try_a_while_and_loses_nothing(
+    log: JsonLines, writer: Writer, clock: Clock, events: list[dict[str, Any]]
+) -> None:
+    writer.error = BlockingIOError()
+    for _ in range(2000):  # several batches
+        log.finished(record())
+    assert writer.calls == 1
+    clock.pump([BATCH_SECONDS] * 5)
+    assert writer.calls == 6
+    writer.error = None
+    clock.advance(BATCH_SECONDS)
+    assert (len(writer.lines()), log.dropped, events) == (2000, 0, [])
+    assert clock.getDelayedCalls() == []
+
+
+@pytest.mark.parametrize(
+    "error", [BlockingIOError(), BrokenPipeError(32, "Broken pipe"), OSError(28, "No space")]
+)
+def test_the_buffer_is_bounded_and_what_is_lost_is_counted_and_said_once(
+    log: JsonLines, writer: Writer, clock: Clock, events: list[dict[str, Any]], error: OSError
+) -> None:
+    writer.error = error
+    offered = 0
+    while log.dropped < 3:
+        log.finished(record("/" + "x" * 100_000))
+        offered += 1
+        clock.advance(BATCH_SECONDS)
+    assert BUFFER_BYTES - 200_000 < offered * 100_000 <= BUFFER_BYTES + 400_000
+    assert len(events) == 1
+    writer.error = None
+    clock.advance(BATCH_SECONDS)
+    assert len(writer.lines()) == offered - 3
+    assert [event["log_level"].name for event in events] == ["error", "info"]
+    log.finished(record())
+    clock.advance(BATCH_SECONDS)
+    assert len(writer.lines()) == offered - 2
+
+
+def test_close_counts_what_nobody_took(log: JsonLines, writer: Writer, clock: Clock) -> None:
+    writer.error = BlockingIOError()
+    for _ in range(4):
+        log.finished(record())
+    log.close()
+    assert log.dropped == 4
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_file_is_appended_to_and_opened_anew(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "access.log"
+    path.write_text("before\n")
+    log = open_access_log(str(path), clock)
+    log.finished(record("/a"))
+    rotated = path.rename(tmp_path / "access.log.1")
+    log.reopen()
+    log.finished(record("/b"))
+    log.close()
+    before, old = rotated.read_text().splitlines()
+    assert (before, json.loads(old)["route"]) == ("before", "/a")
+    assert json.loads(path.read_text())["route"] == "/b"
+    assert stat.S_IMODE(path.stat().st_mode) & ~0o640 == 0
+
+
+def test_a_file_that_cannot_be_opened_says_so_at_once(tmp_path: Path, clock: Clock) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        open_access_log(str(tmp_path / "nowhere" / "access.log"), clock)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="No such device"):  # nobody reads it, and opening it does not wait
+        open_access_log(str(tmp_path / "pipe"), clock)
+
+
+def test_a_failed_reopening_keeps_the_old_file(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "logs" / "access.log"
+    path.parent.mkdir()
+    log = open_access_log(str(path), clock)
+    moved = path.parent.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError):
+        log.reopen()
+    log.finished(record("/kept"))
+    log.close()
+    assert json.loads((moved / "access.log").read_text())["route"] == "/kept"
+
+
+def test_a_line_torn_by_a_full_disk_does_not_begin_the_next_file(writer: Writer, clock: Clock) -> None:
+    def next_file() -> None:
+        writer.written, writer.error, writer.most = b"", None, 1 << 30
+
+    def most_then_full(data: bytes) -> int:
+        taken = writer(data)
+        writer.error = OSError(28, "No space left on device")
+        return taken
+
+    log = JsonLines(most_then_full, clock, reopen=next_file)
+    log.finished(record("/torn"))
+    log.finished(record("/whole"))
+    writer.most = 10
+    clock.advance(BATCH_SECONDS)
+    assert len(writer.written) == 10
+    log.reopen()
+    log.close()
+    assert [line["route"] for line in writer.lines()] == ["/whole"]
+    assert log.dropped == 1
+
+
+def _pipe() -> tuple[Callable[[], bytes], int]:
+    reader, descriptor = os.pipe()
+    os.set_blocking(reader, False)
+    return lambda: os.read(reader, 1 << 20), descriptor
+
+
+def _socket() -> tuple[Callable[[], bytes], int]:
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    return lambda: theirs.recv(1 << 20), ours.detach()
+
+
+@pytest.fixture(params=[_pipe, _socket])
+def stalled(request: pytest.FixtureRequest) -> tuple[Callable[[], bytes], int]:
+    """A blocking descriptor, and how to read what was written to it."""
+    made: tuple[Callable[[], bytes], int] = request.param()
+    return made
+
+
+def test_a_blocking_descriptor_that_nobody_reads_does_not_block(
+    stalled: tuple[Callable[[], bytes], int], clock: Clock
+) -> None:
+    read, descriptor = stalled
+    assert os.get_blocking(descriptor)
+    sink = LogDescriptor(descriptor)
+    log = JsonLines(sink.write, clock, close=sink.close)
+    for number in range(10_000):  # over a megabyte, more than either holds
+        log.finished(record(request_id=str(number)))
+    assert os.get_blocking(descriptor)  # others share that flag
+    received = b""
+    while received.count(b"\n") < 10_000:
+        received += read()
+        clock.advance(BATCH_SECONDS)
+    log.close()
+    assert [json.loads(line)["request_id"] for line in received.splitlines()] == [
+        str(n) for n in range(10_000)
+    ]
+    assert log.dropped == 0
+
+
+def test_a_pipe_is_given_whole_lines_of_atomic_length() -> None:
+    read, descriptor = _pipe()
+    sink = LogDescriptor(descriptor)
+    data = (b"x" * 99 + b"\n") * 100
+    assert sink.write(data) == 4000
+    assert sink.write(b"y" * 5000 + b"\n") == 4096
+    assert len(read()) == 8096
+    sink.close()
+
+
+def test_a_reader_that_is_gone_is_an_error_and_no_signal() -> None:
+    reader, descriptor = os.pipe()
+    os.close(reader)
+    sink = LogDescriptor(descriptor)
+    with pytest.raises(BrokenPipeError):
+        sink.write(b"line\n")
+    sink.close()
+
+
+SCRIPT = """
+import os, sys
+from twisted.internet.task import Clock
+from vllmproxy.observers.jsonlines import open_access_log
+from vllmproxy.observers.record import RequestRecord
+
+log = open_access_log("-", Clock())
+blocking = os.get_blocking(1)
+null = os.open(os.devnull, os.O_WRONLY)
+os.dup2(null, 1)  # as a daemon does
+sys.stdout = None
+for number in range({count}):
+    log.finished(RequestRecord(time=0.0, request_id=str(number), method="GET", route="/"))
+log.close()
+log.reopen()
+sys.stderr.write(f"{{blocking}} {{log.dropped}}")
+"""
+
+
+def run_script(count: int, stdout: int) -> subprocess.CompletedProcess[bytes]:
+    script = [sys.executable, "-c", SCRIPT.format(count=count)]
+    return subprocess.run(script, stdout=stdout, stderr=subprocess.PIPE, timeout=60, check=True)
+
+
+@pytest.fixture(params=["pipe", "socket", "file"])
+def outlet(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[int, int]]:
+    """Something to be a process' standard output: where to read it, and where to write it."""
+    if request.param == "file":
+        path = tmp_path / "out"
+        path.write_bytes(b"")
+        ends = (os.open(path, os.O_RDONLY), os.open(path, os.O_WRONLY))
+    elif request.param == "pipe":
+        ends = os.pipe()
+    else:
+        first, second = socket.socketpair()
+        ends = (first.detach(), second.detach())
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+def test_standard_output_is_the_original_one(outlet: tuple[int, int]) -> None:
+    reading, writing = outlet
+    done = run_script(3, writing)
+    lines = os.read(reading, 1 << 16).splitlines()
+    assert [json.loads(line)["request_id"] for line in lines] == ["0", "1", "2"]
+    assert done.stderr == b"True 0"
+
+
+def test_standard_output_that_nobody_reads_does_not_hold_the_process() -> None:
+    reading, writing = os.pipe()
+    done = run_script(20_000, writing)
+    blocking, dropped = done.stderr.split()
+    assert blocking == b"True"
+    got = os.read(reading, 1 << 20)
+    assert got.endswith(b"\n")
+    assert got.count(b"\n") + int(dropped) == 20_000
+    os.close(reading)
+    os.close(writing)

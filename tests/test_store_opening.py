@@ -1,0 +1,113 @@
+"""Store URLs: what each opens, what is refused, and that no password is ever repeated."""
+
+from pathlib import Path
+
+import pytest
+from twisted.internet.task import Clock
+
+from vllmproxy.store.address import RedisAddress, parse_redis_url
+from vllmproxy.store.memory import MemoryStore
+from vllmproxy.store.opening import make_store, redact
+from vllmproxy.store.redis import RedisStore
+from vllmproxy.store.sqlite import SqliteStore
+
+CANARY = "canary-s3cret"
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("memory:", MemoryStore),
+        ("sqlite:/somewhere/keys.sqlite3", SqliteStore),
+        ("sqlite:keys.sqlite3", SqliteStore),
+        ("sqlite:", SqliteStore),
+        ("redis://localhost", RedisStore),
+        ("rediss://localhost/3?ca=/ca.pem", RedisStore),
+        ("unix:///run/redis.sock?db=1", RedisStore),
+    ],
+)
+def test_each_form_makes_its_store(url: str, kind: type, tmp_path: Path) -> None:
+    assert isinstance(make_store(url, reactor=Clock(), state_directory=tmp_path / "state"), kind)
+    assert list(tmp_path.iterdir()) == []  # nothing is touched before open()
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://h", RedisAddress(host="h")),
+        ("redis://h:7000/5", RedisAddress(host="h", port=7000, database=5)),
+        ("redis://h?db=4", RedisAddress(host="h", database=4)),
+        ("redis://[::1]:7000", RedisAddress(host="::1", port=7000)),
+        ("redis://:p%40%2F%C3%A9@h", RedisAddress(host="h", password="p@/é")),
+        ("redis://me:pw@h/", RedisAddress(host="h", username="me", password="pw")),
+        ("rediss://h", RedisAddress(host="h", tls=True)),
+        ("rediss://h/1?ca=/a%20b.pem", RedisAddress(host="h", database=1, tls=True, ca=Path("/a b.pem"))),
+        ("unix:///run/r.sock", RedisAddress(path="/run/r.sock")),
+        ("unix://me:pw@/r.sock?db=2", RedisAddress(path="/r.sock", database=2, username="me", password="pw")),
+    ],
+)
+def test_redis_urls(url: str, expected: RedisAddress) -> None:
+    assert parse_redis_url(url) == expected
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "memory",
+        "memory:x",
+        "sqlite",
+        "sqlite:",
+        "sqlite://host/x",
+        "sqlite:a\0b",
+        "postgres://x",
+        CANARY,
+        f"http://:{CANARY}@h",
+        "redis:",
+        "redis:h",
+        "redis://",
+        f"redis://:{CANARY}",
+        f"redis://:{CANARY}@",
+        f"redis://:{CANARY}@h:port",
+        f"redis://:{CANARY}@h:70000",
+        f"redis://:{CANARY}@h/zero",
+        f"redis://:{CANARY}@h/-1",
+        f"redis://:{CANARY}@h/٣",
+        f"redis://:a/{CANARY}@h",
+        f"redis://:a?{CANARY}@h",
+        f"redis://:a#{CANARY}@h",
+        f"redis://{CANARY}@h",
+        f"redis://h?password={CANARY}",
+        "redis://h?ca=/ca.pem",
+        f"redis://[{CANARY}@h",
+        f"unix://h/{CANARY}",
+        "unix:///",
+        f"unix:///r.sock?password={CANARY}",
+    ],
+)
+def test_a_bad_url_is_one_sentence_that_does_not_repeat_it(url: str) -> None:
+    with pytest.raises(ValueError, match=r"\w+ \w+") as caught:
+        make_store(url, reactor=Clock())
+    shown = "".join(map(str, (caught.value, caught.value.__cause__ or "", redact(url))))
+    assert "canary" not in shown
+    assert "\n" not in shown
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("memory:", "memory:"),
+        ("sqlite:/a@b", "sqlite:/a@b"),
+        (f"redis://:{CANARY}@h", "redis://h:6379/0"),
+        (f"rediss://me:{CANARY}@[::1]:7/2?ca=/x", "rediss://[::1]:7/2"),
+        (f"unix://me:{CANARY}@/r.sock?db=2", "unix:///r.sock?db=2"),
+    ],
+)
+def test_redact(url: str, shown: str) -> None:
+    assert redact(url) == shown
+
+
+def test_an_address_does_not_show_its_password() -> None:
+    address = parse_redis_url(f"redis://me:{CANARY}@h")
+    assert CANARY not in f"{address} {address!r}"

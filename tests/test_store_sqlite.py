@@ -1,0 +1,265 @@
+"""The SQLite store's own promises: the file, its modes, its version, and what survives."""
+
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, DeferredList
+
+from vllmproxy.keys.key import VirtualKey, hash_key
+from vllmproxy.store.interface import CannotOpenStore, StoreUnavailable
+from vllmproxy.store.sqlite import SqliteStore
+
+KEY = VirtualKey(token=hash_key("sk-one"), key_name="sk-...-one", key_alias="one")
+NOBODY = 65534
+
+WRITER = """
+import sys
+from pathlib import Path
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from vllmproxy.keys.key import VirtualKey, hash_key
+from vllmproxy.store.sqlite import SqliteStore
+
+async def add():
+    store = SqliteStore(Path(sys.argv[1]), reactor)
+    await store.open()
+    await store.add_key(VirtualKey(token=hash_key("sk-one"), key_name="sk-...-one", key_alias="one"))
+    print("added", flush=True)
+
+# Begun before the reactor runs, as a service may be.
+Deferred.fromCoroutine(add()).addErrback(lambda failure: (failure.printTraceback(), reactor.stop()))
+reactor.run()
+"""
+
+
+def write_and_be_killed(path: Path) -> None:
+    """Have another process add KEY to ``path``, and kill it the moment that it says so."""
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        line = writer.stdout.readline()
+        writer.kill()
+    assert line == b"added\n"
+    assert writer.returncode == -signal.SIGKILL
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+async def refusal(path: Path) -> str:
+    """Return why ``path`` cannot be opened; no thread is left over from trying."""
+    before = threading.active_count()
+    store = SqliteStore(path, reactor)
+    with pytest.raises(CannotOpenStore) as caught:
+        await store.open()
+    assert threading.active_count() == before
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest_twisted.ensureDeferred
+async def test_file_and_directory_are_private(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "keys.sqlite3"
+    old = os.umask(0)
+    try:
+        store = SqliteStore(path, reactor)
+        await store.open()
+        await store.add_key(KEY)
+        files = {each.name: mode(each) for each in path.parent.iterdir()}
+        await store.close()
+    finally:
+        os.umask(old)
+    assert mode(path.parent) == 0o700
+    assert files == dict.fromkeys(["keys.sqlite3", "keys.sqlite3-wal", "keys.sqlite3-shm"], 0o600)
+
+
+@pytest_twisted.ensureDeferred
+async def test_threads_end_with_close(tmp_path: Path) -> None:
+    before = threading.active_count()
+    store = SqliteStore(tmp_path / "keys", reactor)
+    await store.open()
+    await DeferredList([Deferred.fromCoroutine(store.ping()) for _ in range(20)])
+    assert threading.active_count() > before
+    await store.close()
+    assert threading.active_count() == before
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_acknowledged_key_survives_kill_9(tmp_path: Path) -> None:
+    path = tmp_path / "keys.sqlite3"
+    write_and_be_killed(path)
+    store = SqliteStore(path, reactor)
+    await store.open()
+    assert await store.get_key(KEY.token) == KEY
+    await store.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_commits_are_on_the_disk_before_they_are_acknowledged(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "keys", reactor)
+    await store.open()
+
+    def pragmas(transaction: sqlite3.Cursor) -> list[object]:
+        names = ("journal_mode", "synchronous", "user_version")
+        return [transaction.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
+
+    assert await store._run(pragmas) == ["wal", 2, 1]
+    await store.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_several_may_open_a_new_file_at_once_and_share_it(tmp_path: Path) -> None:
+    stores = [SqliteStore(tmp_path / "new" / "keys", reactor) for _ in range(6)]
+    opened = await DeferredList(
+        [Deferred.fromCoroutine(store.open()) for store in stores], consumeErrors=True
+    )
+    assert [success for success, _ in opened] == [True] * 6, opened
+    await stores[0].add_key(KEY)
+    assert [await store.get_key(KEY.token) for store in stores] == [KEY] * 6
+    assert await stores[1].delete_keys([KEY.token]) == [KEY.token]
+    assert [await store.get_key(KEY.token) for store in stores] == [None] * 6
+    for store in stores:
+        await store.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_another_schema_version_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE keys (other)")
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    content = path.read_bytes()
+    reason = await refusal(path)
+    assert "version 99" in reason
+    assert "--store" in reason
+    assert path.read_bytes() == content
+
+
+@pytest_twisted.ensureDeferred
+async def test_another_programs_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE pictures (name)")
+    connection.close()
+    assert "version 0" in await refusal(path)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("not a database " * 1000)
+    assert "not a database" in await refusal(path)
+    assert path.read_text() == "not a database " * 1000
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    store = SqliteStore(path, reactor)
+    await store.open()
+    for number in range(200):
+        await store.add_key(VirtualKey(token=hash_key(str(number)), key_name="k", user_id="u" * 500))
+    await store.close()
+    content = bytearray(path.read_bytes())
+    content[4096:] = b"\x55" * (len(content) - 4096)
+    path.write_bytes(content)
+    await refusal(path)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_directory_is_refused(tmp_path: Path) -> None:
+    assert "directory" in await refusal(tmp_path)
+    (tmp_path / "file").touch()
+    await refusal(tmp_path / "file" / "keys")
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """Return a directory that is readable, not writable, to who the test runs as: nobody, if it was root."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        yield directory
+        if os.getuid() == 0:
+            os.seteuid(0)
+        directory.chmod(0o700)
+
+
+def drop_privileges(directory: Path) -> None:
+    directory.chmod(0o555)
+    if os.getuid() == 0:
+        os.seteuid(NOBODY)
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_cannot_be_written_is_refused(unprivileged: Path) -> None:
+    path = unprivileged / "keys"
+    store = SqliteStore(path, reactor)
+    await store.open()
+    await store.close()
+    path.chmod(0o444)
+    drop_privileges(unprivileged)
+    assert "readonly database" in await refusal(path)
+    assert "Permission denied" in await refusal(unprivileged / "new")
+    assert "Permission denied" in await refusal(unprivileged / "state" / "new")
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_writer_elsewhere_delays_no_lookup_and_ends_an_add_in_time(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    store = SqliteStore(path, reactor)
+    await store.open()
+    await store.add_key(KEY)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    late = VirtualKey(token=hash_key("sk-late"), key_name="sk-...late")
+    with pytest.raises(StoreUnavailable, match="locked"):
+        await store.add_key(late)
+    assert await store.get_key(KEY.token) == KEY
+    other.execute("ROLLBACK")
+    other.close()
+    assert await store.get_key(late.token) is None
+    await store.add_key(late)
+    await store.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_add_that_has_failed_for_its_caller_is_not_done_later(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    store = SqliteStore(path, reactor, timeout=0.2)
+    await store.open()
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreUnavailable, match=r"within 0\.2 s"):
+        await store.add_key(KEY)  # its thread still waits for the lock
+    other.execute("ROLLBACK")
+    other.close()
+    await store.close()  # waits for the thread
+    again = SqliteStore(path, reactor)
+    await again.open()
+    assert await again.get_key(KEY.token) is None
+    await again.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_unreadable_row_is_not_an_unknown_key(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    store = SqliteStore(path, reactor)
+    await store.open()
+    with sqlite3.connect(path) as other:
+        other.execute("INSERT INTO keys VALUES (?, NULL, '{}')", (KEY.token.encode(),))
+    other.close()
+    with pytest.raises(StoreUnavailable):
+        await store.get_key(KEY.token)
+    await store.close()

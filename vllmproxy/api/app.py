@@ -1,0 +1,100 @@
+"""The Klein app: everything that is not under ``/vllm``."""
+
+from collections.abc import Callable
+
+from klein import Klein
+from twisted.internet.interfaces import IReactorTime
+from twisted.python.failure import Failure
+from twisted.web.http import Request as HTTPRequest
+from twisted.web.iweb import IRequest
+from twisted.web.resource import IResource, Resource
+from twisted.web.server import Request, Site
+from werkzeug.exceptions import HTTPException
+
+from vllmproxy.api.errors import answer_error, answer_json, error_of
+from vllmproxy.api.health import HealthApi
+from vllmproxy.api.keys import KeyApi
+from vllmproxy.api.metrics import MetricsApi
+from vllmproxy.errors import BadRequest
+from vllmproxy.keys.gate import Gate
+from vllmproxy.store.interface import Store
+
+
+class Api:
+    """Puts the rooms of the API together.
+
+    :param clock: ``seconds()`` is the time of day, seconds since the epoch.
+    :param metrics_text: returns the content type and the body of ``/metrics``.
+    :param open_metrics: show the metrics to everybody.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        store: Store,
+        clock: IReactorTime,
+        *,
+        metrics_text: Callable[[], tuple[bytes, bytes]],
+        open_metrics: bool,
+        version: str,
+    ) -> None:
+        self._clock = clock
+        self._version = version
+        self._app = app = Klein()
+        # Klein's defaults answer // and a missing slash with redirects.
+        app.url_map.merge_slashes = app.url_map.strict_slashes = False
+        app.route("/", methods=["GET"])(self.index)
+        KeyApi(gate, store, clock).register(app)
+        HealthApi(store, version).register(app)
+        MetricsApi(gate, metrics_text, open_metrics).register(app)
+        app.handle_errors(Exception)(_explain)
+
+    def resource(self) -> IResource:
+        """Return the leaf resource that answers every path."""
+        return _Root(self._app.resource())
+
+    def site(self) -> Site:
+        """Return the site around :meth:`resource`, for a channel that drives ``twisted.web`` requests."""
+        return _QuietSite(self.resource(), reactor=self._clock)  # type: ignore[no-untyped-call]  # nor has Site's
+
+    async def index(self, request: IRequest) -> bytes:
+        """Say what this is and where things are."""
+        places = {
+            "vllm": "/vllm/",
+            "keys": "/key/generate",
+            "health": "/health/readiness",
+            "metrics": "/metrics",
+        }
+        return answer_json(request, {"name": "vllmproxy", "version": self._version, **places})
+
+
+def _explain(request: IRequest, failure: Failure) -> bytes:
+    return answer_error(request, error_of(failure))
+
+
+class _QuietSite(Site):
+    """Without Twisted's own access log, which writes the query down, and with it ``/key/info?key=…``."""
+
+    def log(self, request: HTTPRequest) -> None:
+        """Log nothing: finished requests are the observers' business."""
+
+
+class _Root(Resource):
+    """Klein's resource behind the checks whose failure Klein answers outside its error handlers."""
+
+    isLeaf = True
+
+    def __init__(self, klein: IResource) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # Resource.__init__ has no annotations
+        self._klein = klein
+
+    def render(self, request: Request) -> bytes | int:
+        request.responseHeaders.setRawHeaders(b"server", [b"vllmproxy"])
+        try:
+            b"/".join(request.postpath or ()).decode()
+            request.method.decode("ascii")
+            answer: bytes | int = self._klein.render(request)
+        except (UnicodeDecodeError, HTTPException):
+            # The path or the method is no text, or werkzeug cannot make sense of Host.
+            return answer_error(request, BadRequest("The request cannot be understood."))
+        return answer

@@ -1,0 +1,49 @@
+"""Who sent an API request."""
+
+from ipaddress import ip_address
+
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred
+from twisted.web.iweb import IRequest
+
+from vllmproxy.errors import Forbidden
+from vllmproxy.keys.credentials import CREDENTIAL_HEADERS, read_credential
+from vllmproxy.keys.gate import Caller, Gate
+
+#: Any of these says that the peer is a proxy and speaks for somebody else.
+_FORWARDING_HEADERS = (b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip", b"via")
+
+
+async def caller_of(gate: Gate, request: IRequest) -> Caller:
+    """Return who sent ``request``; raises what :meth:`Gate.identify` raises."""
+    headers = request.requestHeaders
+    fields = {name: [*headers.getRawHeaders(name, ())] for name in CREDENTIAL_HEADERS}
+    caller = gate.identify(read_credential(fields))
+    return await caller if isinstance(caller, Deferred) else caller
+
+
+async def holder_of(gate: Gate, request: IRequest) -> Caller:
+    """Return who sent ``request``; raise :class:`Forbidden` while authentication is off."""
+    caller = await caller_of(gate, request)
+    if caller.key_id is None:
+        raise Forbidden("Keys need a master key: start with --master-key-file and use the master key.")
+    return caller
+
+
+async def manager_of(gate: Gate, request: IRequest) -> Caller:
+    """Return the caller if it may manage keys, else raise :class:`Forbidden`."""
+    caller = await holder_of(gate, request)
+    if not caller.is_master:
+        raise Forbidden("Virtual key is not allowed to call this route. Only the master key manages keys.")
+    return caller
+
+
+def is_local(request: IRequest) -> bool:
+    """Tell whether ``request`` comes from this very machine over loopback, and not through another proxy."""
+    if any(request.requestHeaders.hasHeader(name) for name in _FORWARDING_HEADERS):
+        return False
+    peer = request.getClientAddress()
+    if not isinstance(peer, IPv4Address | IPv6Address):
+        return False
+    address = ip_address(peer.host.partition("%")[0])
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback

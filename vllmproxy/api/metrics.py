@@ -1,0 +1,38 @@
+"""``GET /metrics``: the proxy's own numbers, for Prometheus. vLLM's are at ``/vllm/metrics``."""
+
+from collections.abc import Callable
+
+from klein import Klein
+from twisted.web.iweb import IRequest
+
+from vllmproxy.api.caller import caller_of, is_local
+from vllmproxy.api.errors import answer
+from vllmproxy.errors import Forbidden
+from vllmproxy.keys.gate import Gate
+
+
+class MetricsApi:
+    """The handler.
+
+    :param text: returns the content type and the body.
+    :param is_open: let everybody read them (``--open-metrics``), not only this machine and the master key.
+    """
+
+    def __init__(self, gate: Gate, text: Callable[[], tuple[bytes, bytes]], is_open: bool) -> None:
+        self._gate = gate
+        self._text = text
+        self._is_open = is_open
+
+    def register(self, app: Klein) -> None:
+        """Add the route to ``app``."""
+        app.route("/metrics", methods=["GET"])(self.metrics)
+
+    async def metrics(self, request: IRequest) -> bytes:
+        """Answer with the metrics, to those who may read them."""
+        if not (self._is_open or is_local(request) or (await caller_of(self._gate, request)).is_master):
+            raise Forbidden(
+                "The proxy's own metrics are for the master key and for this machine itself; "
+                "start with --open-metrics to show them to everybody. vLLM's are at /vllm/metrics."
+            )
+        content_type, body = self._text()
+        return answer(request, content_type, body)

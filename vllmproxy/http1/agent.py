@@ -1,0 +1,181 @@
+"""``IAgent`` for one upstream: a pool of kept-alive connections, and the one retry that is safe."""
+
+from collections.abc import Callable
+from typing import Any
+
+from hyperlink import EncodedURL
+from treq.cookies import IndexableCookieJar
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLookupError
+from twisted.internet.interfaces import IAddress, IReactorTime, IStreamClientEndpoint
+from twisted.internet.protocol import Factory
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseFailed
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
+from zope.interface import implementer
+
+from vllmproxy.http1.answer import OutgoingHeaders, Request
+from vllmproxy.http1.bodies import is_replayable
+from vllmproxy.http1.client import ClientConnection, NotExecuted
+from vllmproxy.http1.deadlines import Deadlines
+from vllmproxy.http1.message import Limits
+
+
+class ConnectFailed(Exception):
+    """No connection to the upstream could be made: nothing was sent."""
+
+
+class RawURL(EncodedURL):
+    """A URL that is a URI already. treq would parse it, encode its host by IDNA and write it out again on each
+    call, and might normalise what must stay as sent; this one only hands out its text."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def to_uri(self) -> "RawURL":
+        return self
+
+    def to_text(self, with_password: bool = False) -> str:
+        return self._text
+
+
+class NoCookies(IndexableCookieJar):
+    """A jar that neither takes nor gives: a shared treq client would replay one caller's cookies to the next."""
+
+    def extract_cookies(self, response: Any, request: Any) -> None:
+        """Keep nothing."""
+
+    def add_cookie_header(self, request: Any) -> None:
+        """Add nothing."""
+
+
+NO_COOKIES = NoCookies()
+
+
+class _ConnectionFactory(Factory):
+    noisy = False
+
+    def __init__(self, build: Callable[[], ClientConnection]) -> None:
+        self._build = build
+
+    def buildProtocol(self, addr: IAddress | None) -> ClientConnection:
+        return self._build()
+
+
+@implementer(IAgent)
+class UpstreamAgent:
+    """Requests to one upstream.
+
+    Connections are reused newest first and thrown away after ``idle`` seconds: uvicorn closes its side after 5 s
+    without a word, so half of that keeps clear of the edge. A request is sent a second time only when the first
+    connection was a reused one and provably took no byte of it (:class:`NotExecuted`), on a new connection.
+
+    :param origin: ``http://host:port``, what request URIs begin with; the rest is the origin-form target.
+    """
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        endpoint: IStreamClientEndpoint,
+        origin: bytes,
+        *,
+        idle: float = 2.5,
+        limits: Limits = Limits(),
+    ) -> None:
+        self._clock = clock
+        self._endpoint = endpoint
+        self._origin_length = len(origin)
+        self._origin = origin
+        self._limits = limits
+        self._idle: dict[ClientConnection, float] = {}
+        self._idle_seconds = idle
+        self._busy: set[ClientConnection] = set()
+        self._expiry: Deadlines[ClientConnection] = Deadlines(clock, idle, self._too_old)
+        self._factory = _ConnectionFactory(self._build)
+        self.retries = 0
+
+    def request(
+        self,
+        method: bytes,
+        uri: bytes,
+        headers: Headers | None = None,
+        bodyProducer: IBodyProducer | None = None,
+    ) -> "Deferred[IResponse]":
+        """Send a request. ``uri`` begins with the origin; ``headers`` are :class:`OutgoingHeaders`.
+
+        Fails with :class:`ConnectFailed`, :class:`~vllmproxy.http1.client.AnswerLost` or
+        :class:`~vllmproxy.http1.message.BadAnswer`. Cancelling resets the connection.
+        """
+        assert isinstance(headers, OutgoingHeaders)
+        assert uri.startswith(self._origin)
+        request = Request(
+            method,
+            uri[self._origin_length :],
+            headers.lines,
+            bodyProducer,
+            chunked=bodyProducer is not None and bodyProducer.length is UNKNOWN_LENGTH,
+            upgrade=headers.upgrade,
+            inform=headers.inform,
+        )
+        connection = self._take()
+        if connection is None:
+            return self._send_on_new(request)
+        sent: Deferred[Any] = connection.send(request)
+        return sent.addErrback(self._again, request)
+
+    def _take(self) -> ClientConnection | None:
+        youngest = self._clock.seconds() - self._idle_seconds
+        while self._idle:
+            connection, since = self._idle.popitem()
+            self._expiry.clear(connection)
+            if since > youngest:
+                self._busy.add(connection)
+                return connection
+            connection.abort()
+        return None
+
+    def _send_on_new(self, request: Request) -> "Deferred[IResponse]":
+        connecting: Deferred[Any] = self._endpoint.connect(self._factory)
+        return connecting.addCallbacks(self._connected, self._not_connected, callbackArgs=(request,))
+
+    def _connected(self, connection: ClientConnection, request: Request) -> "Deferred[IResponse]":
+        self._busy.add(connection)
+        return connection.send(request)
+
+    def _not_connected(self, reason: Failure) -> Failure:
+        if reason.check(CancelledError, ConnectingCancelledError):
+            return Failure(CancelledError())
+        if reason.check(ConnectError, DNSLookupError, ResponseFailed, OSError):
+            return Failure(ConnectFailed(reason.type.__name__ if reason.type else ""))
+        return reason
+
+    def _again(self, reason: Failure, request: Request) -> Any:
+        if reason.check(NotExecuted) and is_replayable(request.body):
+            self.retries += 1
+            return self._send_on_new(request)
+        return reason
+
+    def _build(self) -> ClientConnection:
+        return ClientConnection(self._released, self._gone, self._limits)
+
+    def _released(self, connection: ClientConnection) -> None:
+        self._busy.discard(connection)
+        self._idle[connection] = self._clock.seconds()
+        self._expiry.set(connection)
+
+    def _gone(self, connection: ClientConnection) -> None:
+        self._busy.discard(connection)
+        self._idle.pop(connection, None)
+        self._expiry.clear(connection)
+
+    def _too_old(self, connection: ClientConnection) -> None:
+        self._idle.pop(connection, None)
+        connection.abort()
+
+    def close(self) -> None:
+        """Reset every connection."""
+        self._expiry.close()
+        for connection in [*self._idle, *self._busy]:
+            connection.abort()
+        self._idle.clear()

@@ -1,0 +1,137 @@
+"""A request as it goes to an upstream and the answer that comes back, in the dress that treq needs."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from attrs import define
+from twisted.internet.interfaces import IProtocol
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseDone
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer, IResponse
+from zope.interface import implementer
+
+from vllmproxy.http1.message import ResponseHead
+
+if TYPE_CHECKING:
+    from vllmproxy.http1.client import ClientConnection
+
+
+class AnswerReceiver(Protocol):
+    """Takes an answer's body."""
+
+    def answer_received(self, data: bytes, last: bool) -> None:
+        """A piece of the body, chunked coding removed; with ``last`` the answer is whole."""
+
+    def answer_finished(self) -> None:
+        """The answer is whole; nothing came with its end."""
+
+    def answer_failed(self, reason: Failure) -> None:
+        """The answer broke off: what was received must not be taken for a whole one."""
+
+    def tunnel_half_closed(self) -> None:
+        """After a 101: the upstream will send no more."""
+
+
+class OutgoingHeaders(Headers):
+    """A request's header lines as they go on the wire, in the dress of ``Headers``.
+
+    treq copies headers and adds ``Accept-Encoding`` for a decoder that must not run here, so both do nothing;
+    it asks for a cookie header to decide about its own cookies, and is told there is one.
+
+    :ivar lines: header lines with their CRLF, Host and framing included.
+    :ivar upgrade: the request asks for a tunnel, so that a 101 is allowed.
+    :ivar inform: takes informational answers, ``(status, reason, header lines)``.
+    """
+
+    __slots__ = ["inform", "lines", "upgrade"]
+
+    def __init__(
+        self,
+        lines: bytes,
+        upgrade: bool = False,
+        inform: Callable[[ResponseHead], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.lines = lines
+        self.upgrade = upgrade
+        self.inform = inform
+
+    def copy(self) -> "OutgoingHeaders":
+        return self
+
+    def addRawHeader(self, name: str | bytes, value: str | bytes) -> None:
+        """Nothing is added to what the relay decided on."""
+
+    def hasHeader(self, name: str | bytes) -> bool:
+        return True
+
+
+@define(slots=True, eq=False)
+class Request:
+    """A request on its way.
+
+    :ivar target: origin-form.
+    :ivar lines: header lines with their CRLF.
+    :ivar chunked: frame the body's pieces as chunks.
+    """
+
+    method: bytes
+    target: bytes
+    lines: bytes
+    body: IBodyProducer | None = None
+    chunked: bool = False
+    upgrade: bool = False
+    inform: Callable[[ResponseHead], None] | None = None
+
+
+@implementer(IResponse)
+class Answer:
+    """An answer whose head is complete: ``IResponse`` for treq, and :meth:`pipe` for who streams it.
+
+    ``headers`` stays empty: treq's decoder is always on and would unpack what it finds described there. The real
+    head is ``head``.
+    """
+
+    request = None
+    previousResponse = None
+
+    def __init__(self, head: ResponseHead, connection: "ClientConnection") -> None:
+        self.head = head
+        self.connection = connection
+        self.version = (b"HTTP", 1, 1)
+        self.code = head.status
+        self.phrase = head.reason
+        self.headers = Headers()
+        self.length = UNKNOWN_LENGTH if head.content_length is None else head.content_length
+
+    def pipe(self, receiver: AnswerReceiver) -> None:
+        """Deliver the body, what has come already first. To be called as soon as the answer is there."""
+        self.connection.pipe(receiver)
+
+    def deliverBody(self, protocol: IProtocol) -> None:
+        self.connection.pipe(_ProtocolReceiver(protocol))
+
+    def setPreviousResponse(self, response: IResponse) -> None:
+        self.previousResponse = response
+
+
+class _ProtocolReceiver:
+    """The ``deliverBody`` contract on top of :class:`AnswerReceiver`."""
+
+    def __init__(self, protocol: IProtocol) -> None:
+        self._protocol = protocol
+
+    def answer_received(self, data: bytes, last: bool) -> None:
+        self._protocol.dataReceived(data)
+        if last:
+            self.answer_finished()
+
+    def answer_finished(self) -> None:
+        self._protocol.connectionLost(Failure(ResponseDone()))
+
+    def answer_failed(self, reason: Failure) -> None:
+        self._protocol.connectionLost(reason)
+
+    def tunnel_half_closed(self) -> None:
+        """Nobody tunnels through ``deliverBody``."""

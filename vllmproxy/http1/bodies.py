@@ -1,0 +1,94 @@
+"""A request's body on its way from a server stream to an upstream connection."""
+
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IConsumer, IPushProducer
+from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
+from zope.interface import implementer
+
+from vllmproxy.http1.stream import Stream
+
+#: What is kept of a body so that it can be sent once more. A longer one is sent only once.
+REPLAYABLE = 65_536
+
+
+@implementer(IBodyProducer, IPushProducer)
+class StreamedBody:
+    """Pipes a stream's body into a connection as it comes, and back pressure the other way.
+
+    :ivar length: bytes where the client said so, else ``UNKNOWN_LENGTH``.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self.length: Any = UNKNOWN_LENGTH if stream.head.content_length is None else stream.head.content_length
+        self._stream = stream
+        self._consumer: Any = None
+        self._done: Deferred[None] | None = None
+        self._kept: list[bytes] | None = []
+        self._kept_bytes = 0
+        self._begun = False
+        self._whole = False
+
+    def startProducing(self, consumer: IConsumer) -> "Deferred[None]":
+        """Send all of it: what an earlier connection was given first. The result fires when it is whole."""
+        self._consumer = consumer
+        done: Deferred[None] = Deferred()
+        self._done = done
+        consumer.registerProducer(self, True)
+        for data in self._kept or ():
+            self._consumer.write(data)
+        if self._whole:
+            self._finish()
+        elif self._begun:
+            self._stream.resume_body()
+        else:
+            self._begun = True
+            self._stream.read_body()
+        return done
+
+    @property
+    def replayable(self) -> bool:
+        """Whether all that was sent is still here to be sent again."""
+        return self._kept is not None
+
+    def body_received(self, data: bytes) -> None:
+        """A piece from the client."""
+        self._kept_bytes += len(data)
+        if self._kept is not None:
+            if self._kept_bytes > REPLAYABLE and self._consumer is not None:
+                self._kept = None
+            else:
+                self._kept.append(data)
+        if self._consumer is not None:
+            self._consumer.write(data)
+
+    def body_complete(self) -> None:
+        """The client's request is whole."""
+        self._whole = True
+        if self._consumer is not None:
+            self._finish()
+
+    def _finish(self) -> None:
+        done, self._done = self._done, None
+        self._consumer.unregisterProducer()
+        if done is not None:
+            done.callback(None)
+
+    def pauseProducing(self) -> None:
+        self._stream.pause_body()
+
+    def resumeProducing(self) -> None:
+        self._stream.resume_body()
+
+    def stopProducing(self) -> None:
+        """The connection wants no more; the client's bytes wait for another one, or for the end."""
+        self._consumer = None
+        self._done = None
+        if not self._whole and not self._stream.over:
+            self._stream.pause_body()
+
+
+def is_replayable(body: Any) -> bool:
+    """Whether a body producer can send its body from the beginning again."""
+    return body is None or bool(getattr(body, "replayable", False))

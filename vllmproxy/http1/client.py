@@ -1,0 +1,428 @@
+"""A connection to an upstream: one request at a time, its answer streamed with backpressure."""
+
+from collections.abc import Callable
+from typing import Any
+
+import httptools
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectionDone
+from twisted.internet.interfaces import IConsumer, IHalfCloseableProtocol, IPushProducer
+from twisted.internet.protocol import Protocol
+from twisted.protocols.tls import TLSMemoryBIOProtocol
+from twisted.python.failure import Failure
+from twisted.web.iweb import IResponse
+from zope.interface import implementer
+
+from vllmproxy.http1.answer import Answer, AnswerReceiver, Request
+from vllmproxy.http1.message import BadAnswer, Limits, ResponseHead
+from vllmproxy.http1.rules import check_response
+from vllmproxy.http1.sockets import bytes_acknowledged, is_plain, raw_socket, write_now
+
+
+class AnswerLost(Exception):
+    """The connection ended before the answer was whole: vLLM may or may not have done the work."""
+
+
+class NotExecuted(AnswerLost):
+    """A reused connection turned out closed and the peer's kernel took no byte of this request: vLLM cannot have
+    seen it, so it may be sent again on another connection."""
+
+
+@implementer(IHalfCloseableProtocol, IPushProducer, IConsumer)
+class ClientConnection(Protocol):
+    """Sends a request, parses its answer with the same suspicion as a request, and says when it is free again.
+
+    :param released: called with the connection when it can take another request.
+    :param gone: called with the connection when it is lost.
+    """
+
+    def __init__(
+        self,
+        released: Callable[["ClientConnection"], None],
+        gone: Callable[["ClientConnection"], None],
+        limits: Limits,
+    ) -> None:
+        self._released = released
+        self._gone = gone
+        self._limits = limits
+        self._plain = False
+        self._closed = False
+        self._secure = False
+        self._congested = False
+        self._requests = 0
+        self._request: Request | None = None
+        self._waiting: Deferred[IResponse] | None = None
+        self._receiver: AnswerReceiver | None = None
+        self._producer: Any = None
+        self._cork: list[bytes] | None = None
+        self._body_sent = True
+        self._acknowledged: int | None = None
+        self._taken: bool | None = None
+        self._parser: Any = None
+        self._tunnel = False
+        self._half_closed = False
+        self._begin_answer()
+
+    def _begin_answer(self) -> None:
+        self._head: ResponseHead | None = None
+        self._reason = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._head_bytes = 0
+        self._fed = 0
+        self._whole = False
+        self._extra = False
+        self._reusable = False
+        self._error: BadAnswer | None = None
+        self._pieces: list[bytes] = []
+
+    # sending
+
+    def connectionMade(self) -> None:
+        transport: Any = self.transport
+        self._plain = is_plain(transport)
+        self._secure = isinstance(transport, TLSMemoryBIOProtocol)
+        if hasattr(transport, "setTcpNoDelay"):
+            transport.setTcpNoDelay(True)
+            transport.setTcpKeepAlive(True)
+        transport.registerProducer(self, True)
+
+    def send(self, request: Request) -> "Deferred[IResponse]":
+        """Send ``request``; the result is an :class:`Answer` when its head is complete.
+
+        Fails with :class:`AnswerLost`, :class:`NotExecuted` or :class:`BadAnswer`. Cancelling resets the connection.
+        """
+        waiting: Deferred[IResponse] = Deferred(self._cancelled)
+        self._waiting = waiting
+        self._request = request
+        self._begin_answer()
+        self._requests += 1
+        self._taken = None
+        if self._requests > 1:
+            self._acknowledged = bytes_acknowledged(raw_socket(self.transport))
+        if self._parser is None:
+            self._parser = httptools.HttpResponseParser(self)
+        head = b"%s %s HTTP/1.1\r\n%s\r\n" % (request.method, request.target, request.lines)
+        if request.body is None:
+            self._write(head)
+            return waiting
+        self._cork = [head]
+        self._body_sent = False
+        sending = request.body.startProducing(self)
+        sending.addCallbacks(self._sent, self._not_sent)
+        cork, self._cork = self._cork, None
+        if cork:
+            self._write(b"".join(cork))
+        return waiting
+
+    def _sent(self, _: None) -> None:
+        self._body_sent = True
+        self._producer = None
+        assert self._request is not None
+        if self._request.chunked:
+            self._out(b"0\r\n\r\n")
+
+    def _not_sent(self, reason: Failure) -> None:
+        reason.trap(CancelledError)
+        self.abort()
+
+    def write(self, data: bytes) -> None:
+        """``IConsumer``: a piece of the request's body."""
+        if not data:
+            return
+        assert self._request is not None
+        if self._request.chunked:
+            data = b"%x\r\n%s\r\n" % (len(data), data)
+        self._out(data)
+
+    def _out(self, data: bytes) -> None:
+        if self._cork is not None:
+            self._cork.append(data)
+        else:
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        if self._closed:
+            return
+        if self._plain:
+            write_now(self.transport, data)
+        else:
+            self.transport.write(data)  # type: ignore[union-attr]
+
+    def write_raw(self, data: bytes) -> None:
+        """Send tunnel bytes, after a 101."""
+        self._write(data)
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """``IConsumer``: pause ``producer`` while the upstream does not read."""
+        self._producer = producer
+        if self._congested:
+            producer.pauseProducing()
+
+    def unregisterProducer(self) -> None:
+        self._producer = None
+
+    # the transport's producer: whoever feeds this connection
+
+    def stopProducing(self) -> None:
+        """The connection is being lost and its socket is still there: see whether the request was taken."""
+        self._look_at_acknowledged()
+
+    def _look_at_acknowledged(self) -> None:
+        if self._taken is None and self._requests > 1 and self._acknowledged is not None:
+            now = bytes_acknowledged(raw_socket(self.transport))
+            if now is not None:
+                self._taken = now > self._acknowledged
+
+    def pauseProducing(self) -> None:
+        self._congested = True
+        if self._producer is not None:
+            self._producer.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        self._congested = False
+        if self._producer is not None:
+            self._producer.resumeProducing()
+
+    # the answer's flow, for whoever receives it
+
+    def pipe(self, receiver: AnswerReceiver) -> None:
+        """See :meth:`Answer.pipe`."""
+        self._receiver = receiver
+        self._deliver()
+
+    def pause_answer(self) -> None:
+        """Read no more of the answer for now."""
+        if not self._closed:
+            self.transport.pauseProducing()  # type: ignore[union-attr]
+
+    def resume_answer(self) -> None:
+        """Read the answer again."""
+        if not self._closed:
+            self.transport.resumeProducing()  # type: ignore[union-attr]
+
+    def half_close(self) -> None:
+        """Send no more (a tunnel's end); where TLS forbids that, close."""
+        transport: Any = self.transport
+        if self._closed:
+            return
+        transport.unregisterProducer()
+        if self._secure or self._half_closed:
+            transport.loseConnection()
+        else:
+            transport.loseWriteConnection()
+
+    def close(self) -> None:
+        """Close when what was written has left."""
+        if not self._closed:
+            self.transport.unregisterProducer()  # type: ignore[union-attr]
+            self.transport.loseConnection()  # type: ignore[union-attr]
+
+    def abort(self) -> None:
+        """Reset the connection at once: vLLM stops generating, and nothing more is received."""
+        if self._closed:
+            return
+        self._closed = True
+        self._receiver = None
+        self._stop_body()
+        self.transport.abortConnection()  # type: ignore[union-attr]
+
+    def _stop_body(self) -> None:
+        if not self._body_sent:
+            self._body_sent = True
+            self._producer = None
+            assert self._request is not None
+            assert self._request.body is not None
+            self._request.body.stopProducing()
+
+    def _cancelled(self, _: "Deferred[IResponse]") -> None:
+        self._waiting = None
+        self.abort()
+
+    # the parser's side
+
+    def dataReceived(self, data: bytes) -> None:
+        if self._closed:
+            return
+        if self._tunnel:
+            self._pieces.append(data)
+        elif self._request is None:
+            self.abort()  # nobody asked (RFC 9112 §9.2); the next request must not take this for its answer
+            return
+        else:
+            try:
+                self._parse(data)
+            except BadAnswer as error:
+                self._fail(Failure(error))
+                return
+        if self._waiting is not None and self._head is not None:
+            waiting, self._waiting = self._waiting, None
+            waiting.callback(Answer(self._head, self))
+        self._deliver()
+
+    def _parse(self, data: bytes) -> None:
+        if self._whole:
+            self._extra = True
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._switch(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            if not self._whole:
+                raise self._error or BadAnswer("malformed HTTP") from None
+            self._extra = True  # bytes after a complete answer only discard the connection
+        if self._head is None:
+            self._fed += len(data)
+            if self._fed > self._limits.answer_head:
+                raise BadAnswer("a head that is too large")
+
+    def on_message_begin(self) -> None:
+        if self._whole:
+            self._extra = True
+
+    def on_status(self, reason: bytes) -> None:
+        if not self._whole:
+            self._reason += reason
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._head is not None:
+            return  # a trailer field
+        self._headers.append((name, value.rstrip(b" \t")))
+        self._head_bytes += len(name) + len(value) + 4
+        if len(self._headers) > self._limits.answer_lines or self._head_bytes > self._limits.answer_head:
+            self._reject("a head that is too large")
+
+    def _reject(self, message: str) -> None:
+        """Break out of the parser's callback; ``_parse`` raises what is kept here."""
+        self._error = BadAnswer(message)
+        raise self._error
+
+    def on_headers_complete(self) -> None:
+        if self._whole:
+            return
+        request = self._request
+        assert request is not None
+        head = ResponseHead(self._parser.get_status_code(), self._reason, self._headers)
+        try:
+            check_response(head, request.method)
+        except BadAnswer as error:
+            self._reject(str(error))
+        if head.status == 101:
+            if not request.upgrade:
+                self._reject("101 to a request that did not ask for it")
+        elif head.status < 200:
+            if request.inform is not None:
+                request.inform(head)
+            self._headers, self._reason, self._head_bytes, self._fed = [], b"", 0, 0
+            return
+        self._head = head
+        self._reusable = self._parser.get_http_version() == "1.1" and not _says_close(head)
+        if head.bodiless and head.status != 101:
+            self._whole = True
+
+    def on_body(self, data: bytes) -> None:
+        if self._whole:
+            self._extra = True
+        else:
+            self._pieces.append(data)
+
+    def on_message_complete(self) -> None:
+        if self._head is not None and self._head.status != 101:
+            self._whole = True
+
+    def _switch(self, rest: bytes) -> None:
+        """llhttp left HTTP: a tunnel after 101, or an answer with an Upgrade header that means nothing."""
+        assert self._request is not None
+        if self._head is not None and self._head.status == 101:
+            self._tunnel = True
+            if rest:
+                self._pieces.append(rest)
+        else:
+            raise BadAnswer("an Upgrade that nobody asked for")
+
+    # handing on
+
+    def _deliver(self) -> None:
+        receiver = self._receiver
+        if receiver is None:
+            if self._extra and self._head is None:
+                self._fail(Failure(BadAnswer("bytes before an answer")))
+            return
+        pieces = self._pieces
+        whole = self._whole
+        if pieces:
+            self._pieces = []
+            data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            if whole:
+                self._answered()
+            receiver.answer_received(data, whole)
+        elif whole:
+            self._answered()
+            receiver.answer_finished()
+
+    def _answered(self) -> None:
+        """The answer is whole: free the connection before its receiver looks for another."""
+        self._receiver = None
+        if not self._body_sent:
+            self.abort()  # the upstream answered early and does not want the rest
+        else:
+            self._finished()
+
+    def _finished(self) -> None:
+        head = self._head
+        assert head is not None
+        self._request = None
+        if self._extra or self._closed or not self._reusable:
+            self.abort()
+            return
+        if head.bodiless:
+            self._parser = None  # llhttp waits for a body that does not come (HEAD): take a fresh one
+        self._released(self)
+
+    def _fail(self, reason: Failure) -> None:
+        waiting, self._waiting = self._waiting, None
+        receiver = self._receiver
+        self.abort()
+        if waiting is not None:
+            waiting.errback(reason)
+        elif receiver is not None:
+            receiver.answer_failed(reason)
+
+    def readConnectionLost(self) -> None:
+        if self._tunnel and self._receiver is not None:
+            self._half_closed = True
+            self._receiver.tunnel_half_closed()
+            return
+        self._look_at_acknowledged()
+        self.transport.unregisterProducer()  # type: ignore[union-attr]
+        self._ended(clean=True)
+        self.transport.abortConnection()  # type: ignore[union-attr]
+
+    def writeConnectionLost(self) -> None:
+        """Our side is shut; nothing to do."""
+
+    def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
+        self._ended(clean=reason.check(ConnectionDone) is not None)
+        self._gone(self)
+
+    def _ended(self, clean: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._stop_body()
+        head, receiver = self._head, self._receiver
+        waiting, self._waiting = self._waiting, None
+        self._receiver = None
+        if waiting is not None:
+            error = NotExecuted if self._taken is False and not self._fed and head is None else AnswerLost
+            waiting.errback(Failure(error("the connection ended before the answer's head")))
+        elif receiver is not None and head is not None:
+            open_ended = not head.chunked and head.content_length is None
+            if clean and (open_ended or self._tunnel):
+                receiver.answer_finished()
+            else:
+                receiver.answer_failed(Failure(AnswerLost("the connection ended in the middle of the answer")))
+
+
+def _says_close(head: ResponseHead) -> bool:
+    return any(name.lower() == b"connection" and b"close" in value.lower() for name, value in head.headers)

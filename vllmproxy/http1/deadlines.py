@@ -1,0 +1,60 @@
+"""Many waits of one length at the cost of a dictionary entry each."""
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+
+T = TypeVar("T")
+
+
+class Deadlines(Generic[T]):
+    """Waits that all last ``seconds``: because they are equal, the oldest entry is always the next to expire,
+    so one delayed call serves them all and setting a deadline costs no ``callLater``.
+
+    An entry expires between ``seconds`` and ``seconds`` + ``slack`` (a quarter of it, at most 1 s) after
+    :meth:`set`. Zero ``seconds`` switch the wait off.
+    """
+
+    def __init__(self, clock: IReactorTime, seconds: float, expired: Callable[[T], None]) -> None:
+        self._clock = clock
+        self._seconds = seconds
+        self._expired = expired
+        self._due: dict[T, float] = {}
+        self._call: IDelayedCall | None = None
+        self._slack = min(seconds / 4, 1.0)
+
+    def set(self, item: T) -> None:
+        """Begin (or begin again) the wait of ``item``."""
+        if not self._seconds:
+            return
+        self._due.pop(item, None)
+        self._due[item] = self._clock.seconds() + self._seconds
+        if self._call is None:
+            self._call = self._clock.callLater(self._seconds + self._slack, self._tick)
+
+    def clear(self, item: T) -> None:
+        """End the wait of ``item``, if there is one."""
+        self._due.pop(item, None)
+
+    def close(self) -> None:
+        """Forget every wait; nothing expires any more."""
+        self._due.clear()
+        if self._call is not None:
+            self._call.cancel()
+            self._call = None
+
+    def _tick(self) -> None:
+        self._call = None
+        now = self._clock.seconds()
+        late = []
+        for item, due in self._due.items():
+            if due > now:
+                break
+            late.append(item)
+        for item in late:
+            if self._due.pop(item, None) is not None:
+                self._expired(item)
+        if self._due and self._call is None:
+            first = next(iter(self._due.values()))
+            self._call = self._clock.callLater(max(first - self._clock.seconds(), 0) + self._slack, self._tick)

@@ -1,0 +1,61 @@
+"""Notice that a peer hung up although nothing is being read from it.
+
+A transport paused for reading, with nothing to write, is in no epoll set of Twisted's: neither FIN nor RST is
+seen. A second epoll, itself a reader in the reactor, watches just those sockets for EPOLLRDHUP.
+"""
+
+import select
+from collections.abc import Callable
+from contextlib import suppress
+
+from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+_EVENTS = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLONESHOT
+
+
+@implementer(IReadDescriptor)
+class HangupWatcher:
+    """Calls back once for each watched socket whose peer closes or resets."""
+
+    def __init__(self, reactor: IReactorFDSet) -> None:
+        self._reactor = reactor
+        self._epoll = select.epoll()
+        self._watched: dict[int, Callable[[], None]] = {}
+        reactor.addReader(self)
+
+    def watch(self, fd: int, hung_up: Callable[[], None]) -> None:
+        """Call ``hung_up`` once when the peer of ``fd`` closes; at once where it already has."""
+        if fd not in self._watched:
+            self._epoll.register(fd, _EVENTS)
+        self._watched[fd] = hung_up
+
+    def forget(self, fd: int) -> None:
+        """Stop watching. Needed before ``fd`` is closed, as the number will be used again."""
+        if self._watched.pop(fd, None) is not None:
+            with suppress(OSError):  # the kernel drops it with the last close of the socket
+                self._epoll.unregister(fd)
+
+    def close(self) -> None:
+        """Stop watching everything."""
+        self._reactor.removeReader(self)
+        self._watched.clear()
+        self._epoll.close()
+
+    def fileno(self) -> int:
+        """The epoll's own descriptor, readable while one of the watched sockets has hung up."""
+        return self._epoll.fileno()
+
+    def doRead(self) -> None:
+        for fd, _ in self._epoll.poll(0):
+            hung_up = self._watched.get(fd)
+            self.forget(fd)
+            if hung_up is not None:
+                hung_up()
+
+    def connectionLost(self, reason: Failure) -> None:
+        """The reactor is shutting down."""
+
+    def logPrefix(self) -> str:
+        return "hangup"

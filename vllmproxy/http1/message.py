@@ -1,0 +1,105 @@
+"""Heads as values: what the parsers produce and the rules and the relay read."""
+
+from attrs import define, field, frozen
+
+
+class WireError(Exception):
+    """A request that RFC 9110/9112 or a size limit forbids. It is answered, and the connection closed.
+
+    :ivar status: the HTTP status of the answer.
+    :ivar message: one sentence for the caller.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+class BadAnswer(Exception):
+    """The upstream's answer is not HTTP that may be passed on (RFC 9112 §6.3, or a size limit)."""
+
+
+@frozen
+class Limits:
+    """What one message head may cost, in bytes and in lines.
+
+    :ivar head: bytes of the whole head, request line included.
+    :ivar lines: header lines.
+    :ivar target: bytes of the request target.
+    :ivar answer_head: bytes of an upstream's answer head; vLLM's ``metadata`` header alone takes tens of KiB.
+    :ivar answer_lines: header lines of an answer.
+    """
+
+    head: int = 65_536
+    lines: int = 128
+    target: int = 16_384
+    answer_head: int = 1_048_576
+    answer_lines: int = 512
+
+
+@define(slots=True)
+class RequestHead:
+    """A request's head, checked by :func:`vllmproxy.http1.rules.check_request`.
+
+    :ivar target: origin-form (RFC 9112 §3.2.1), byte for byte as sent (an absolute-form is reduced to it).
+    :ivar version: ``(1, 0)`` or ``(1, 1)``.
+    :ivar headers: the lines as sent, in order.
+    :ivar fields: lower-case name → values, in order.
+    :ivar content_length: bytes of the body, ``None`` where no Content-Length was sent.
+    :ivar chunked: the body is in the chunked coding.
+    :ivar websocket: the request asks to become a WebSocket tunnel (RFC 6455 §4.1).
+    """
+
+    method: bytes
+    target: bytes
+    version: tuple[int, int]
+    headers: list[tuple[bytes, bytes]]
+    fields: dict[bytes, list[bytes]] = field(factory=dict)
+    content_length: int | None = None
+    chunked: bool = False
+    keep_alive: bool = True
+    websocket: bool = False
+    expects_continue: bool = False
+
+    @property
+    def has_body(self) -> bool:
+        """Whether the framing announces a body, an empty chunked one included (RFC 9112 §6)."""
+        return self.chunked or bool(self.content_length)
+
+
+@define(slots=True)
+class ResponseHead:
+    """An answer's head.
+
+    :ivar content_length: ``None`` where none was sent.
+    :ivar chunked: the body is in the chunked coding; neither this nor a length: it ends with the connection.
+    :ivar bodiless: no body follows, whatever the head says (HEAD, 1xx, 204, 304: RFC 9112 §6.3).
+    """
+
+    status: int
+    reason: bytes
+    headers: list[tuple[bytes, bytes]]
+    content_length: int | None = None
+    chunked: bool = False
+    bodiless: bool = False
+
+    def get(self, name: bytes) -> bytes | None:
+        """Return the first value of the header ``name`` (lower case)."""
+        for key, value in self.headers:
+            if key.lower() == name:
+                return value
+        return None
+
+
+def fields_of(headers: list[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
+    """Return lower-case name → values, in order."""
+    fields: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        fields.setdefault(name.lower(), []).append(value)
+    return fields
+
+
+def header_lines(headers: list[tuple[bytes, bytes]]) -> bytes:
+    """Return the header lines as they stand on the wire, each with its CRLF."""
+    return b"".join([b"%s: %s\r\n" % line for line in headers])

@@ -1,0 +1,466 @@
+"""The strict server side of HTTP/1.1: a connection, its parser, and the requests it queues."""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import httptools
+from twisted.internet.interfaces import IAddress, IHalfCloseableProtocol, IPushProducer, IReactorTime
+from twisted.internet.protocol import Factory, Protocol
+from twisted.protocols.tls import TLSMemoryBIOProtocol
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from vllmproxy.http1.deadlines import Deadlines
+from vllmproxy.http1.hangup import HangupWatcher
+from vllmproxy.http1.message import Limits, RequestHead, WireError, fields_of
+from vllmproxy.http1.rules import check_request
+from vllmproxy.http1.sockets import is_plain, raw_socket, write_now
+from vllmproxy.http1.stream import Stream
+
+#: Bytes of a body kept while its handler does not want it yet (the key is being looked up, say).
+HOLD = 65_536
+#: How much of an unwanted body is read and thrown away so that the answer before it survives (RFC 9112 §9.6).
+LINGER_BYTES = 4 * 1024 * 1024
+
+_BAD_SYNTAX = "The request is not well-formed HTTP/1.1."
+
+
+class BrokenBody(Exception):
+    """The framing of a request's body broke off in the middle."""
+
+
+@implementer(IHalfCloseableProtocol, IPushProducer)
+class ServerChannel(Protocol):
+    """A connection from a client: requests one at a time, in order, however they were pipelined."""
+
+    factory: "ServerFactory"
+
+    def __init__(self, factory: "ServerFactory", peer: IAddress | None) -> None:
+        self.factory = factory
+        self.peer = peer
+        self.congested = False
+        self.is_secure = False
+        self._plain = False
+        self._fd = -1
+        self._reading = True
+        self._mode = "http"
+        self._active: Stream | None = None
+        self._queue: deque[Stream] = deque()
+        self._starting = False
+        self._lingered = 0
+        self._early: bytes | None = None
+        self._broken: WireError | None = None
+        self._half_closed = False
+        self._parser: Any = httptools.HttpRequestParser(self)
+        self._incoming: Stream | None = None
+        self._in_head = False
+        self._head_bytes = 0
+        self._head_fed = 0
+        self._target = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._ignoring_head = False
+        self._body_follows_upgrade = False
+
+    # the transport's side
+
+    def connectionMade(self) -> None:
+        transport: Any = self.transport
+        self._plain = is_plain(transport)
+        self.is_secure = isinstance(transport, TLSMemoryBIOProtocol)
+        sock = raw_socket(transport)
+        if sock is not None:
+            self._fd = sock.fileno()
+        if hasattr(transport, "setTcpNoDelay"):
+            transport.setTcpNoDelay(True)
+            transport.setTcpKeepAlive(True)
+        transport.registerProducer(self, True)
+        self.factory.channels.add(self)
+        self.factory.head_deadlines.set(self)
+
+    def dataReceived(self, data: bytes) -> None:
+        if self._mode == "http":
+            if self._early is not None:
+                self._early += data
+            elif self._broken is None:
+                self._parse(data)
+                self._settle()
+        elif self._mode == "tunnel":
+            self._tunnelled(data)
+        elif self._mode == "linger":
+            self._lingered += len(data)
+            if self._lingered > LINGER_BYTES:
+                self.abort()
+
+    def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
+        self._mode = "closed"
+        self.factory.forget(self)
+        self._unwatch()
+        self._queue.clear()
+        active, self._active = self._active, None
+        self._parser = None
+        if active is not None:
+            active.over = True
+            assert active.receiver is not None
+            active.receiver.client_gone(reason)
+
+    def readConnectionLost(self) -> None:
+        """The client sends no more. As at uvicorn, that is the end, except in a tunnel (RFC 9112 §9.6)."""
+        if self._mode == "tunnel" and self._active is not None:
+            assert self._active.receiver is not None
+            self._half_closed = True
+            self._active.receiver.tunnel_half_closed()
+        elif self._active is not None:
+            self.abort()
+        else:
+            self.lose()
+
+    def writeConnectionLost(self) -> None:
+        """Our side is shut; nothing to do."""
+
+    def pauseProducing(self) -> None:
+        self.congested = True
+        if self._active is not None and self._active.producer is not None:
+            self._active.producer.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        self.congested = False
+        if self._active is not None:
+            if self._active.producer is not None:
+                self._active.producer.resumeProducing()
+        else:
+            self._start_next()
+
+    def stopProducing(self) -> None:
+        """The connection is gone; ``connectionLost`` follows."""
+
+    # the parser's side
+
+    def _parse(self, data: bytes) -> None:
+        was_in_head, size = self._in_head, len(data)
+        while data:
+            try:
+                self._parser.feed_data(data)
+                data = b""
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._after_upgrade(data[upgrade.args[0] :])
+            except httptools.HttpParserError:
+                self._broken = self._broken or WireError(400, _BAD_SYNTAX)
+                return
+        if self._in_head and was_in_head:  # a line without end reaches no callback: count what is fed
+            self._head_fed += size
+            if self._head_fed > self.factory.limits.head:
+                self._broken = WireError(431, "The request's head is too large.")
+
+    def on_message_begin(self) -> None:
+        if self._ignoring_head:
+            return
+        self._in_head = True
+        self._head_bytes = self._head_fed = 0
+        self._target = b""
+        self._headers = []
+        if self._active is None and not self._queue:
+            self.factory.idle_deadlines.clear(self)
+            self.factory.head_deadlines.set(self)
+
+    def on_url(self, data: bytes) -> None:
+        if self._ignoring_head:
+            return
+        self._target += data
+        if len(self._target) > self.factory.limits.target:
+            self._refuse(414, "The request target is too long.")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            return  # a trailer field, or the head that _after_upgrade makes up: neither is used
+        self._headers.append((name, value.rstrip(b" \t")))
+        self._head_bytes += len(name) + len(value) + 4
+        limits = self.factory.limits
+        if len(self._headers) > limits.lines or self._head_bytes > limits.head:
+            self._refuse(431, "The request's head is too large.")
+
+    def on_headers_complete(self) -> None:
+        if self._ignoring_head:
+            self._ignoring_head = False
+            return
+        self._in_head = False
+        major, minor = self._parser.get_http_version().split(".")
+        head = RequestHead(
+            method=self._parser.get_method(),
+            target=self._target,
+            version=(int(major), int(minor)),
+            headers=self._headers,
+            fields=fields_of(self._headers),
+        )
+        try:
+            check_request(head)
+        except WireError as error:
+            self._refuse(error.status, error.message)
+        self._body_follows_upgrade = self._parser.should_upgrade() and not head.websocket
+        self._incoming = Stream(head, self)
+        self._queue.append(self._incoming)
+        self.factory.head_deadlines.clear(self)
+
+    def on_body(self, data: bytes) -> None:
+        stream = self._incoming
+        if stream is not None:
+            stream.held.append(data)
+            stream.held_bytes += len(data)
+
+    def on_message_complete(self) -> None:
+        if self._incoming is not None and not self._body_follows_upgrade:
+            self._incoming.complete = True
+            self._incoming = None
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Break out of the parser's callback; ``_parse`` sees the error that is kept here."""
+        self._broken = WireError(status, message)
+        raise self._broken
+
+    def _after_upgrade(self, rest: bytes) -> bytes:
+        """Go on after llhttp took the end of a head for the end of HTTP.
+
+        For a WebSocket the rest is the client's early bytes. Any other Upgrade is ignored, as RFC 9110 §7.8
+        allows: a new parser is told the same framing, so that the body is parsed as the body that it is.
+        """
+        self._parser = httptools.HttpRequestParser(self)
+        if not self._body_follows_upgrade:
+            self._early = rest
+            return b""
+        self._body_follows_upgrade = False
+        assert self._incoming is not None
+        head = self._incoming.head
+        framing = b"transfer-encoding: chunked" if head.chunked else b"content-length: %d" % (head.content_length or 0)
+        self._ignoring_head = True
+        self._parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n\r\n" % framing)
+        return rest
+
+    # one request after the other
+
+    def _settle(self) -> None:
+        """Act on what one read brought: hand on bodies, start requests, refuse what broke."""
+        if self._active is not None:
+            if self._broken is not None and not self._active.complete:
+                self._body_broke(self._active)
+                return
+            self._active.deliver()
+        self._start_next()
+        self.update_reading()
+
+    def _start_next(self) -> None:
+        if self._starting:
+            return
+        self._starting = True
+        while self._active is None and not self.congested and self._mode == "http":
+            stream = self._queue[0] if self._queue else None
+            if stream is None or (self._broken is not None and not stream.complete):
+                if self._broken is not None:
+                    self._answer_broken(self._broken, stream.head if stream else None)
+                break
+            self._active = self._queue.popleft()
+            self.factory.handle(self._active)
+        self._starting = False
+
+    def finished(self, stream: Stream) -> None:
+        """The active answer is written: go on, or close where the connection cannot be used again."""
+        if self._active is not stream:
+            return
+        self._active = None
+        if stream.closes or self._mode == "closed":
+            self._close_after(stream.complete)
+            return
+        if stream.head.websocket:  # the upstream did not switch: what follows is plain HTTP again
+            early, self._early = self._early, None
+            if early:
+                self._parse(early)
+        if self._in_head:
+            self.factory.head_deadlines.set(self)
+        elif not self._queue:
+            self.factory.idle_deadlines.set(self)
+        self._start_next()
+        self.update_reading()
+
+    def _body_broke(self, stream: Stream) -> None:
+        """The active request's body is malformed: the upstream must not take it for a whole one."""
+        error = self._broken
+        assert error is not None
+        assert stream.receiver is not None
+        self._active = None
+        stream.over = True
+        stream.receiver.client_gone(Failure(BrokenBody(error.message)))
+        if stream.status:
+            self.abort()
+        else:
+            self._answer_broken(error, stream.head)
+
+    def _answer_broken(self, error: WireError, head: RequestHead | None) -> None:
+        self.send(self.factory.render(error, head, self.peer))
+        self._close_after(False)
+
+    # the socket
+
+    def send(self, data: bytes) -> None:
+        """Write to the client, straight to its socket where that is possible."""
+        if self._plain:
+            if self.transport is not None and self._mode != "closed":
+                write_now(self.transport, data)
+        elif self.transport is not None:
+            self.transport.write(data)
+
+    def update_reading(self) -> None:
+        """Read from the socket exactly while somebody wants what comes."""
+        stream = self._active
+        if self._mode in ("closed", "linger"):
+            return
+        if self._early is not None:
+            wanted = False
+        elif stream is None:
+            wanted = not self._queue
+        elif stream.complete or self._mode == "tunnel":
+            wanted = not self._queue and not stream.paused
+        else:
+            wanted = not stream.paused and (stream.flowing or stream.held_bytes < HOLD)
+        if wanted != self._reading:
+            self._set_reading(wanted)
+
+    def _set_reading(self, wanted: bool) -> None:
+        self._reading = wanted
+        transport: Any = self.transport
+        if wanted:
+            self._unwatch()
+            transport.resumeProducing()
+        else:
+            transport.pauseProducing()
+            if self._fd >= 0 and not self._half_closed:
+                self.factory.hangups.watch(self._fd, self._hung_up)
+
+    def _hung_up(self) -> None:
+        """The client is gone behind bytes that nobody reads."""
+        if self._mode == "tunnel":
+            return  # its end is found when the bytes before it have been read
+        self.abort()
+
+    def _unwatch(self) -> None:
+        if self._fd >= 0:
+            self.factory.hangups.forget(self._fd)
+
+    def start_tunnel(self) -> None:
+        """Pass raw bytes from here on, the client's early ones first."""
+        self._mode = "tunnel"
+        early, self._early = self._early, None
+        if early:
+            self._tunnelled(early)
+        self.update_reading()
+
+    def _tunnelled(self, data: bytes) -> None:
+        if self._active is not None:
+            assert self._active.receiver is not None
+            self._active.bytes_in += len(data)
+            self._active.receiver.tunnel_received(data)
+
+    def half_close(self) -> None:
+        """Shut our sending side, or close where TLS forbids that (FIN without close_notify)."""
+        if self.is_secure or self._half_closed:
+            self.lose()
+        else:
+            self._release()
+            self.transport.loseWriteConnection()  # type: ignore[union-attr]
+
+    def lose(self) -> None:
+        """Close once what is queued has left."""
+        self._mode = "closed"
+        self._unwatch()
+        self.factory.idle_deadlines.set(self)
+        self._release()
+        if self.transport is not None:
+            self.transport.loseConnection()
+
+    def head_late(self) -> None:
+        """The head took too long: say so if any of it has come."""
+        if self._in_head and self._mode == "http":
+            self._answer_broken(WireError(408, "The request's head did not arrive in time."), None)
+        else:
+            self.lose()
+
+    def idle_late(self) -> None:
+        """Nothing was asked for in time, or what was written last has not left in time."""
+        if self._mode == "closed":
+            self.abort()
+        else:
+            self.lose()
+
+    def abort(self) -> None:
+        """Reset."""
+        self._unwatch()
+        if self.transport is not None:
+            self.transport.abortConnection()  # type: ignore[attr-defined]
+
+    def _release(self) -> None:
+        if self.transport is not None:
+            self.transport.unregisterProducer()  # type: ignore[attr-defined]
+
+    def _close_after(self, request_whole: bool) -> None:
+        """Close after the last answer; while the client still sends, read on for a little (RFC 9112 §9.6)."""
+        if request_whole and self._reading:
+            self.lose()
+            return
+        self._mode = "linger"
+        self._unwatch()
+        self.factory.linger_deadlines.set(self)
+        self._release()
+        if not self._reading:
+            self._reading = True
+            self.transport.resumeProducing()  # type: ignore[union-attr]
+        if not self.is_secure:
+            self.transport.loseWriteConnection()  # type: ignore[union-attr]
+
+
+class ServerFactory(Factory):
+    """Makes channels and holds what they share.
+
+    :param handler: takes each :class:`Stream` when its head is complete and it is its turn.
+    :param render: makes the whole answer for a request refused by the wire itself.
+    :ivar draining: answers say ``Connection: close`` from now on.
+    """
+
+    noisy = False
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        handler: Callable[[Stream], None],
+        render: Callable[[WireError, RequestHead | None, IAddress | None], bytes],
+        hangups: HangupWatcher,
+        *,
+        limits: Limits = Limits(),
+        head_timeout: float = 10.0,
+        idle_timeout: float = 75.0,
+        linger_timeout: float = 2.0,
+    ) -> None:
+        self.handle = handler
+        self.render = render
+        self.hangups = hangups
+        self.limits = limits
+        self.draining = False
+        self.channels: set[ServerChannel] = set()
+        self.head_deadlines: Deadlines[ServerChannel] = Deadlines(clock, head_timeout, ServerChannel.head_late)
+        self.idle_deadlines: Deadlines[ServerChannel] = Deadlines(clock, idle_timeout, ServerChannel.idle_late)
+        self.linger_deadlines: Deadlines[ServerChannel] = Deadlines(clock, linger_timeout, ServerChannel.abort)
+
+    def buildProtocol(self, addr: IAddress | None) -> ServerChannel:  # type: ignore[override]
+        return ServerChannel(self, addr)
+
+    def forget(self, channel: ServerChannel) -> None:
+        """A connection is gone."""
+        self.channels.discard(channel)
+        self.head_deadlines.clear(channel)
+        self.idle_deadlines.clear(channel)
+        self.linger_deadlines.clear(channel)
+
+    def close(self) -> None:
+        """Reset every connection and end every wait."""
+        for channel in list(self.channels):
+            channel.abort()
+        self.head_deadlines.close()
+        self.idle_deadlines.close()
+        self.linger_deadlines.close()

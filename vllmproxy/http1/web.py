@@ -1,0 +1,151 @@
+"""Drives ``twisted.web`` requests from a :class:`Stream`, so that Klein works on the strict channel.
+
+``twisted.web._http2.H2Stream`` does the same for HTTP/2 and shows which methods a ``Request`` needs. Requests
+and answers are buffered: this is for the proxy's own API, not for what passes through.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.python.failure import Failure
+from twisted.web.http_headers import Headers
+from twisted.web.server import Site
+
+from vllmproxy.http1.message import WireError
+from vllmproxy.http1.stream import Stream
+
+
+class WebExchange:
+    """One API request: collects its body, runs ``site``'s request on it, sends the answer with its length.
+
+    :param limit: bytes of the request's body; more is refused with 413.
+    :param refuse: answers a refused request.
+    :param extra_lines: header lines put on every answer.
+    :param done: called with the stream when the answer is written, or ``None`` status where the client left.
+    """
+
+    transport = None  # twisted.web's Request asks for it; there is none to hand out
+
+    def __init__(
+        self,
+        stream: Stream,
+        site: Site,
+        *,
+        limit: int,
+        refuse: Callable[[Stream, WireError], None],
+        extra_lines: bytes = b"",
+        done: Callable[[Stream, bool], None],
+    ) -> None:
+        self.site = site
+        self.factory = site
+        self._stream = stream
+        self._limit = limit
+        self._refuse = refuse
+        self._extra_lines = extra_lines
+        self._done = done
+        self._body: list[bytes] = []
+        self._size = 0
+        self._request: Any = None
+        self._answer: list[bytes] = []
+        self._status = (500, b"Internal Server Error")
+        self._lines: list[bytes] = []
+
+    def begin(self) -> None:
+        """Take the request's body."""
+        stream = self._stream
+        stream.receiver = self
+        if (stream.head.content_length or 0) > self._limit:
+            self._too_large()
+        else:
+            stream.read_body()
+
+    def _too_large(self) -> None:
+        self._refuse(self._stream, WireError(413, f"The body is larger than {self._limit} bytes."))
+
+    # the stream's side
+
+    def body_received(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size > self._limit:
+            self._too_large()
+        else:
+            self._body.append(data)
+
+    def body_complete(self) -> None:
+        head = self._stream.head
+        request = self.site.requestFactory(self, queued=False)
+        self._request = request
+        for name, value in head.headers:
+            request.requestHeaders.addRawHeader(name, value)
+        request.gotLength(self._size)
+        request.parseCookies()
+        for data in self._body:
+            request.handleContentChunk(data)
+        # HEAD is GET here, so that the answer's length is known; the stream leaves the body out. And as with HTTP/2
+        # it is the channel, not the request, that frames the answer.
+        method = b"GET" if head.method == b"HEAD" else head.method
+        request.requestReceived(method, head.target, b"HTTP/2")
+
+    def client_gone(self, reason: Failure) -> None:
+        request, self._request = self._request, None
+        if request is not None:
+            request.connectionLost(reason)
+        self._done(self._stream, False)
+
+    def tunnel_received(self, data: bytes) -> None:
+        """No tunnels here."""
+
+    def tunnel_half_closed(self) -> None:
+        """No tunnels here."""
+
+    # the request's side: what twisted.web.http.Request calls on its channel
+
+    def writeHeaders(self, version: bytes, code: int, reason: bytes, headers: Headers) -> None:
+        self._status = (code, reason)
+        self._lines = [
+            b"%s: %s\r\n" % (name, value)
+            for name, values in headers.getAllRawHeaders()
+            if name.lower() not in (b"content-length", b"transfer-encoding", b"connection")
+            for value in values
+        ]
+
+    def write(self, data: bytes) -> None:
+        self._answer.append(data)
+
+    def writeSequence(self, pieces: list[bytes]) -> None:
+        self._answer.extend(pieces)
+
+    def requestDone(self, request: Any) -> None:
+        if self._request is None:
+            return
+        self._request = None
+        stream = self._stream
+        lines = b"".join(self._lines) + self._extra_lines
+        stream.respond(self._status[0], self._status[1], lines, b"".join(self._answer))
+        self._done(stream, True)
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """The answer is buffered: a pull producer is run to its end, a push producer needs no pausing."""
+        while not streaming and self._request is not None and self._request.producer is not None:
+            producer.resumeProducing()
+
+    def unregisterProducer(self) -> None:
+        """Nothing is kept of producers."""
+
+    def loseConnection(self) -> None:
+        self._stream.abort()
+
+    def abortConnection(self) -> None:
+        self._stream.abort()
+
+    def _respondToBadRequestAndDisconnect(self) -> None:
+        self._refuse(self._stream, WireError(400, "The body is not what its Content-Type says."))
+
+    def getPeer(self) -> Any:
+        return self._stream.peer
+
+    def getHost(self) -> Any:
+        return self._stream.channel.transport.getHost()  # type: ignore[union-attr]
+
+    def isSecure(self) -> bool:
+        return self._stream.is_secure

@@ -1,0 +1,80 @@
+"""What is known of keys for a short while, in bounded memory."""
+
+from collections import OrderedDict
+from typing import Final
+
+from twisted.internet.interfaces import IReactorTime
+
+from vllmproxy.keys.key import VirtualKey
+
+#: How many keys that do not exist are remembered; a stream of made-up keys turns over these places only.
+MAX_UNKNOWN: Final = 10_000
+
+
+class KeyCache:
+    """Token (sha256 hex) → key, least recently used out first; and, apart from it, tokens known not to exist.
+
+    :param max_entries: how many keys are kept.
+    :param ttl: seconds a key is believed, which is how late another process's revocation may take effect.
+    :param negative_ttl: the same for keys that do not exist: how late another process's new key may begin.
+    """
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        max_entries: int = 100_000,
+        ttl: float = 1.0,
+        negative_ttl: float = 1.0,
+        max_unknown: int = MAX_UNKNOWN,
+    ) -> None:
+        self._clock = clock
+        self._max_entries = max_entries
+        self._ttl = ttl
+        self._negative_ttl = negative_ttl
+        self._max_unknown = max_unknown
+        self._keys: OrderedDict[str, tuple[VirtualKey, float]] = OrderedDict()
+        self._unknown: OrderedDict[str, float] = OrderedDict()
+
+    def get(self, token: str) -> VirtualKey | None:
+        """Return the key if it is held and fresh; ``None`` says nothing about whether it exists."""
+        entry = self._keys.get(token)
+        if entry is None:
+            return None
+        key, until = entry
+        if self._clock.seconds() >= until:
+            del self._keys[token]
+            return None
+        self._keys.move_to_end(token)
+        return key
+
+    def is_unknown(self, token: str) -> bool:
+        """Tell whether the store has lately said that there is no such key."""
+        until = self._unknown.get(token)
+        if until is None:
+            return False
+        if self._clock.seconds() >= until:
+            del self._unknown[token]
+            return False
+        return True
+
+    def put(self, token: str, key: VirtualKey | None) -> None:
+        """Remember the store's answer for ``token``; ``None``: there is no such key."""
+        self.forget(token)
+        now = self._clock.seconds()
+        if key is None:
+            self._unknown[token] = now + self._negative_ttl
+            if len(self._unknown) > self._max_unknown:
+                self._unknown.popitem(last=False)
+        else:
+            self._keys[token] = (key, now + self._ttl)
+            if len(self._keys) > self._max_entries:
+                self._keys.popitem(last=False)
+
+    def forget(self, token: str) -> None:
+        """Drop whatever is held for ``token``."""
+        self._keys.pop(token, None)
+        self._unknown.pop(token, None)
+
+    def __len__(self) -> int:
+        """Return how many entries of both kinds are held."""
+        return len(self._keys) + len(self._unknown)

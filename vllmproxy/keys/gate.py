@@ -1,0 +1,149 @@
+"""Who is calling, and may they call this route."""
+
+from datetime import UTC, datetime
+from typing import Final
+
+from attrs import frozen
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.python.failure import Failure
+
+from vllmproxy.errors import AuthError, ExpiredKey, Forbidden, StoreDown, UnknownKey
+from vllmproxy.keys.cache import KeyCache
+from vllmproxy.keys.credentials import Credential
+from vllmproxy.keys.key import VirtualKey, hash_key
+from vllmproxy.keys.masterkey import MasterKey
+from vllmproxy.keys.routes import Group
+from vllmproxy.store.interface import Store, StoreUnavailable
+
+#: RFC 9110 section 11.6.1: a 401 names the scheme it wants.
+_CHALLENGE: Final = ((b"www-authenticate", b"Bearer"),)
+
+#: How long to wait after a store failure: longer than its own reconnection takes at best, in seconds.
+RETRY_AFTER: Final = ((b"retry-after", b"1"),)
+
+_NO_KEY = (
+    "Authentication Error, No api key passed in. Send it as `Authorization: Bearer <key>`, "
+    "`x-litellm-api-key`, `api-key` or `x-api-key`."
+)
+_MALFORMED = "Authentication Error, Malformed API Key passed in. Ensure Key has `Bearer ` prefix."
+_UNKNOWN = "Authentication Error, Invalid proxy server token passed. There is no such key here, or no longer."
+_BLOCKED = "Authentication Error, Key is blocked. Whoever holds the master key can give you another one."
+_REFUSED = "Virtual key is not allowed to call this route. "
+_WHY: Final[dict[str, str]] = {
+    "admin": "It changes the server for everybody: only the master key may call it.",
+    "unknown": "Only the master key may call paths that this proxy does not know.",
+}
+_AUTH_IS_OFF = " Authentication is off: start with --master-key-file and use the master key."
+
+
+@frozen
+class Caller:
+    """Somebody who was let in.
+
+    :ivar key_id: the virtual key's sha256 hex, ``"master"``, or ``None`` while authentication is off.
+    """
+
+    key_id: str | None
+    key_alias: str | None = None
+    is_master: bool = False
+    key: VirtualKey | None = None
+
+
+#: Everybody, while authentication is off.
+ANONYMOUS: Final = Caller(None)
+MASTER: Final = Caller("master", is_master=True)
+
+
+def store_down() -> StoreDown:
+    """Return the refusal for a time when keys cannot be looked up."""
+    return StoreDown("Keys cannot be looked up just now. Try again in a moment.", headers=RETRY_AFTER)
+
+
+class Gate:
+    """Tells callers apart by their key.
+
+    :param master: ``None``: authentication is off, every credential is as good as none.
+    :param clock: ``seconds()`` is the time of day, seconds since the epoch.
+    """
+
+    def __init__(self, store: Store, cache: KeyCache, master: MasterKey | None, clock: IReactorTime) -> None:
+        self._store = store
+        self._cache = cache
+        self._master = master
+        self._clock = clock
+        self._pending: dict[str, list[Deferred[VirtualKey | None]]] = {}
+
+    def identify(self, credential: Credential) -> Caller | Deferred[Caller]:
+        """Return the caller at once where the cache knows the key, else when the store has answered.
+
+        Raises (or fails with) :class:`AuthError` and its kin, and :class:`StoreDown`. Cancelling the
+        Deferred leaves other callers who wait for the same key alone.
+        """
+        if self._master is None:
+            return ANONYMOUS
+        if credential.state != "present":
+            raise AuthError(_NO_KEY if credential.state == "none" else _MALFORMED, headers=_CHALLENGE)
+        token = hash_key(credential.secret)
+        if self._master.matches_token(token):
+            return MASTER
+        key = self._cache.get(token)
+        if key is not None or self._cache.is_unknown(token):
+            return self._admit(key)
+        return self._look_up(token)
+
+    def check_route(self, caller: Caller, group: Group) -> None:
+        """Return if ``caller`` may call routes of ``group``, else raise :class:`Forbidden`."""
+        if group in ("inference", "info") or caller.is_master:
+            return
+        raise Forbidden(_REFUSED + _WHY[group] + ("" if caller.key_id else _AUTH_IS_OFF))
+
+    def is_master_token(self, token: str) -> bool:
+        """Tell whether ``token`` is the master key's sha256 hex: no virtual key may be made of it."""
+        return self._master is not None and self._master.matches_token(token)
+
+    def invalidate(self, token: str) -> None:
+        """Forget what is known of a key that was just made, changed or deleted; this process asks again.
+
+        An answer that the store has under way may be older than the change: it is not remembered.
+        """
+        self._cache.forget(token)
+        self._pending.pop(token, None)
+
+    def _admit(self, key: VirtualKey | None) -> Caller:
+        if key is None:
+            raise UnknownKey(_UNKNOWN, headers=_CHALLENGE)
+        if key.blocked:
+            raise AuthError(_BLOCKED, headers=_CHALLENGE)
+        if key.expires is not None and self._clock.seconds() >= key.expires:
+            when = datetime.fromtimestamp(key.expires, UTC).isoformat(timespec="seconds")
+            raise ExpiredKey(f"Authentication Error - Expired Key. It expired at {when}.", headers=_CHALLENGE)
+        return Caller(key.token, key.key_alias, key=key)
+
+    def _look_up(self, token: str) -> Deferred[Caller]:
+        waiter: Deferred[VirtualKey | None] = Deferred()
+        answer = waiter.addCallbacks(self._admit, _store_failed)
+        if token in self._pending:
+            self._pending[token].append(waiter)
+            return answer
+        waiters = self._pending[token] = [waiter]
+        asked = Deferred.fromCoroutine(self._store.get_key(token))
+        asked.addBoth(self._settle, token, waiters)
+        return answer
+
+    def _settle(
+        self, result: VirtualKey | Failure | None, token: str, waiters: list[Deferred[VirtualKey | None]]
+    ) -> None:
+        if self._pending.get(token) is waiters:
+            del self._pending[token]
+            if not isinstance(result, Failure):
+                self._cache.put(token, result)
+        for waiter in waiters:
+            # One that was cancelled meanwhile drops this silently: Deferred's own rule.
+            waiter.callback(result)
+
+
+def _store_failed(failure: Failure) -> Failure:
+    if isinstance(failure.value, StoreUnavailable):
+        raise store_down()
+    return failure

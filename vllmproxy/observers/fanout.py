@@ -1,0 +1,49 @@
+"""One observer made of several."""
+
+import time
+from collections.abc import Callable, Iterable
+
+from twisted.logger import Logger
+
+from vllmproxy.observers.record import Observer, RequestRecord
+
+_log = Logger()
+
+_SECONDS_BETWEEN_COMPLAINTS = 1.0
+
+
+class FanOut:
+    """Offers everything to each observer; one that raises harms neither the request nor the others.
+
+    What it raised is logged with its traceback, for each observer once a second at most.
+
+    :param seconds: a monotonic clock.
+    """
+
+    def __init__(self, observers: Iterable[Observer], seconds: Callable[[], float] = time.monotonic) -> None:
+        self._observers = tuple(observers)
+        self._seconds = seconds
+        self._quiet_until: dict[int, float] = {}
+
+    def started(self) -> None:
+        """Tell all of them that a request began."""
+        for index, observer in enumerate(self._observers):
+            try:
+                observer.started()
+            except Exception:  # no await in it: nothing of a cancellation can pass here
+                self._complain(index)
+
+    def finished(self, record: RequestRecord) -> None:
+        """Offer ``record`` to all of them."""
+        for index, observer in enumerate(self._observers):
+            try:
+                observer.finished(record)
+            except Exception:  # as above
+                self._complain(index)
+
+    def _complain(self, index: int) -> None:
+        now = self._seconds()
+        if now >= self._quiet_until.get(index, now):
+            self._quiet_until[index] = now + _SECONDS_BETWEEN_COMPLAINTS
+            name = type(self._observers[index]).__name__
+            _log.failure("The observer {observer} failed; its record is lost", observer=name)

@@ -1,0 +1,177 @@
+"""Which header lines pass, which are added and which are taken: the table in ``docs/headers.rst``, as code. Pure."""
+
+import re
+import secrets
+from ipaddress import IPv4Network, IPv6Network, ip_address
+
+from attrs import frozen
+
+from vllmproxy import __version__
+from vllmproxy.http1.message import RequestHead, ResponseHead
+from vllmproxy.http1.rules import HOP_BY_HOP, connection_options
+from vllmproxy.keys.credentials import CREDENTIAL_HEADERS
+from vllmproxy.relay.targets import local_location
+from vllmproxy.upstreams.upstream import Upstream
+
+VIA = b"1.1 vllmproxy"
+SERVER = b"server: vllmproxy/%s\r\n" % __version__.encode()
+
+#: What vLLM obeys and only an operator may set (vLLM ``entrypoints/openai``: data-parallel routing and priority).
+_FORBIDDEN = frozenset([b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority"])
+
+#: What says where a request came from: believed only from a trusted proxy.
+_FORWARDED = frozenset(
+    [
+        b"forwarded",
+        b"via",
+        b"x-forwarded-for",
+        b"x-forwarded-host",
+        b"x-forwarded-port",
+        b"x-forwarded-proto",
+        b"x-forwarded-prefix",
+        b"x-forwarded-server",
+        b"x-real-ip",
+    ]
+)
+
+#: Made anew for the upstream, whatever the client sent.
+_REPLACED = frozenset([b"host", b"content-length", b"expect", b"x-request-id", *CREDENTIAL_HEADERS])
+
+_DROPPED = HOP_BY_HOP | _FORBIDDEN | _REPLACED
+_DROPPED_UNTRUSTED = _DROPPED | _FORWARDED
+_DROPPED_TRUSTED = _DROPPED | {b"x-forwarded-for", b"via"}
+
+_DROPPED_ANSWER = HOP_BY_HOP | {b"content-length", b"x-request-id"}
+
+_SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
+
+
+@frozen
+class Client:
+    """Who is at the other end.
+
+    :ivar address: text, behind a trusted proxy the one that it names; empty for a UNIX socket.
+    :ivar peer: text of the connection's own address.
+    :ivar trusted: the connection comes from a trusted proxy.
+    """
+
+    address: str
+    peer: str
+    trusted: bool
+
+
+class TrustedProxies:
+    """Whose ``X-Forwarded-For`` counts."""
+
+    def __init__(self, networks: tuple[IPv4Network | IPv6Network, ...]) -> None:
+        self._networks = networks
+
+    def client(self, peer: str, head: RequestHead) -> Client:
+        """Return who the client is: the right-most address in ``X-Forwarded-For`` that is not a trusted proxy."""
+        if not self._networks or not self._trusts(peer):
+            return Client(peer, peer, False)
+        chain = [part.strip() for value in head.fields.get(b"x-forwarded-for", ()) for part in value.split(b",")]
+        for part in reversed(chain):
+            address = part.decode("ascii", "replace")
+            if not self._trusts(address):
+                return Client(address if _is_address(address) else peer, peer, True)
+        return Client(peer, peer, True)
+
+    def _trusts(self, text: str) -> bool:
+        try:
+            address = ip_address(text)
+        except ValueError:
+            return False
+        mapped = getattr(address, "ipv4_mapped", None)
+        return any((mapped or address) in network for network in self._networks)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def request_id(head: RequestHead) -> bytes:
+    """Return the caller's request id if it is a sane token, else a fresh one."""
+    given = head.fields.get(b"x-request-id")
+    if given is not None and len(given) == 1 and _SANE_ID.match(given[0]):
+        return given[0]
+    return fresh_id()
+
+
+def fresh_id() -> bytes:
+    """Return a new request id: 32 hexadecimal digits."""
+    return secrets.token_hex(16).encode()
+
+
+def request_lines(
+    head: RequestHead, client: Client, secure: bool, id: bytes, *, host: bytes, authorization: bytes
+) -> bytes:
+    """Return the header lines for the upstream, with their CRLF.
+
+    :param secure: the client speaks TLS to us.
+    :param host: the upstream's authority.
+    :param authorization: the upstream's own key as a whole header line, or empty.
+    """
+    dropped = _DROPPED_TRUSTED if client.trusted else _DROPPED_UNTRUSTED
+    nominated = connection_options(head.fields)
+    lines = [b"host: %s\r\n" % host]
+    for name, value in head.headers:
+        lower = name.lower()
+        if lower not in dropped and lower not in nominated:
+            lines.append(b"%s: %s\r\n" % (name, value))
+    if head.chunked:
+        lines.append(b"transfer-encoding: chunked\r\n")
+    elif head.content_length is not None:
+        lines.append(b"content-length: %d\r\n" % head.content_length)
+    if head.websocket:
+        lines.append(b"connection: Upgrade\r\nupgrade: websocket\r\n")
+    lines.append(b"x-request-id: %s\r\n" % id)
+    lines.append(authorization)
+    lines.extend(_forwarded_lines(head, client, secure))
+    return b"".join(lines)
+
+
+def _forwarded_lines(head: RequestHead, client: Client, secure: bool) -> list[bytes]:
+    """Return Via and X-Forwarded-*: ours alone, or a trusted proxy's with ours behind it."""
+    peer = client.peer.encode() or b"unknown"
+    version = b"%d.%d" % head.version
+    via, chain = b"%s vllmproxy" % version, peer
+    lines = []
+    fields = head.fields if client.trusted else {}
+    if b"via" in fields:
+        via = b", ".join([*fields[b"via"], via])
+    if b"x-forwarded-for" in fields:
+        chain = b", ".join([*fields[b"x-forwarded-for"], chain])
+    if b"x-forwarded-proto" not in fields:
+        lines.append(b"x-forwarded-proto: %s\r\n" % (b"https" if secure else b"http"))
+    if b"x-forwarded-host" not in fields and b"host" in head.fields:
+        lines.append(b"x-forwarded-host: %s\r\n" % head.fields[b"host"][0])
+    lines.append(b"x-forwarded-for: %s\r\nvia: %s\r\n" % (chain, via))
+    return lines
+
+
+def answer_lines(head: ResponseHead, id: bytes, upstream: Upstream) -> bytes:
+    """Return the header lines for the client: vLLM's, less the hop's own, with the request id and Via added."""
+    nominated = _nominated(head)
+    lines = []
+    for name, value in head.headers:
+        lower = name.lower()
+        if lower == b"location":
+            lines.append(b"%s: %s\r\n" % (name, local_location(value, upstream.authority, upstream.base_path)))
+        elif lower not in _DROPPED_ANSWER and lower not in nominated:
+            lines.append(b"%s: %s\r\n" % (name, value))
+    if head.status == 101:
+        lines.append(b"connection: Upgrade\r\nupgrade: websocket\r\n")
+    lines.append(b"x-request-id: %s\r\nvia: %s\r\n" % (id, VIA))
+    return b"".join(lines)
+
+
+def _nominated(head: ResponseHead) -> frozenset[bytes]:
+    value = head.get(b"connection")
+    if value is None:
+        return frozenset()
+    return connection_options({b"connection": [v for n, v in head.headers if n.lower() == b"connection"]})

@@ -1,0 +1,210 @@
+"""Puts the rooms together into the service that twistd runs. Decides nothing else."""
+
+import atexit
+import os
+import sys
+from typing import Any
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.interfaces import IAddress, IListeningPort
+from twisted.logger import Logger
+
+from vllmproxy import __version__
+from vllmproxy.api.app import Api
+from vllmproxy.api.branch import ApiBranch
+from vllmproxy.exposure import judge
+from vllmproxy.http1.hangup import HangupWatcher
+from vllmproxy.http1.message import Limits, RequestHead, WireError
+from vllmproxy.http1.server import ServerFactory
+from vllmproxy.http1.stream import Stream
+from vllmproxy.keys.cache import KeyCache
+from vllmproxy.keys.gate import Gate
+from vllmproxy.keys.masterkey import MasterKey
+from vllmproxy.keys.routes import KNOWN_ROUTES
+from vllmproxy.listening import CannotListen, accept, listen
+from vllmproxy.observers.fanout import FanOut
+from vllmproxy.observers.jsonlines import open_access_log
+from vllmproxy.observers.metrics import MetricsObserver
+from vllmproxy.observers.record import RequestRecord
+from vllmproxy.relay.headers import TrustedProxies, fresh_id
+from vllmproxy.relay.refuse import wire_refusal
+from vllmproxy.relay.relay import Relay
+from vllmproxy.relay.targets import is_under_prefix
+from vllmproxy.settings import Settings
+from vllmproxy.simulated import base_url, key_file, start_simulator, what_to_try
+from vllmproxy.store.interface import CannotOpenStore
+from vllmproxy.store.opening import make_store
+from vllmproxy.upstreams.server import make_server
+
+_log = Logger()
+
+
+class CannotStart(Exception):
+    """The proxy cannot do its work; the text says why and what to do."""
+
+
+class Proxy:
+    """Everything that is running, wired."""
+
+    def __init__(self, settings: Settings, reactor: Any) -> None:
+        assert settings.upstream is not None
+        limits = Limits(settings.max_head, settings.max_headers, settings.max_target)
+        self._reactor = reactor
+        self.store = make_store(settings.store, reactor=reactor, state_directory=settings.state_directory)
+        self.access_log = open_access_log(settings.access_log, reactor)
+        metrics = MetricsObserver(known_routes=KNOWN_ROUTES)
+        self.observer = FanOut([self.access_log, metrics])
+        master = MasterKey(settings.master_key.reveal()) if settings.master_key else None
+        gate = Gate(self.store, KeyCache(reactor, ttl=settings.key_cache_ttl), master, reactor)
+        trusted = TrustedProxies(settings.trusted_proxy)
+        server = make_server(
+            reactor,
+            settings.upstream,
+            key=settings.upstream_key.reveal() if settings.upstream_key else None,
+            connect_timeout=settings.connect_timeout,
+            limits=limits,
+        )
+        self.relay = Relay(reactor, gate, server, self.observer, trusted, settings.first_byte_timeout)
+        api = Api(
+            gate,
+            self.store,
+            reactor,
+            metrics_text=metrics.text,
+            open_metrics=settings.open_metrics,
+            version=__version__,
+        )
+        self.api = ApiBranch(reactor, api.site(), self.observer, trusted, settings.max_api_body)
+        self.hangups = HangupWatcher(reactor)
+        self.factory = ServerFactory(
+            reactor,
+            self.handle,
+            self.refuse_wire,
+            self.hangups,
+            limits=limits,
+            head_timeout=settings.head_timeout,
+            idle_timeout=settings.idle_timeout,
+        )
+
+    def handle(self, stream: Stream) -> None:
+        """Send a request down its branch of the tree."""
+        if is_under_prefix(stream.head.target):
+            self.relay.handle(stream)
+        else:
+            self.api.handle(stream)
+
+    def refuse_wire(self, error: WireError, head: RequestHead | None, peer: IAddress | None) -> bytes:
+        """Report and render the refusal of a request that is no HTTP."""
+        id = fresh_id()
+        self.observer.started()
+        self.observer.finished(
+            RequestRecord(
+                time=self._reactor.seconds(),
+                request_id=id.decode("ascii"),
+                method=head.method.decode("ascii") if head else "",
+                route="",
+                client=getattr(peer, "host", ""),
+                status=error.status,
+                ended="refused",
+                error="malformed_request",
+            )
+        )
+        return wire_refusal(error, id)
+
+    async def close(self) -> None:
+        """Reset what is connected and let go of everything."""
+        self.factory.close()
+        self.relay.close()
+        self.hangups.close()
+        self.access_log.close()
+        await self.store.close()
+
+
+class ProxyService(Service):
+    """The proxy under twistd: it listens, opens its store, then accepts; or the process ends with status 1."""
+
+    def __init__(self, settings: Settings, reactor: Any) -> None:
+        self._settings = settings
+        self._reactor = reactor
+        self._ports: list[IListeningPort] = []
+        self._proxy: Proxy | None = None
+        self._opening: Deferred[None] | None = None
+
+    def privilegedStartService(self) -> None:
+        """Bind, while the process may still bind low ports. A process that cannot do its work does not start."""
+        try:
+            self._bind()
+        except (CannotStart, CannotListen, OSError, ValueError) as error:
+            raise SystemExit(f"vllmproxy: {error}") from None
+
+    def _bind(self) -> None:
+        settings = self._settings
+        if settings.simulate:
+            port, settings = start_simulator(self._reactor, settings)
+            self._ports.append(port)
+        proxy = Proxy(settings, self._reactor)
+        ports = listen(self._reactor, settings.listen, proxy.factory)
+        verdict = judge([port.getHost() for port in ports], master_key=settings.master_key, open=settings.open)
+        if verdict.refusal is not None:
+            raise CannotStart(verdict.refusal)
+        for warning in verdict.warnings:
+            _log.warn("{warning}", warning=warning)
+        self._settings, self._proxy = settings, proxy
+        self._ports = [*self._ports, *ports]
+        self._listeners = ports
+
+    def startService(self) -> None:
+        """Begin to accept once the store is open."""
+        super().startService()
+        if self._proxy is None:
+            self.privilegedStartService()
+        self._reactor.callWhenRunning(self._open)
+
+    def _open(self) -> None:
+        assert self._proxy is not None
+        self._opening = Deferred.fromCoroutine(self._proxy.store.open())
+        self._opening.addCallbacks(self._opened, self._not_opened)
+
+    def _opened(self, _: None) -> None:
+        accept(self._listeners)
+        assert self._settings.upstream is not None
+        addresses = [port.getHost() for port in self._listeners]
+        for address in addresses:
+            _log.info("Listening on {address}, for {upstream}", address=address, upstream=self._settings.upstream.name)
+        if self._settings.simulate:
+            text = what_to_try(base_url(addresses[0]), f"$(cat {key_file(self._settings)})")
+            os.write(1, text.encode())  # not print: twistd would make log lines of it
+
+    def _not_opened(self, reason: Any) -> None:
+        if not self.running:
+            return
+        if reason.check(CannotOpenStore) is None:
+            _log.failure("Opening the store failed", reason)
+        _log.critical("{error}", error=reason.getErrorMessage())
+        atexit.register(_exit_with, f"vllmproxy: {reason.getErrorMessage()}")
+        self._reactor.stop()
+
+    async def _stop(self) -> None:
+        for port in self._ports:
+            await maybeDeferred(port.stopListening)
+        if self._proxy is not None:
+            await self._proxy.close()
+
+    def stopService(self) -> Deferred[None]:
+        """Stop listening and let go of everything."""
+        super().stopService()
+        if self._opening is not None:
+            self._opening.cancel()
+        return Deferred.fromCoroutine(self._stop())
+
+
+def _exit_with(message: str) -> None:
+    """End with status 1: a reactor that was stopped returns as if all were well, and twistd exits with 0."""
+    sys.stdout.flush()
+    os.write(2, message.encode() + b"\n")
+    os._exit(1)
+
+
+def build_service(settings: Settings, reactor: Any) -> ProxyService:
+    """Return the service for ``settings``."""
+    return ProxyService(settings, reactor)

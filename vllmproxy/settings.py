@@ -1,0 +1,253 @@
+"""The proxy's settings as one frozen value, made out of options, environment and a TOML file.
+
+What is said on the command line counts before the environment, the environment before the file, the file
+before the default; an empty variable counts as unset. The names are those of :mod:`vllmproxy.settings_table`.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from enum import IntEnum
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen
+
+from vllmproxy.settings_table import DIRECTORY, FLAG, SECRET, TABLE, Row
+from vllmproxy.upstreams.upstream import Upstream
+
+ReadFile = Callable[[Path], str]
+
+
+class SettingsError(Exception):
+    """A setting is wrong or missing; its text is one sentence that says which, why, and what to do."""
+
+
+@frozen(repr=False)
+class Secret:
+    """A credential that shows itself only when asked to."""
+
+    _value: str
+
+    def reveal(self) -> str:
+        """Return the credential: visible ASCII, at least one character."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(...)"
+
+
+@frozen(kw_only=True)
+class Settings:
+    """What the proxy runs with. Timeouts are in seconds, ``max_*`` in bytes unless they say otherwise.
+
+    :ivar upstream: ``None`` exactly when ``simulate`` is set.
+    :ivar listen: at least one Twisted endpoint description.
+    :ivar store: ``memory:``, ``sqlite:PATH`` or a Redis URL; not in the ``repr``, for it may hold a password.
+    :ivar access_log: a file's name, ``-`` for standard output.
+    :ivar head_timeout: for a whole request head, from its first byte; ``idle_timeout``: between requests.
+    :ivar first_byte_timeout: from the request's last byte to the first of vLLM's answer.
+    :ivar max_headers: the number of header lines.
+    """
+
+    upstream: Upstream | None
+    upstream_key: Secret | None
+    listen: tuple[str, ...]
+    store: str = field(repr=False)
+    state_directory: Path
+    master_key: Secret | None
+    access_log: str
+    open: bool
+    simulate: bool
+    trusted_proxy: tuple[IPv4Network | IPv6Network, ...]
+    open_metrics: bool
+    connect_timeout: float
+    head_timeout: float
+    idle_timeout: float
+    first_byte_timeout: float
+    write_timeout: float
+    max_head: int
+    max_headers: int
+    max_target: int
+    max_api_body: int
+    key_cache_ttl: float
+
+
+class _Level(IntEnum):
+    OPTION, ENVIRONMENT, FILE, DEFAULT = range(4)
+
+
+@frozen
+class _Found:
+    """What was said of a setting: its texts, where (as the user knows the place), and how directly."""
+
+    texts: tuple[str, ...]
+    place: str
+    level: _Level
+
+
+def read_text(path: Path) -> str:
+    """Return the UTF-8 text of a file."""
+    return path.read_text(encoding="utf-8")
+
+
+def load(options: Mapping[str, object], environ: Mapping[str, str], read_file: ReadFile = read_text) -> Settings:
+    """Make the settings out of all that was said.
+
+    :param options: what the command line gave: ``True`` for a flag, a list of texts for a repeatable option,
+        a text for any other; ``config`` is the file to read. Options not given are absent.
+    :param read_file: reads the config file and the secrets' files; may raise ``OSError`` or ``ValueError``.
+    :raises SettingsError: at the first mistake.
+    """
+    config = options.get("config")
+    in_file = {} if config is None else _config(Path(str(config)), read_file)
+    found = {row.name: _find(row, options, environ, in_file, str(config)) for row in TABLE.values()}
+    _choose_upstream(found)
+    values: dict[str, Any] = {}
+    for row in TABLE.values():
+        said = found[row.name]
+        if row.kind is SECRET:
+            values[row.field] = _secret(row, said, environ, read_file)
+        elif row.name not in {"state-directory", "store"} or said is not None:
+            values[row.field] = _value(row, said)
+    if "state_directory" not in values:
+        values["state_directory"] = _default_state_directory(environ)
+    values.setdefault("store", f"sqlite:{values['state_directory']}/vllmproxy.sqlite")
+    return Settings(**values)
+
+
+def _config(path: Path, read_file: ReadFile) -> dict[str, Any]:
+    text = _read(path, "--config", read_file)
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"--config: {str(path)!r} is not TOML: {error}; mend that place") from None
+    for key in table:
+        if key not in TABLE:
+            near = difflib.get_close_matches(key.lower().replace("_", "-"), TABLE, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "use the options' names, without dashes in front"
+            raise SettingsError(f"--config: {str(path)!r} sets {key!r}, which does not exist; {hint}")
+    return table
+
+
+def _find(
+    row: Row,
+    options: Mapping[str, object],
+    environ: Mapping[str, str],
+    in_file: Mapping[str, Any],
+    file_name: str,
+) -> _Found | None:
+    given = options.get(row.name)
+    if given is not None:
+        return _Found(_texts(given), f"--{row.name}", _Level.OPTION)
+    for variable in row.environment:
+        text = environ.get(variable, "")
+        if text.strip():
+            texts = tuple(text.split()) if row.repeatable else (_first(row, text),)
+            return _Found(texts, f"environment variable {variable}", _Level.ENVIRONMENT)
+    if row.name in in_file:
+        place = f"{row.name} in {file_name!r}"
+        texts = _from_toml(row, in_file[row.name], place)
+        if texts:
+            return _Found(texts, place, _Level.FILE)
+    return None if row.default is None else _Found((row.default,), "default", _Level.DEFAULT)
+
+
+def _first(row: Row, text: str) -> str:
+    """Take the first of several directories: systemd joins them by colons (systemd.exec(5))."""
+    return text.partition(":")[0] if row.kind is DIRECTORY else text
+
+
+def _from_toml(row: Row, value: object, place: str) -> tuple[str, ...]:
+    items = value if row.repeatable and isinstance(value, list) else [value]
+    if any(type(item) not in row.kind.toml for item in items):  # exact: a bool is an int to isinstance
+        raise SettingsError(f"{place}: this has to be {row.kind.called}; change it there")
+    return _texts(items)
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    items = value if isinstance(value, list | tuple) else [value]
+    return tuple(str(item).lower() if isinstance(item, bool) else str(item) for item in items)
+
+
+def _value(row: Row, found: _Found | None) -> Any:
+    if found is None:
+        return () if row.repeatable else False if row.kind is FLAG else None
+    try:
+        values = tuple(row.kind.convert(text) for text in found.texts)
+    except ValueError as error:
+        raise SettingsError(f"{found.place}: {error}") from None
+    return values if row.repeatable else values[0]
+
+
+def _choose_upstream(found: dict[str, _Found | None]) -> None:
+    """Leave either an upstream or the simulator: the one that was said more directly."""
+    upstream, simulate = found["upstream"], found["simulate"]
+    if simulate is not None and simulate.texts == ("false",):
+        simulate = None
+    if upstream is None and simulate is None:
+        *first, last = TABLE["upstream"].environment
+        raise SettingsError(
+            f"no vLLM server is named: give --upstream URL (or set {', '.join(first)} or {last}), "
+            "or try it out with --simulate"
+        )
+    if upstream is not None and simulate is not None:
+        if upstream.level == simulate.level:
+            raise SettingsError(f"{simulate.place}: it stands for an upstream; leave it or {upstream.place} out")
+        found["upstream" if simulate.level < upstream.level else "simulate"] = None
+
+
+def _secret(row: Row, found: _Found | None, environ: Mapping[str, str], read_file: ReadFile) -> Secret | None:
+    if found is None:
+        return _credential(row, environ, read_file)
+    if found.level is _Level.ENVIRONMENT:
+        return _checked(found.texts[0], found.place)
+    path = Path(_value(row, found))
+    return _checked(_read(path, found.place, read_file), f"{found.place}: {str(path)!r}")
+
+
+def _credential(row: Row, environ: Mapping[str, str], read_file: ReadFile) -> Secret | None:
+    """Read what systemd's ``LoadCredential=`` left, if it left anything (systemd.exec(5), CREDENTIALS)."""
+    directory = environ.get("CREDENTIALS_DIRECTORY", "")
+    if row.credential is None or not directory:
+        return None
+    path, place = Path(directory, row.credential), f"systemd credential {row.credential}"
+    try:
+        text = read_file(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, place, error) from None
+    return _checked(text, place)
+
+
+def _checked(text: str, place: str) -> Secret:
+    secret = text.rstrip("\r\n")
+    if not secret:
+        raise SettingsError(f"{place}: the key is empty; put one there or leave the setting out")
+    if not re.fullmatch(r"[\x21-\x7e]+", secret):
+        raise SettingsError(f"{place}: the key has to be one line of visible ASCII without spaces; write a new one")
+    return Secret(secret)
+
+
+def _read(path: Path, place: str, read_file: ReadFile) -> str:
+    try:
+        return read_file(path)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, place, error) from None
+
+
+def _unreadable(path: Path, place: str, error: OSError | ValueError) -> SettingsError:
+    why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+    return SettingsError(f"{place}: cannot read {str(path)!r} ({why}); check its name and who may read it")
+
+
+def _default_state_directory(environ: Mapping[str, str]) -> Path:
+    state_home, home = environ.get("XDG_STATE_HOME", ""), environ.get("HOME", "")
+    if state_home.startswith("/"):  # the XDG base directory specification has relative ones ignored
+        return Path(state_home, "vllmproxy")
+    if not home:
+        raise SettingsError("no place for the state is known: give --state-directory, or set STATE_DIRECTORY or HOME")
+    return Path(home, ".local/state/vllmproxy")

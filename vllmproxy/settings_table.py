@@ -1,0 +1,204 @@
+"""The one table of settings: each with its names, its kind, its default and what ``--help`` says of it."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+from twisted.internet.endpoints import serverFromString
+
+from vllmproxy.store.address import REDIS_SCHEMES, parse_redis_url
+from vllmproxy.upstreams.upstream import Upstream
+
+_ENDPOINT_TYPES = ("tcp", "tcp6", "unix", "ssl", "tls", "systemd")
+
+
+def _filled(text: str) -> str:
+    if not text:
+        raise ValueError("the name is empty; give one or leave the setting out")
+    return text
+
+
+def _endpoint(text: str) -> str:
+    kind = text.partition(":")[0]
+    if kind not in _ENDPOINT_TYPES or ":" not in text:
+        raise ValueError(f"{text!r} is no endpoint; begin with one of {', '.join(_ENDPOINT_TYPES)} and a colon")
+    if kind in {"tcp", "tcp6", "unix"}:  # building the others reads certificates or takes over descriptors
+        try:
+            serverFromString(None, text)
+        except (ValueError, TypeError, RuntimeError):  # RuntimeError: a backslash at the end
+            raise ValueError(
+                f"{text!r} is no endpoint Twisted understands; write it like tcp:4000:interface=127.0.0.1 "
+                "or unix:/run/vllmproxy.sock, with a backslash before each colon of an IPv6 address"
+            ) from None
+    port = re.search(r"(?:^(?:tcp6?|ssl):|:port=)(-?\d+)(?=:|$)", text)
+    if port and not 0 <= int(port[1]) <= 65535:
+        raise ValueError(f"{text!r} names port {port[1]}; choose one from 0 (any that is free) to 65535")
+    return text
+
+
+def _store(text: str) -> str:
+    scheme, _, rest = text.partition(":")
+    if scheme in REDIS_SCHEMES:
+        parse_redis_url(text)
+    elif text != "memory:" and (scheme != "sqlite" or not rest):  # not repeated: it may hold a password
+        raise ValueError("no such store; it is memory:, sqlite:PATH, redis://HOST, rediss://HOST or unix:///SOCKET")
+    return text
+
+
+def _network(text: str) -> IPv4Network | IPv6Network:
+    try:
+        return ip_network(text)
+    except ValueError as error:
+        raise ValueError(f"{error}; write a network like 10.0.0.0/8 or 2001:db8::/32") from None
+
+
+def _seconds(text: str) -> float:
+    seconds = _seconds_or_zero(text)
+    if seconds == 0:
+        raise ValueError("0 seconds is too short for anything; give a number above 0")
+    return seconds
+
+
+def _seconds_or_zero(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number of seconds; write it like 10 or 0.5") from None
+    if not math.isfinite(seconds) or seconds < 0:
+        raise ValueError(f"{text} is no length of time; give seconds as a number above 0")
+    return seconds
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) == 0:
+        raise ValueError(f"{text!r} is not a whole number from 1 up; write it like 1024")
+    return int(text)
+
+
+@frozen
+class Kind:
+    """What a setting holds: the TOML types it may have, how to call them, and the converter from text."""
+
+    toml: tuple[type, ...]
+    called: str
+    convert: Callable[[str], Any]
+
+
+FLAG = Kind((bool,), "true or false", lambda text: text == "true")
+TEXT = Kind((str,), "a string", _filled)
+SECRET = Kind((str,), "a string (the file's name)", _filled)
+DIRECTORY = Kind((str,), "a string", lambda text: Path(_filled(text)))
+UPSTREAM = Kind((str,), "a string", Upstream.parse)
+ENDPOINT = Kind((str,), "a string or a list of strings", _endpoint)
+STORE = Kind((str,), "a string", _store)
+NETWORK = Kind((str,), "a string or a list of strings", _network)
+SECONDS = Kind((int, float), "a number", _seconds)
+SECONDS_OR_ZERO = Kind((int, float), "a number", _seconds_or_zero)
+COUNT = Kind((int,), "a whole number", _count)
+
+
+@frozen
+class Row:
+    """One setting under all its names.
+
+    :ivar name: the option without its dashes, and the name in the file.
+    :ivar environment: variables that hold the value itself, the first one first. The option and the file's
+        entry of a :data:`SECRET` name a file instead.
+    :ivar default: as a user would write it; ``default_note`` describes one that has to be worked out.
+    :ivar credential: the systemd credential that is read when nothing else is said.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    environment: tuple[str, ...] = ()
+    default: str | None = None
+    default_note: str | None = None
+    repeatable: bool = False
+    credential: str | None = None
+
+    @property
+    def field(self) -> str:
+        """The name in :class:`Settings`."""
+        name = self.name.removesuffix("-file") if self.kind is SECRET else self.name
+        return name.replace("-", "_")
+
+
+_ROWS = (
+    Row(
+        "upstream",
+        UPSTREAM,
+        "URL of the vLLM server: http://HOST:PORT, https://HOST or unix:/PATH.",
+        ("VLLMPROXY_UPSTREAM", "VLLM_API_BASE", "HOSTED_VLLM_API_BASE"),
+        default_note="none; it is needed unless --simulate is given",
+    ),
+    Row(
+        "upstream-key-file",
+        SECRET,
+        "FILE that holds vLLM's own API key; the variable holds the key itself.",
+        ("VLLM_API_KEY",),
+    ),
+    Row(
+        "listen",
+        ENDPOINT,
+        "Twisted ENDPOINT to listen on: tcp:, tcp6:, unix:, ssl:, tls: or systemd:. May be repeated "
+        "(in the variable: separated by spaces).",
+        ("VLLMPROXY_LISTEN",),
+        default="tcp:4000:interface=127.0.0.1",
+        repeatable=True,
+    ),
+    Row(
+        "store",
+        STORE,
+        "Where keys are kept: memory:, sqlite:PATH, redis://..., rediss://... or unix://... (Redis).",
+        ("VLLMPROXY_STORE", "REDIS_URL"),
+        default_note="sqlite: and vllmproxy.sqlite in the state directory",
+    ),
+    Row(
+        "state-directory",
+        DIRECTORY,
+        "DIRECTORY for what has to outlive a restart.",
+        ("STATE_DIRECTORY",),
+        default_note="$XDG_STATE_HOME/vllmproxy, or ~/.local/state/vllmproxy",
+    ),
+    Row(
+        "master-key-file",
+        SECRET,
+        "FILE that holds the master key; the variables hold the key itself. Without one, auth is off. "
+        "The systemd credential master-key is used when nothing else is said.",
+        ("VLLMPROXY_MASTER_KEY", "LITELLM_MASTER_KEY"),
+        credential="master-key",
+    ),
+    Row("access-log", TEXT, "FILE for one JSON line per request; - is standard output.", default="-"),
+    Row("open", FLAG, "Let anybody in who can reach it, on any address, when there is no master key."),
+    Row("simulate", FLAG, "Start a simulated vLLM beside the proxy, to try it without a GPU."),
+    Row(
+        "trusted-proxy",
+        NETWORK,
+        "CIDR whose X-Forwarded-* headers are believed. May be repeated.",
+        repeatable=True,
+    ),
+    Row("open-metrics", FLAG, "Answer GET /metrics without a key."),
+    Row("connect-timeout", SECONDS, "Seconds to connect to vLLM in.", default="5"),
+    Row("head-timeout", SECONDS, "Seconds for a client to send a whole request head in.", default="10"),
+    Row("idle-timeout", SECONDS, "Seconds a client's connection may stay idle between requests.", default="75"),
+    Row("first-byte-timeout", SECONDS, "Seconds for vLLM to begin its answer in.", default="600"),
+    Row("write-timeout", SECONDS, "Seconds a peer may take no byte of what waits for it.", default="60"),
+    Row("max-head", COUNT, "Bytes a request head may have.", default="65536"),
+    Row("max-headers", COUNT, "Header lines a request may have.", default="128"),
+    Row("max-target", COUNT, "Bytes a request target (path and query) may have.", default="16384"),
+    Row("max-api-body", COUNT, "Bytes a body sent to the proxy's own API may have.", default="1048576"),
+    Row(
+        "key-cache-ttl",
+        SECONDS_OR_ZERO,
+        "Seconds that a key looked up is remembered; 0 asks the store each time.",
+        default="1",
+    ),
+)
+
+#: Every setting by its name.
+TABLE: Mapping[str, Row] = {row.name: row for row in _ROWS}

@@ -1,0 +1,83 @@
+"""``twistd vllmsim``: a vLLM that needs no GPU."""
+
+from pathlib import Path
+
+from twisted.application import service, strports
+from twisted.internet import endpoints, reactor
+from twisted.python import usage
+
+from vllmproxy.simulator.config import DEFAULT_MODEL, SimulatorConfig
+from vllmproxy.simulator.server import SimulatorFactory
+
+
+def _seconds(value: str) -> float:
+    """Seconds: a number, 0 or more."""
+    number = float(value)
+    if not 0 <= number < float("inf"):
+        raise ValueError("must be seconds, 0 or more")
+    return number
+
+
+class Options(usage.Options):
+    """The command line of the simulated vLLM.
+
+    :ivar config: what the options mean, once they have been validated.
+    """
+
+    synopsis = "[options]"
+    longdesc = (
+        "Answers as vLLM's OpenAI-compatible server does, with made-up text. What it should do wrong is asked "
+        "for by request, in the header X-Vllmsim; what it counted is at GET /vllmsim/stats."
+    )
+    optParameters = [
+        ["listen", None, "tcp:8000:interface=127.0.0.1", "Where to listen: a Twisted endpoint."],
+        ["model", None, DEFAULT_MODEL, "The name of the one model it serves."],
+        ["ttft", None, 0.05, "Seconds to the first token.", _seconds],
+        ["tpot", None, 0.02, "Seconds between one token and the next.", _seconds],
+        [
+            "tokens",
+            None,
+            None,
+            "How long an answer is before it stops by itself (default: what max_tokens allows).",
+            int,
+        ],
+        ["keep-alive", None, 5.0, "Seconds after which an idle connection is closed.", _seconds],
+        ["api-key-file", None, None, "A file with the key to ask for, as vLLM's --api-key does."],
+    ]
+
+    config: SimulatorConfig
+
+    def postOptions(self) -> None:
+        """Turn the options into a :class:`SimulatorConfig`, or raise ``UsageError``."""
+        try:
+            endpoints.serverFromString(reactor, self["listen"])
+        except (ValueError, TypeError, KeyError, IndexError) as reason:
+            raise usage.UsageError(f"--listen {self['listen']}: {reason}") from None
+        if not self["model"]:
+            raise usage.UsageError("--model must not be empty")
+        if self["tokens"] is not None and self["tokens"] < 1:
+            raise usage.UsageError("--tokens must be at least 1")
+        self.config = SimulatorConfig(
+            model=self["model"],
+            ttft=self["ttft"],
+            tpot=self["tpot"],
+            keep_alive=self["keep-alive"],
+            answer_tokens=self["tokens"],
+            api_key=self._api_key(),
+        )
+
+    def _api_key(self) -> str | None:
+        if self["api-key-file"] is None:
+            return None
+        try:
+            key = Path(self["api-key-file"]).read_text().strip()
+        except (OSError, UnicodeDecodeError) as reason:
+            raise usage.UsageError(f"--api-key-file: {reason}") from None
+        if not key:
+            raise usage.UsageError(f"--api-key-file {self['api-key-file']}: the file is empty")
+        return key
+
+
+def makeService(options: Options) -> service.Service:
+    """Return the service that listens; a port that is taken ends ``twistd`` with status 1."""
+    return strports.service(options["listen"], SimulatorFactory(reactor, options.config), reactor=reactor)

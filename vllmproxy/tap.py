@@ -1,0 +1,109 @@
+"""What ``twistd vllmproxy`` takes, and the service it becomes."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from twisted.application.service import IService
+from twisted.python.usage import Options as UsageOptions
+from twisted.python.usage import UsageError
+
+from vllmproxy import __version__
+from vllmproxy.settings import Settings, SettingsError, load
+from vllmproxy.settings_table import FLAG, TABLE, Row
+
+_EXAMPLES = """
+Examples:
+  twistd --nodaemon vllmproxy --simulate
+  twistd --nodaemon vllmproxy --upstream http://gpu1:8000
+  twistd --nodaemon vllmproxy --upstream http://gpu1:8000 \\
+      --listen tcp:4000 --master-key-file /etc/vllmproxy/master-key
+  HOSTED_VLLM_API_BASE=http://gpu1:8000 twistd --nodaemon vllmproxy
+
+An option counts before the environment, the environment before the file.
+"""
+
+
+class Options(UsageOptions):
+    """The command line. After parsing, ``settings`` holds what everything else is built from."""
+
+    longdesc = "A transparent gateway in front of vLLM."
+    settings: Settings
+
+    def opt_config(self, path: str) -> None:
+        """TOML FILE with settings under the names of these options."""
+        self.take("config", path)
+
+    def opt_version(self) -> None:
+        """Print the version and exit."""
+        print(f"vllmproxy {__version__}")
+        raise SystemExit(0)
+
+    def parseOptions(self, options: Sequence[str] | None = None) -> None:
+        """Parse. Under twistd a mistake ends the process with one line; twistd would print all options."""
+        try:
+            super().parseOptions(options)  # type: ignore[no-untyped-call]  # Twisted has no type here
+        except UsageError as error:
+            if self.parent is None:
+                raise
+            raise SystemExit(f"vllmproxy: {error}") from None
+
+    def parseArgs(self, *extra: str) -> None:
+        """Refuse whatever is not an option."""
+        if extra:
+            raise UsageError(f"{extra[0]!r} is not an option; see twistd vllmproxy --help")
+
+    def postOptions(self) -> None:
+        """Make ``settings``. Raises ``UsageError`` with one sentence."""
+        try:
+            self.settings = load(self, os.environ)
+        except SettingsError as error:
+            raise UsageError(str(error)) from None
+
+    def getUsage(self, width: int | None = None) -> str:
+        """Return the options' explanations and a few examples."""
+        return super().getUsage(width) + _EXAMPLES
+
+    def take(self, name: str, value: object, repeatable: bool = False) -> None:
+        """Note an option. Only a repeatable one may come twice, so that no value is silently ignored."""
+        if repeatable:
+            self.setdefault(name, []).append(value)
+        elif name in self and value is not True:
+            raise UsageError(f"--{name} is given twice; give it once")
+        else:
+            self[name] = value
+
+
+def _handler(row: Row) -> Any:
+    """Return the ``opt_`` method of a setting; ``usage`` takes a method without an argument for a flag."""
+
+    def flag(self: Options) -> None:
+        self.take(row.name, True)
+
+    def parameter(self: Options, value: str) -> None:
+        self.take(row.name, value, row.repeatable)
+
+    handler = flag if row.kind is FLAG else parameter
+    handler.__doc__ = _explain(row)
+    return handler
+
+
+def _explain(row: Row) -> str:
+    default = row.default or row.default_note
+    notes = [f"default: {default}"] if default else []
+    notes += [f"environment: {', '.join(row.environment)}"] if row.environment else []
+    return f"{row.help} [{'; '.join(notes)}]" if notes else row.help
+
+
+for _row in TABLE.values():
+    setattr(Options, f"opt_{_row.name.replace('-', '_')}", _handler(_row))
+
+
+def makeService(options: Options) -> IService:
+    """Build the service for the settings, in the reactor that twistd has installed by now."""
+    from twisted.internet import reactor  # noqa: PLC0415 (earlier would install the default reactor)
+
+    from vllmproxy.service import build_service  # noqa: PLC0415 (--help and --version need none of it)
+
+    service: IService = build_service(options.settings, reactor)
+    return service

@@ -1,0 +1,64 @@
+"""One vLLM server that can be asked: its agent, and what every request to it carries."""
+
+from attrs import frozen
+from treq.client import HTTPClient
+from twisted.internet.abstract import isIPAddress, isIPv6Address
+from twisted.internet.endpoints import (
+    HostnameEndpoint,
+    TCP4ClientEndpoint,
+    TCP6ClientEndpoint,
+    UNIXClientEndpoint,
+    wrapClientTLS,
+)
+from twisted.internet.interfaces import IReactorCore, IStreamClientEndpoint
+from twisted.internet.ssl import optionsForClientTLS
+
+from vllmproxy.http1.agent import UpstreamAgent
+from vllmproxy.http1.message import Limits
+from vllmproxy.upstreams.upstream import Upstream
+
+
+@frozen(eq=False)
+class Server:
+    """A vLLM server and the way to it.
+
+    :ivar origin: what request URIs begin with, as text.
+    :ivar client: treq over this server's own agent.
+    :ivar authorization: the server's own key as a header line, or empty.
+    """
+
+    upstream: Upstream
+    origin: str
+    agent: UpstreamAgent
+    client: HTTPClient
+    authorization: bytes = b""
+
+
+def make_server(
+    reactor: IReactorCore, upstream: Upstream, *, key: str | None, connect_timeout: float, limits: Limits
+) -> Server:
+    """Return the server for ``upstream``; no connection is made yet.
+
+    :param key: the server's own API key.
+    :param connect_timeout: seconds for the name, the connection and the TLS handshake's beginning.
+    """
+    endpoint = _endpoint(reactor, upstream, connect_timeout)
+    agent = UpstreamAgent(reactor, endpoint, upstream.origin, limits=limits)  # type: ignore[arg-type]
+    authorization = b"authorization: Bearer %s\r\n" % key.encode() if key else b""
+    return Server(upstream, upstream.origin.decode("ascii"), agent, HTTPClient(agent), authorization)
+
+
+def _endpoint(reactor: IReactorCore, upstream: Upstream, timeout: float) -> IStreamClientEndpoint:
+    if upstream.socket_path is not None:
+        return UNIXClientEndpoint(reactor, upstream.socket_path, timeout=timeout)
+    host, port = upstream.host, upstream.port
+    endpoint: IStreamClientEndpoint
+    if isIPAddress(host):
+        endpoint = TCP4ClientEndpoint(reactor, host, port, timeout=timeout)
+    elif isIPv6Address(host):
+        endpoint = TCP6ClientEndpoint(reactor, host, port, timeout=timeout)
+    else:
+        endpoint = HostnameEndpoint(reactor, host, port, timeout=timeout)
+    if upstream.scheme == "https":
+        return wrapClientTLS(optionsForClientTLS(host), endpoint)
+    return endpoint

@@ -1,0 +1,121 @@
+"""Usage out of an answer that is one JSON document."""
+
+import json
+from collections.abc import Iterator
+
+from vllmproxy.usage.tokens import Usage, member, model_from, usage_from
+
+#: A body no longer than this is kept whole; of a longer one only its two ends.
+LONGEST_WHOLE = 1 << 20
+#: How much of the ends is read of anything longer than ``TAIL``: vLLM writes ``model`` before the data, and
+#: ``usage`` before it (rerank) or after it (all others).
+HEAD = 4 << 10
+TAIL = 64 << 10
+
+_USAGE = b'"usage"'
+_TRIES = 8
+_raw_decode = json.JSONDecoder().raw_decode
+
+
+class JsonReader:
+    """Keeps at most ``LONGEST_WHOLE`` bytes of a JSON answer and reads them once, at its end.
+
+    Decoding a megabyte of embeddings would hold the reactor up for 10 ms, so a body over ``TAIL`` bytes is
+    decoded whole only if its two ends do not tell.
+
+    :ivar counted: always 0: an answer in one piece has no events.
+    """
+
+    counted = 0
+
+    def __init__(self) -> None:
+        self._head = b""
+        self._body = bytearray()
+        self._whole = True
+
+    def feed(self, data: bytes) -> None:
+        """Take the next piece of the body, of any length."""
+        if self._whole and len(self._body) + len(data) > LONGEST_WHOLE:
+            self._whole = False
+            self._head = bytes(self._body[:HEAD])
+            self._body = self._body[-TAIL:]
+        if self._whole:
+            self._body += data
+            return
+        self._head += data[: HEAD - len(self._head)]
+        self._body += data[-TAIL:]
+        if len(self._body) > 2 * TAIL:
+            del self._body[:-TAIL]
+
+    def finish(self) -> tuple[str | None, Usage | None]:
+        """Return the model and the usage of the body fed; ``None`` for each that it does not clearly tell."""
+        if self._whole and len(self._body) <= TAIL:
+            return _of_document(self._body)
+        head = bytes(self._body[:HEAD]) if self._whole else self._head
+        model, usage = _of_head(head)
+        usage = usage or _of_tail(bytes(self._body[-TAIL:]))
+        if usage is None and self._whole and _USAGE in self._body:
+            return _of_document(self._body)
+        return model, usage
+
+
+def _of_document(body: bytearray) -> tuple[str | None, Usage | None]:
+    try:
+        answer: object = json.loads(body)
+    except (ValueError, RecursionError):
+        return None, None
+    # Cohere's pooling answers say it in ``meta``.
+    usage = usage_from(member(answer, "usage")) or usage_from(member(answer, "meta"))
+    return model_from(answer), usage
+
+
+def _of_head(head: bytes) -> tuple[str | None, Usage | None]:
+    found = dict(_leading_members(head.decode("utf-8", "replace")))
+    return model_from(found), usage_from(found.get("usage"))
+
+
+def _leading_members(text: str) -> Iterator[tuple[str, object]]:
+    """Yield the members of the JSON object ``text`` begins with, up to the first that is cut off or wrong."""
+    at = _skip_space(text, 0)
+    if text[at : at + 1] != "{":
+        return
+    try:
+        while True:
+            key, at = _raw_decode(text, _skip_space(text, at + 1))
+            at = _skip_space(text, at)
+            if not isinstance(key, str) or text[at : at + 1] != ":":
+                return
+            value, at = _raw_decode(text, _skip_space(text, at + 1))
+            at = _skip_space(text, at)
+            if text[at : at + 1] not in (",", "}"):
+                return  # a number at the cut may have lost its last digits
+            yield key, value
+            if text[at] == "}":
+                return
+    except (ValueError, RecursionError):
+        return
+
+
+def _skip_space(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\n", "\r", "\t"):
+        at += 1
+    return at
+
+
+def _of_tail(tail: bytes) -> Usage | None:
+    """Return the usage that ends a document of which only ``tail`` is known.
+
+    From a member of the outermost object on, and only from there, the rest of the document is the rest of one
+    object: with a brace put before it, it decodes to its very end. A ``"usage"`` deeper down, or a body that
+    was cut off, does not.
+    """
+    at = len(tail)
+    for _ in range(_TRIES):
+        at = tail.rfind(_USAGE, 0, at)
+        if at < 0:
+            return None
+        try:
+            return usage_from(member(json.loads(b"{" + tail[at:]), "usage"))
+        except (ValueError, RecursionError):
+            continue
+    return None

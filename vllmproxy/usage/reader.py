@@ -1,0 +1,44 @@
+"""Which reader, if any, suits an answer."""
+
+from typing import Protocol
+
+from vllmproxy.usage.jsonbody import JsonReader
+from vllmproxy.usage.sse import SseReader
+from vllmproxy.usage.tokens import Usage
+
+
+class UsageReader(Protocol):
+    """Shown a passing body, piece by piece, it tells at the end what was used. It never raises.
+
+    The pieces may be of any length: how a body was split makes no difference. What is kept of it is bounded.
+    """
+
+    @property
+    def counted(self) -> int:
+        """How many events so far carried a delta."""
+
+    def feed(self, data: bytes) -> None:
+        """Take the next piece of the body, after any transfer coding."""
+
+    def finish(self) -> tuple[str | None, Usage | None]:
+        """Return the model and the usage, each ``None`` if not told, at the end or a cut."""
+
+
+def reader_for(status: int, content_type: bytes | None, content_encoding: bytes | None) -> UsageReader | None:
+    """Return a fresh reader for an answer, or ``None`` if there is nothing in it to be read.
+
+    An answer that failed reports no usage; one with a content coding is passed as it is, and so not read.
+
+    :param content_type: the value of Content-Type, parameters and all.
+    :param content_encoding: the value of Content-Encoding.
+    """
+    if not 200 <= status < 300 or content_type is None:
+        return None
+    if content_encoding is not None and content_encoding.strip().lower() not in (b"", b"identity"):
+        return None
+    media_type = content_type.partition(b";")[0].strip().lower()
+    if media_type == b"text/event-stream":
+        return SseReader()
+    if media_type == b"application/json" or media_type.endswith(b"+json"):
+        return JsonReader()
+    return None

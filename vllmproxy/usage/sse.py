@@ -1,0 +1,119 @@
+"""Usage out of a stream of server-sent events (WHATWG HTML, section 9.2)."""
+
+import json
+import re
+
+from vllmproxy.usage.tokens import Usage, member, model_from, usage_from, with_prompt_of
+
+#: A line, or an event's data, longer than this is passed over.
+LONGEST_LINE = 1 << 20
+
+_KEY = b'"usage"'
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{')
+_COMMENT = b":"
+
+
+class SseReader:
+    """Follows the events of a stream, in any pieces; decodes the first, and the last with usage.
+
+    Understood are vLLM's chat, completion, generate and transcription chunks (the last ``usage`` wins, so
+    that ``continuous_usage_stats`` on a stream cut short is still the truth), ``response.completed`` and
+    its kin of the Responses API, Messages, and Cohere's ``message-end``. A lone CR does not end a line here:
+    no server of these APIs sends one.
+
+    :ivar counted: events so far that carried a delta or a choice; a mere report of usage does not.
+    """
+
+    def __init__(self) -> None:
+        self.counted = 0
+        self._tail = bytearray()  # a line whose end has not come yet
+        self._skipping = False  # that line grew too long
+        self._data: bytes | None = None  # the event's first data line, with its "data:"
+        self._more = bytearray()  # its further data lines, hardly ever any
+        self._begun = False
+        self._model: str | None = None
+        self._start: Usage | None = None  # of Messages' message_start: its prompt is final, the rest is not
+        self._report: bytes | None = None  # the last event with usage
+
+    def feed(self, data: bytes) -> None:
+        """Take the next piece of the stream, of any length."""
+        lines = data.split(b"\n")
+        rest = lines.pop()
+        if lines:
+            if self._tail or self._skipping:
+                lines[0] = self._end_of_line(lines[0])
+            for line in lines:
+                if line.startswith(b"data:"):
+                    self._data_line(line)
+                elif (not line or line == b"\r") and self._data is not None:
+                    self._dispatch(self._data)
+        if rest and not self._skipping:
+            self._tail += rest
+            if len(self._tail) > LONGEST_LINE:
+                self._skipping = True
+                self._tail.clear()
+
+    def finish(self) -> tuple[str | None, Usage | None]:
+        """Return the model and the usage; one that no event reported is ``"counted"``, if anything was."""
+        if self._data is not None:
+            self._dispatch(self._data)
+        usage = None if self._report is None else _usage_of(_decoded(self._report))
+        if usage is None and (self.counted or self._start):
+            usage = Usage(completion_tokens=self.counted, source="counted")
+        return self._model, usage and with_prompt_of(usage, self._start)
+
+    def _end_of_line(self, end: bytes) -> bytes:
+        """Return the whole of the line that ``end`` ends, or a comment in place of one that is too long."""
+        line = _COMMENT if self._skipping else bytes(self._tail) + end
+        self._skipping = False
+        self._tail.clear()
+        return line
+
+    def _data_line(self, line: bytes) -> None:
+        if len(line) > LONGEST_LINE:
+            return
+        if self._data is None:
+            self._data = line
+        elif len(self._data) + len(self._more) + len(line) <= LONGEST_LINE:
+            self._more += b"\n" + line[5:]
+
+    def _dispatch(self, data: bytes) -> None:
+        """Look at one whole event. This is what each token costs, so it does little."""
+        self._data = None
+        if self._more:
+            data += self._more
+            self._more.clear()
+        if not self._begun:
+            self._begin(data)
+        # In a JSON string the quotes of this key would be escaped. A null usage is on every chunk of some.
+        if _KEY in data and _USAGE.search(data):
+            self._report = data
+            self.counted += _CHOICE.search(data) is not None
+        elif b'"choices"' in data or b'"delta"' in data:
+            self.counted += 1
+
+    def _begin(self, data: bytes) -> None:
+        """Read the stream's first event, which names the model."""
+        self._begun = True
+        event = _decoded(data)
+        self._model = model_from(event)
+        self._start = usage_from(member(member(event, "message"), "usage"))
+
+
+def _decoded(data: bytes) -> object:
+    """Return the JSON value of an event's data, or ``None``."""
+    try:
+        value: object = json.loads(data[5:])
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
+def _usage_of(event: object) -> Usage | None:
+    """Return the usage in a chunk, in the Responses API's ``response``, or in Cohere's ``delta``."""
+    for holder in (event, member(event, "response"), member(event, "delta")):
+        usage = usage_from(member(holder, "usage"))
+        if usage is not None:
+            return usage
+    return None
