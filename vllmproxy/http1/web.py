@@ -100,8 +100,8 @@ class WebExchange:
 
     # the request's side: what twisted.web.http.Request calls on its channel
 
-    def writeHeaders(self, version: bytes, code: int, reason: bytes, headers: Headers) -> None:
-        self._status = (code, reason)
+    def writeHeaders(self, version: bytes, code: bytes, reason: bytes, headers: Headers) -> None:
+        self._status = (int(code), reason)
         self._lines = [
             b"%s: %s\r\n" % (name, value)
             for name, values in headers.getAllRawHeaders()

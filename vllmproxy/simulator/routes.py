@@ -33,6 +33,15 @@ class Site:
 
     # -- one request -----------------------------------------------------------------------------------
 
+    def prepare(self, request: Request) -> None:
+        """Say what is to be kept of the body of a request whose head is complete, its turn come or not."""
+        header = request.header(b"x-vllmsim")
+        route = self._routes.get(request.path)
+        if header:
+            request.hash_body()
+        if route is not None and route.takes == "json" and header.partition(";")[0].strip() != "echo":
+            request.keep = BODY_LIMIT
+
     def begin(self, exchange: Exchange) -> None:
         """Decide on a request whose head is complete: refuse it now, or plan its answer for after its body."""
         request = exchange.request
@@ -46,7 +55,9 @@ class Site:
             refusal = self._refusal(exchange)
             if refusal is None:
                 self._expect_body(exchange)
-                exchange.plan = partial(self._execute, exchange, partial(self._answer, exchange, faults.Params(())))
+                exchange.plan = partial(
+                    self._execute, exchange, partial(self._answer, exchange, faults.Params(()))
+                )
             else:
                 exchange.run(refusal)
 
@@ -58,12 +69,11 @@ class Site:
             exchange.run(partial(self._refuse, exchange, _bad_directive(reason)))
             return
         proceed = self._refusal(exchange) or partial(self._answer, exchange, params)
-        exchange.request.hash_body()
         plan = partial(self._execute, exchange, partial(self._direct, exchange, directive, params, proceed))
         if early:
             exchange.run(plan)
             return
-        self._expect_body(exchange, keep=directive is not faults.DIRECTIVES["echo"])
+        self._expect_body(exchange)
         exchange.plan = plan
 
     def _direct(
@@ -91,10 +101,8 @@ class Site:
             self._stats.execute(exchange.request.id)
         answer()
 
-    def _expect_body(self, exchange: Exchange, *, keep: bool = True) -> None:
+    def _expect_body(self, exchange: Exchange) -> None:
         request = exchange.request
-        route = self._routes.get(request.path)
-        request.keep = BODY_LIMIT if keep and route is not None and route.takes == "json" else 0
         if request.header(b"expect").lower() == "100-continue" and request.version == "1.1":
             exchange.informational(100)
 

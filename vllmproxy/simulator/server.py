@@ -106,6 +106,7 @@ class SimulatorProtocol(Protocol):
             connection=self._number,
             number=self._requests,
         )
+        self._owner.site.prepare(request)
         self._queue.append(Exchange(request, self))
         if len(self._queue) == 1:
             self._advance()
@@ -144,7 +145,9 @@ class SimulatorProtocol(Protocol):
         fresh = not self._queue
         self._client_left()
         if fresh:
-            Exchange(_unreadable(), self).whole(400, _BAD_REQUEST, [(b"content-type", b"text/plain; charset=utf-8")])
+            Exchange(_unreadable(), self).whole(
+                400, _BAD_REQUEST, [(b"content-type", b"text/plain; charset=utf-8")]
+            )
         self.close()
 
     def _advance(self) -> None:

@@ -134,7 +134,10 @@ def required(body: Json, *names: str) -> None:
     missing = [name for name in names if body.get(name) is None]
     if missing:
         raise invalid(
-            [{"type": "missing", "loc": f"body.{n}", "msg": "Field required", "input": shown} for n in missing]
+            [
+                {"type": "missing", "loc": f"body.{n}", "msg": "Field required", "input": shown}
+                for n in missing
+            ]
         )
 
 
@@ -150,7 +153,8 @@ def parse_json(data: bytes) -> Json:
         raise _not_json("body.0", "There was an error parsing the body") from None
     if not isinstance(body, dict):
         message = "Input should be a valid dictionary or object to extract fields from"
-        raise invalid([{"type": "model_attributes_type", "loc": "body", "msg": message, "input": repr(body)}])
+        shown = f"<list of {len(body)} items>" if isinstance(body, list) else str(body)
+        raise invalid([{"type": "model_attributes_type", "loc": "body", "msg": message, "input": shown}])
     return body
 
 
@@ -195,6 +199,9 @@ def make_job(ask: Ask, prefix: str, prompt: object, *, limit: object, name: str 
         raise invalid([{"type": "int_parsing", "loc": f"body.{name}", "msg": message, "input": str(limit)}])
     if limit is not None and limit < 1:
         raise bad_value(name, limit, f"{name} must be at least 1, got {limit}.")
+    if limit is not None and limit > MAX_MODEL_LEN:
+        message = f"{name}={limit} cannot be greater than max_model_len={MAX_MODEL_LEN}."
+        raise bad_value(name, limit, f"{message} Please request fewer output tokens.")
     tokens, finish = _length_of(limit, ask.config.answer_tokens if ask.tokens is None else ask.tokens)
     return Job(
         id=f"{prefix}{ask.id}",

@@ -206,19 +206,21 @@ class Link:
 def make_endpoint(address: RedisAddress, reactor: Any) -> IStreamClientEndpoint:
     """Return where to connect to; under TLS the certificate and the host's name in it are verified."""
     if address.path is not None:
-        return UNIXClientEndpoint(reactor, address.path)  # type: ignore[no-untyped-call]  # half typed
+        return UNIXClientEndpoint(reactor, address.path)
     # Also how long a refused connection takes to be told, which must be well within a lookup's deadline.
     endpoint = HostnameEndpoint(reactor, address.host, address.port, attemptDelay=0.05)
     if not address.tls:
         return endpoint
     if address.ca is None:
         return wrapClientTLS(optionsForClientTLS(address.host), endpoint)
-    trust = trustRootFromCertificates(_certificates(address.ca))  # type: ignore[no-untyped-call]  # half typed
+    trust = trustRootFromCertificates(_certificates(address.ca))
     return wrapClientTLS(optionsForClientTLS(address.host, trustRoot=trust), endpoint)
 
 
 def _certificates(file: Path) -> list[Certificate]:
-    found = re.findall(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", file.read_bytes(), re.DOTALL)
+    found = re.findall(
+        rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", file.read_bytes(), re.DOTALL
+    )
     if not found:
         raise ValueError(f"{file} holds no PEM certificate")
     try:

@@ -52,7 +52,7 @@ class SqliteStore:
         if self._pool is not None:
             return
         # Made here and not in __init__: a daemon forks in between, and threads do not survive that.
-        pool = ConnectionPool(  # type: ignore[no-untyped-call]  # adbapi has no types
+        pool = ConnectionPool(
             "sqlite3",
             str(self._path),
             timeout=_BUSY_SECONDS,
@@ -64,19 +64,21 @@ class SqliteStore:
             cp_max=3,
         )
         try:
-            await self._calls.run(deferToThreadPool(self._reactor, pool.threadpool, prepare, self._path), self._timeout)
+            await self._calls.run(
+                deferToThreadPool(self._reactor, pool.threadpool, prepare, self._path), self._timeout
+            )
             self._pool = pool
         except StoreUnavailable as error:
             raise CannotOpenStore(f"{self._path}: {error}") from error
         finally:
             if self._pool is not pool:
-                pool.close()  # type: ignore[no-untyped-call]  # adbapi has no types
+                pool.close()
 
     async def close(self) -> None:
         pool, self._pool = self._pool, None
         self._calls.end()
         if pool is not None:
-            pool.close()  # type: ignore[no-untyped-call]  # adbapi has no types
+            pool.close()
 
     async def ping(self) -> None:
         await self._run(_ping)
@@ -100,11 +102,13 @@ class SqliteStore:
     async def delete_keys(self, tokens: Sequence[str]) -> list[str]:
         return await self._run(_delete, tuple(tokens))
 
-    async def _run(self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def _run(
+        self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """Return what ``work`` returns in a thread, inside one transaction."""
         if self._pool is None:
             raise StoreUnavailable("the store is closed")
-        call = self._pool.runInteraction(work, *args, **kwargs)  # type: ignore[no-untyped-call]
+        call = self._pool.runInteraction(work, *args, **kwargs)
         try:
             result: T = await self._calls.run(call, self._timeout)
         except (sqlite3.Error, ValueError) as error:

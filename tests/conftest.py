@@ -1,0 +1,43 @@
+"""Fixtures that more than one file uses: leak checks for every test, and a proxy in front of a simulator."""
+
+from collections.abc import Iterator
+
+import pytest
+from _service import Twistd, start_proxy, start_simulator
+from twisted.logger import LogEvent, LogLevel, globalLogPublisher
+
+
+@pytest.fixture(autouse=True)
+def logged_errors() -> Iterator[list[LogEvent]]:
+    """Fail a test that logged an error it did not expect; one that does expect it clears the list."""
+    events: list[LogEvent] = []
+
+    def observe(event: LogEvent) -> None:
+        if event.get("log_level") in (LogLevel.error, LogLevel.critical):
+            events.append(event)
+
+    globalLogPublisher.addObserver(observe)
+    yield events
+    globalLogPublisher.removeObserver(observe)
+    failures = [str(event.get("log_failure") or event.get("log_format")) for event in events]
+    assert not failures
+
+
+@pytest.fixture(scope="session")
+def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twistd]:
+    """A simulated vLLM in a process of its own."""
+    service = start_simulator(tmp_path_factory.mktemp("sim"))
+    yield service
+    service.stop()
+
+
+@pytest.fixture(scope="session")
+def proxy(sim: Twistd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twistd]:
+    """A proxy in front of :func:`sim`, with a master key (``_service.MASTER_KEY``)."""
+    service = start_proxy(tmp_path_factory.mktemp("proxy"), sim.url)
+    yield service
+    status = service.stop()
+    assert "Traceback" not in service.log
+    assert status in (0, -15, 143)
+
+
