@@ -104,8 +104,14 @@ def run(directory: Path, command: str, *arguments: str, env: dict[str, str] | No
     clean.update({"HOME": str(directory), "XDG_STATE_HOME": str(directory / "state")}, **(env or {}))
     with open(directory / "out", "wb") as out, open(directory / "err", "wb") as err:
         return subprocess.Popen(
-            [sys.executable]
-            + [str(Path(sys.executable).with_name("twistd")), "--nodaemon", "--pidfile=", command, *arguments],
+            [
+                sys.executable,
+                str(Path(sys.executable).with_name("twistd")),
+                "--nodaemon",
+                "--pidfile=",
+                command,
+                *arguments,
+            ],
             cwd=directory,
             env=clean,
             stdin=subprocess.DEVNULL,

@@ -82,14 +82,22 @@ class Collector(Protocol):
     """Keeps what it receives; ``closed`` fires when the connection has ended, for the reason in ``lost``."""
 
     def __init__(self) -> None:
-        self.data = b""
+        self._data = bytearray()
         self.closed: Deferred[None] = Deferred()
         self.lost: Failure | None = None
         self._wanted: list[tuple[int, Deferred[bytes]]] = []
 
+    @property
+    def data(self) -> bytes:
+        return bytes(self._data)
+
+    def forget(self) -> None:
+        """Drop what has come so far."""
+        self._data.clear()
+
     def dataReceived(self, data: bytes) -> None:
-        self.data += data
-        ready = [item for item in self._wanted if len(self.data) >= item[0]]
+        self._data += data
+        ready = [item for item in self._wanted if len(self._data) >= item[0]]
         self._wanted = [item for item in self._wanted if item not in ready]
         for _, deferred in ready:
             deferred.callback(self.data)
@@ -131,7 +139,7 @@ class Memory:
 
     def ask(self, data: bytes) -> Answer:
         """Send one request and return the one answer to it."""
-        self.client.data = b""
+        self.client.forget()
         (answer,) = self.send(data)
         return answer
 

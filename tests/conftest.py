@@ -39,5 +39,3 @@ def proxy(sim: Twistd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twi
     status = service.stop()
     assert "Traceback" not in service.log
     assert status in (0, -15, 143)
-
-

@@ -2,11 +2,7 @@
 
 import json
 import os
-import socket
 import stat
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet.task import Clock
-from twisted.logger import Logger
+from twisted.logger import LogEvent, Logger
 
 from vllmproxy.observers import jsonlines
-from vllmproxy.observers.descriptor import LogDescriptor
 from vllmproxy.observers.jsonlines import BATCH_BYTES, BATCH_SECONDS, BUFFER_BYTES, JsonLines, open_access_log
 from vllmproxy.observers.record import RequestRecord
 
@@ -35,6 +30,7 @@ FULL = RequestRecord(
     bytes_in=12,
     bytes_out=345,
     time_to_first_byte=0.0123456789,
+    streamed=True,
     duration=1.5,
     prompt_tokens=11,
     completion_tokens=4,
@@ -108,6 +104,7 @@ def test_a_line_has_every_field_that_is_known(log: JsonLines, writer: Writer) ->
             "bytes_in": 12,
             "bytes_out": 345,
             "time_to_first_byte": 0.012346,
+            "streamed": True,
             "duration": 1.5,
             "prompt_tokens": 11,
             "completion_tokens": 4,
@@ -203,9 +200,7 @@ def test_a_stalled_reader_costs_one_try_a_while_and_loses_nothing(
     assert clock.getDelayedCalls() == []
 
 
-@pytest.mark.parametrize(
-    "error", [BlockingIOError(), BrokenPipeError(32, "Broken pipe"), OSError(28, "No space")]
-)
+@pytest.mark.parametrize("error", [BlockingIOError(), BrokenPipeError(32, "Broken pipe"), OSError(28, "No space")])
 def test_the_buffer_is_bounded_and_what_is_lost_is_counted_and_said_once(
     log: JsonLines, writer: Writer, clock: Clock, events: list[dict[str, Any]], error: OSError
 ) -> None:
@@ -270,7 +265,9 @@ def test_a_failed_reopening_keeps_the_old_file(tmp_path: Path, clock: Clock) -> 
     assert json.loads((moved / "access.log").read_text())["route"] == "/kept"
 
 
-def test_a_line_torn_by_a_full_disk_does_not_begin_the_next_file(writer: Writer, clock: Clock) -> None:
+def test_a_line_torn_by_a_full_disk_does_not_begin_the_next_file(
+    writer: Writer, clock: Clock, logged_errors: list[LogEvent]
+) -> None:
     def next_file() -> None:
         writer.written, writer.error, writer.most = b"", None, 1 << 30
 
@@ -289,123 +286,7 @@ def test_a_line_torn_by_a_full_disk_does_not_begin_the_next_file(writer: Writer,
     log.close()
     assert [line["route"] for line in writer.lines()] == ["/whole"]
     assert log.dropped == 1
-
-
-def _pipe() -> tuple[Callable[[], bytes], int]:
-    reader, descriptor = os.pipe()
-    os.set_blocking(reader, False)
-    return lambda: os.read(reader, 1 << 20), descriptor
-
-
-def _socket() -> tuple[Callable[[], bytes], int]:
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-    return lambda: theirs.recv(1 << 20), ours.detach()
-
-
-@pytest.fixture(params=[_pipe, _socket])
-def stalled(request: pytest.FixtureRequest) -> tuple[Callable[[], bytes], int]:
-    """A blocking descriptor, and how to read what was written to it."""
-    made: tuple[Callable[[], bytes], int] = request.param()
-    return made
-
-
-def test_a_blocking_descriptor_that_nobody_reads_does_not_block(
-    stalled: tuple[Callable[[], bytes], int], clock: Clock
-) -> None:
-    read, descriptor = stalled
-    assert os.get_blocking(descriptor)
-    sink = LogDescriptor(descriptor)
-    log = JsonLines(sink.write, clock, close=sink.close)
-    for number in range(10_000):  # over a megabyte, more than either holds
-        log.finished(record(request_id=str(number)))
-    assert os.get_blocking(descriptor)  # others share that flag
-    received = b""
-    while received.count(b"\n") < 10_000:
-        received += read()
-        clock.advance(BATCH_SECONDS)
-    log.close()
-    assert [json.loads(line)["request_id"] for line in received.splitlines()] == [
-        str(n) for n in range(10_000)
+    assert [event["log_format"] for event in logged_errors] == [
+        "The access log cannot be written: {reason}. Lines will be lost"
     ]
-    assert log.dropped == 0
-
-
-def test_a_pipe_is_given_whole_lines_of_atomic_length() -> None:
-    read, descriptor = _pipe()
-    sink = LogDescriptor(descriptor)
-    data = (b"x" * 99 + b"\n") * 100
-    assert sink.write(data) == 4000
-    assert sink.write(b"y" * 5000 + b"\n") == 4096
-    assert len(read()) == 8096
-    sink.close()
-
-
-def test_a_reader_that_is_gone_is_an_error_and_no_signal() -> None:
-    reader, descriptor = os.pipe()
-    os.close(reader)
-    sink = LogDescriptor(descriptor)
-    with pytest.raises(BrokenPipeError):
-        sink.write(b"line\n")
-    sink.close()
-
-
-SCRIPT = """
-import os, sys
-from twisted.internet.task import Clock
-from vllmproxy.observers.jsonlines import open_access_log
-from vllmproxy.observers.record import RequestRecord
-
-log = open_access_log("-", Clock())
-blocking = os.get_blocking(1)
-null = os.open(os.devnull, os.O_WRONLY)
-os.dup2(null, 1)  # as a daemon does
-sys.stdout = None
-for number in range({count}):
-    log.finished(RequestRecord(time=0.0, request_id=str(number), method="GET", route="/"))
-log.close()
-log.reopen()
-sys.stderr.write(f"{{blocking}} {{log.dropped}}")
-"""
-
-
-def run_script(count: int, stdout: int) -> subprocess.CompletedProcess[bytes]:
-    script = [sys.executable, "-c", SCRIPT.format(count=count)]
-    return subprocess.run(script, stdout=stdout, stderr=subprocess.PIPE, timeout=60, check=True)
-
-
-@pytest.fixture(params=["pipe", "socket", "file"])
-def outlet(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[int, int]]:
-    """Something to be a process' standard output: where to read it, and where to write it."""
-    if request.param == "file":
-        path = tmp_path / "out"
-        path.write_bytes(b"")
-        ends = (os.open(path, os.O_RDONLY), os.open(path, os.O_WRONLY))
-    elif request.param == "pipe":
-        ends = os.pipe()
-    else:
-        first, second = socket.socketpair()
-        ends = (first.detach(), second.detach())
-    yield ends
-    for end in ends:
-        os.close(end)
-
-
-def test_standard_output_is_the_original_one(outlet: tuple[int, int]) -> None:
-    reading, writing = outlet
-    done = run_script(3, writing)
-    lines = os.read(reading, 1 << 16).splitlines()
-    assert [json.loads(line)["request_id"] for line in lines] == ["0", "1", "2"]
-    assert done.stderr == b"True 0"
-
-
-def test_standard_output_that_nobody_reads_does_not_hold_the_process() -> None:
-    reading, writing = os.pipe()
-    done = run_script(20_000, writing)
-    blocking, dropped = done.stderr.split()
-    assert blocking == b"True"
-    got = os.read(reading, 1 << 20)
-    assert got.endswith(b"\n")
-    assert got.count(b"\n") + int(dropped) == 20_000
-    os.close(reading)
-    os.close(writing)
+    logged_errors.clear()

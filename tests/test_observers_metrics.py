@@ -23,6 +23,7 @@ DONE = RequestRecord(
     bytes_in=10,
     bytes_out=20,
     time_to_first_byte=0.2,
+    streamed=True,
     duration=3.0,
     prompt_tokens=11,
     completion_tokens=4,

@@ -42,12 +42,7 @@ def test_without_a_limit_an_answer_stops_by_itself_after_sixteen_tokens() -> Non
 
 def test_a_natural_length_ends_an_answer_before_its_limit() -> None:
     memory = Memory(answer_tokens=4)
-    assert (
-        memory.ask(post("/v1/chat/completions", CHAT | {"max_tokens": 9})).json()["usage"][
-            "completion_tokens"
-        ]
-        == 4
-    )
+    assert memory.ask(post("/v1/chat/completions", CHAT | {"max_tokens": 9})).json()["usage"]["completion_tokens"] == 4
     assert memory.ask(post("/v1/chat/completions", CHAT)).json()["choices"][0]["finish_reason"] == "stop"
 
 

@@ -5,7 +5,7 @@ import hashlib
 
 import httptools
 import pytest
-from _simulated import Memory, parse, post, request
+from _simulated import Memory, post, request
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -186,7 +186,6 @@ def test_an_interim_answer_comes_first(code: int) -> None:
 def test_gzip_says_so() -> None:
     answer = Memory().ask(get("gzip"))
     assert answer.header("content-encoding") == "gzip"
-    assert parse(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")[0].status == 200
     assert b'"object":"list"' in gzip.decompress(answer.body)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from _simulated import Memory, post, request
 
-from vllmproxy.simulator.routes import is_admin
+from vllmproxy.simulator.table import is_admin
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,7 @@ def test_a_trailing_slash_is_redirected_to_the_host_that_was_asked_for() -> None
 
 def preflight(method: str = "POST", **config: tuple[str, ...]):  # type: ignore[no-untyped-def]
     asked = {"origin": "http://page", "access_control_request_method": method}
-    return Memory(**config).ask(
-        request("OPTIONS", "/v1/x", access_control_request_headers="authorization", **asked)
-    )
+    return Memory(**config).ask(request("OPTIONS", "/v1/x", access_control_request_headers="authorization", **asked))
 
 
 def test_preflights_as_vllm_answers_them_by_default() -> None:

@@ -31,9 +31,7 @@ def test_every_option_reaches_the_configuration(tmp_path: Path) -> None:
     key.write_text("secret\n")
     given = ("--model", "m", "--ttft", "1", "--tpot", "0", "--keep-alive", "9", "--tokens", "7")
     config = options(*given, "--api-key-file", str(key)).config
-    assert config == SimulatorConfig(
-        model="m", ttft=1.0, tpot=0.0, keep_alive=9.0, answer_tokens=7, api_key="secret"
-    )
+    assert config == SimulatorConfig(model="m", ttft=1.0, tpot=0.0, keep_alive=9.0, answer_tokens=7, api_key="secret")
     assert "secret" not in repr(config)
 
 

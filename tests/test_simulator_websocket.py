@@ -63,9 +63,7 @@ def test_frames_come_back_and_the_connection_outlives_the_keep_alive() -> None:
 
 def test_a_close_is_answered_and_ends_the_connection() -> None:
     memory = opened()
-    assert exchange(memory, masked(8, (1000).to_bytes(2, "big") + b"bye")) == frame(
-        8, (1000).to_bytes(2, "big")
-    )
+    assert exchange(memory, masked(8, (1000).to_bytes(2, "big") + b"bye")) == frame(8, (1000).to_bytes(2, "big"))
     assert memory.client.lost is not None
 
 
@@ -96,9 +94,7 @@ def test_a_socket_on_another_path_is_a_403() -> None:
 
 
 def test_an_upgrade_may_be_refused() -> None:
-    (answer,) = Memory().send(
-        request("GET", "/v1/realtime", **(HANDSHAKE | {"x_vllmsim": "upgrade-refused"}))
-    )
+    (answer,) = Memory().send(request("GET", "/v1/realtime", **(HANDSHAKE | {"x_vllmsim": "upgrade-refused"})))
     assert answer.status == 403
 
 

@@ -69,10 +69,7 @@ async def store(url: str) -> AsyncIterator[Store]:
 @pytest_twisted.async_yield_fixture
 async def every_store(redis: RedisServer, tmp_path: Path) -> AsyncIterator[list[Store]]:
     redis.command("FLUSHALL")
-    stores = [
-        make_store(url, reactor=reactor)
-        for url in ("memory:", f"sqlite:{tmp_path / 'every'}", redis.unix_url)
-    ]
+    stores = [make_store(url, reactor=reactor) for url in ("memory:", f"sqlite:{tmp_path / 'every'}", redis.unix_url)]
     for store in stores:
         await store.open()
     yield stores
@@ -165,18 +162,14 @@ async def test_of_fifty_at_once_exactly_one_wins(store: Store, contested: str) -
         keys = [key(f"k{number}", "wanted") for number in range(50)]
     else:
         keys = [key("wanted", f"a{number}") for number in range(50)]
-    results = await DeferredList(
-        [Deferred.fromCoroutine(store.add_key(each)) for each in keys], consumeErrors=True
-    )
+    results = await DeferredList([Deferred.fromCoroutine(store.add_key(each)) for each in keys], consumeErrors=True)
     won = [each for each, (success, _) in zip(keys, results, strict=True) if success]
     lost = [failure.type for success, failure in results if not success]
     assert len(won) == 1
     assert lost == [AliasTaken if contested == "alias" else TokenTaken] * 49
     found = [each for each in keys if await store.get_key(each.token) == each]
     assert found == won
-    assert list((await store.find_aliases([each.key_alias or "" for each in keys])).values()) == [
-        won[0].token
-    ]
+    assert list((await store.find_aliases([each.key_alias or "" for each in keys])).values()) == [won[0].token]
 
 
 @pytest_twisted.ensureDeferred
@@ -318,9 +311,7 @@ def test_rows_round_trip(value: VirtualKey) -> None:
     assert load_row(row.encode()) == value
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "3", "{}", '{"token":"t"}', '{"token":"t","key_name":"n","max":1}']
-)
+@pytest.mark.parametrize("text", ["", "[]", "3", "{}", '{"token":"t"}', '{"token":"t","key_name":"n","max":1}'])
 def test_anything_else_is_no_row(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         load_row(text)

@@ -120,9 +120,7 @@ async def test_passwords_open_the_door(guarded: RedisServer) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_wrong_password_is_a_reason_that_does_not_repeat_it(
-    guarded: RedisServer, logged: list[str]
-) -> None:
+async def test_a_wrong_password_is_a_reason_that_does_not_repeat_it(guarded: RedisServer, logged: list[str]) -> None:
     place = f"127.0.0.1:{guarded.port}/0"
     assert "WRONGPASS" in await refusal(f"redis://:wrong-{CANARY}@{place}")
     assert "WRONGPASS" in await refusal(f"redis://me:wrong-{CANARY}@{place}")
@@ -140,9 +138,7 @@ async def test_a_server_that_repeats_the_password_does_not_get_it_through(logged
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_password_changed_under_way_is_not_shown_either(
-    server: RedisServer, logged: list[str]
-) -> None:
+async def test_a_password_changed_under_way_is_not_shown_either(server: RedisServer, logged: list[str]) -> None:
     server.command("CONFIG", "SET", "requirepass", CANARY)
     store = RedisStore(f"redis://:{CANARY}@127.0.0.1:{server.port}", reactor)
     await store.open()
@@ -324,9 +320,7 @@ async def test_a_killed_server_fails_fast_and_a_new_one_is_found(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_connection_closed_while_idle_is_replaced_unnoticed(
-    server: RedisServer, store: RedisStore
-) -> None:
+async def test_a_connection_closed_while_idle_is_replaced_unnoticed(server: RedisServer, store: RedisStore) -> None:
     patient = RedisStore(server.url, reactor, timeout=HUNG, lookup_timeout=HUNG)
     await patient.open()
     await patient.add_key(KEY)

@@ -121,9 +121,7 @@ async def test_commits_are_on_the_disk_before_they_are_acknowledged(tmp_path: Pa
 @pytest_twisted.ensureDeferred
 async def test_several_may_open_a_new_file_at_once_and_share_it(tmp_path: Path) -> None:
     stores = [SqliteStore(tmp_path / "new" / "keys", reactor) for _ in range(6)]
-    opened = await DeferredList(
-        [Deferred.fromCoroutine(store.open()) for store in stores], consumeErrors=True
-    )
+    opened = await DeferredList([Deferred.fromCoroutine(store.open()) for store in stores], consumeErrors=True)
     assert [success for success, _ in opened] == [True] * 6, opened
     await stores[0].add_key(KEY)
     assert [await store.get_key(KEY.token) for store in stores] == [KEY] * 6

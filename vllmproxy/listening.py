@@ -52,10 +52,10 @@ def _listen(reactor: Any, description: str, factory: Factory) -> IListeningPort:
         raise CannotListen(f"cannot listen on {description}: this kind of endpoint does not bind at once")
     (result,) = results
     if isinstance(result, Failure):
-        if result.check(CannotListenError):
-            reason = result.value.socketError.strerror or result.value.socketError
-            raise CannotListen(f"cannot listen on {description}: {reason}")
-        raise CannotListen(f"cannot listen on {description}: {result.getErrorMessage()}")
+        reason: object = result.value
+        if isinstance(reason, CannotListenError):
+            reason = getattr(reason.socketError, "strerror", None) or reason.socketError
+        raise CannotListen(f"cannot listen on {description}: {reason}")
     result.stopReading()
     port: IListeningPort = result
     return port

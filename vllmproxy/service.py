@@ -84,6 +84,7 @@ class Proxy:
             limits=limits,
             head_timeout=settings.head_timeout,
             idle_timeout=settings.idle_timeout,
+            write_timeout=settings.write_timeout,
         )
 
     def handle(self, stream: Stream) -> None:
@@ -155,7 +156,7 @@ class ProxyService(Service):
 
     def startService(self) -> None:
         """Begin to accept once the store is open."""
-        super().startService()
+        super().startService()  # type: ignore[no-untyped-call]  # Twisted is half typed
         if self._proxy is None:
             self.privilegedStartService()
         self._reactor.callWhenRunning(self._open)
@@ -192,7 +193,7 @@ class ProxyService(Service):
 
     def stopService(self) -> Deferred[None]:
         """Stop listening and let go of everything."""
-        super().stopService()
+        super().stopService()  # type: ignore[no-untyped-call]  # Twisted is half typed
         if self._opening is not None:
             self._opening.cancel()
         return Deferred.fromCoroutine(self._stop())

@@ -16,6 +16,8 @@ from vllmproxy.upstreams.upstream import Upstream
 
 #: Seconds between two tokens: slow enough to be seen streaming.
 TOKEN_INTERVAL = 0.05
+#: The longest answer, so that an example with ``max_tokens`` 2048 ends while somebody watches.
+ANSWER_TOKENS = 40
 
 
 def start_simulator(reactor: Any, settings: Settings) -> tuple[IListeningPort, Settings]:
@@ -24,7 +26,7 @@ def start_simulator(reactor: Any, settings: Settings) -> tuple[IListeningPort, S
     A master key is made if none was given, and left in ``master-key`` in the state directory, mode 0600: a later
     start finds it there.
     """
-    factory = SimulatorFactory(reactor, SimulatorConfig(tpot=TOKEN_INTERVAL))
+    factory = SimulatorFactory(reactor, SimulatorConfig(tpot=TOKEN_INTERVAL, answer_tokens=ANSWER_TOKENS))
     port: IListeningPort = reactor.listenTCP(0, factory, interface="127.0.0.1")
     upstream = Upstream.parse(f"http://127.0.0.1:{port.getHost().port}")  # type: ignore[attr-defined]
     key = settings.master_key or Secret(_kept_key(key_file(settings)))

@@ -16,7 +16,7 @@ from zope.interface import implementer
 from vllmproxy.http1.answer import Answer, AnswerReceiver, Request
 from vllmproxy.http1.message import BadAnswer, Limits, ResponseHead
 from vllmproxy.http1.rules import check_response
-from vllmproxy.http1.sockets import bytes_acknowledged, is_plain, raw_socket, write_now
+from vllmproxy.http1.sockets import Delivery, delivery, is_plain, raw_socket, write_now
 
 
 class AnswerLost(Exception):
@@ -24,8 +24,13 @@ class AnswerLost(Exception):
 
 
 class NotExecuted(AnswerLost):
-    """A reused connection turned out closed and the peer's kernel took no byte of this request: vLLM cannot have
-    seen it, so it may be sent again on another connection."""
+    """A reused connection turned out closed, and vLLM cannot have seen a byte of this request: it may be sent again
+    on another connection.
+
+    That is known when no segment of it left this machine, or when the peer closed in order (FIN) and had confirmed
+    none of it: a FIN confirms all that came before it. A reset confirms nothing: Linux may delay a confirmation by
+    40 ms, so a peer that read the request and then reset looks the same as one that never got it.
+    """
 
 
 @implementer(IHalfCloseableProtocol, IPushProducer, IConsumer)
@@ -33,7 +38,7 @@ class ClientConnection(Protocol):
     """Sends a request, parses its answer with the same suspicion as a request, and says when it is free again.
 
     :param released: called with the connection when it can take another request.
-    :param gone: called with the connection when it is lost.
+    :param gone: called with the connection as soon as it cannot be used again, and again when it is closed.
     """
 
     def __init__(
@@ -56,8 +61,8 @@ class ClientConnection(Protocol):
         self._producer: Any = None
         self._cork: list[bytes] | None = None
         self._body_sent = True
-        self._acknowledged: int | None = None
-        self._taken: bool | None = None
+        self._before: Delivery | None = None
+        self._unseen = False
         self._parser: Any = None
         self._tunnel = False
         self._half_closed = False
@@ -96,9 +101,9 @@ class ClientConnection(Protocol):
         self._request = request
         self._begin_answer()
         self._requests += 1
-        self._taken = None
+        self._unseen = False
         if self._requests > 1:
-            self._acknowledged = bytes_acknowledged(raw_socket(self.transport))
+            self._before = delivery(raw_socket(self.transport))
         if self._parser is None:
             self._parser = httptools.HttpResponseParser(self)
         head = b"%s %s HTTP/1.1\r\n%s\r\n" % (request.method, request.target, request.lines)
@@ -164,14 +169,15 @@ class ClientConnection(Protocol):
     # the transport's producer: whoever feeds this connection
 
     def stopProducing(self) -> None:
-        """The connection is being lost and its socket is still there: see whether the request was taken."""
-        self._look_at_acknowledged()
+        """The connection is being lost and its socket is still there: see how far the request came."""
+        self._look_at_delivery(orderly=False)
 
-    def _look_at_acknowledged(self) -> None:
-        if self._taken is None and self._requests > 1 and self._acknowledged is not None:
-            now = bytes_acknowledged(raw_socket(self.transport))
-            if now is not None:
-                self._taken = now > self._acknowledged
+    def _look_at_delivery(self, orderly: bool) -> None:
+        """Decide whether vLLM can have seen any of this request; see :class:`NotExecuted`."""
+        now = delivery(raw_socket(self.transport))
+        if self._before is not None and now is not None:
+            unsent = now.segments == self._before.segments
+            self._unseen = unsent or (orderly and now.acknowledged == self._before.acknowledged)
 
     def pauseProducing(self) -> None:
         self._congested = True
@@ -223,6 +229,7 @@ class ClientConnection(Protocol):
             return
         self._closed = True
         self._receiver = None
+        self._gone(self)
         self._stop_body()
         self.transport.abortConnection()  # type: ignore[union-attr]
 
@@ -393,7 +400,8 @@ class ClientConnection(Protocol):
             self._half_closed = True
             self._receiver.tunnel_half_closed()
             return
-        self._look_at_acknowledged()
+        self._look_at_delivery(orderly=True)
+        self._gone(self)
         self.transport.unregisterProducer()  # type: ignore[union-attr]
         self._ended(clean=True)
         self.transport.abortConnection()  # type: ignore[union-attr]
@@ -414,7 +422,7 @@ class ClientConnection(Protocol):
         waiting, self._waiting = self._waiting, None
         self._receiver = None
         if waiting is not None:
-            error = NotExecuted if self._taken is False and not self._fed and head is None else AnswerLost
+            error = NotExecuted if self._unseen and not self._fed and head is None else AnswerLost
             waiting.errback(Failure(error("the connection ended before the answer's head")))
         elif receiver is not None and head is not None:
             open_ended = not head.chunked and head.content_length is None

@@ -15,7 +15,7 @@ from vllmproxy.http1.deadlines import Deadlines
 from vllmproxy.http1.hangup import HangupWatcher
 from vllmproxy.http1.message import Limits, RequestHead, WireError, fields_of
 from vllmproxy.http1.rules import check_request
-from vllmproxy.http1.sockets import is_plain, raw_socket, write_now
+from vllmproxy.http1.sockets import is_plain, queued_bytes, raw_socket, write_now
 from vllmproxy.http1.stream import Stream
 
 #: Bytes of a body kept while its handler does not want it yet (the key is being looked up, say).
@@ -40,6 +40,7 @@ class ServerChannel(Protocol):
         self.factory = factory
         self.peer = peer
         self.congested = False
+        self._queued = 0
         self.is_secure = False
         self._plain = False
         self._fd = -1
@@ -120,11 +121,14 @@ class ServerChannel(Protocol):
 
     def pauseProducing(self) -> None:
         self.congested = True
+        self._queued = queued_bytes(self.transport)
+        self.factory.write_deadlines.set(self)
         if self._active is not None and self._active.producer is not None:
             self._active.producer.pauseProducing()
 
     def resumeProducing(self) -> None:
         self.congested = False
+        self.factory.write_deadlines.clear(self)
         if self._active is not None:
             if self._active.producer is not None:
                 self._active.producer.resumeProducing()
@@ -382,6 +386,15 @@ class ServerChannel(Protocol):
         else:
             self.lose()
 
+    def write_late(self) -> None:
+        """The client has taken nothing, or only some, of what waits for it: the former ends the connection."""
+        queued = queued_bytes(self.transport)
+        if queued < self._queued:
+            self._queued = queued
+            self.factory.write_deadlines.set(self)
+        else:
+            self.abort()
+
     def idle_late(self) -> None:
         """Nothing was asked for in time, or what was written last has not left in time."""
         if self._mode == "closed":
@@ -435,6 +448,7 @@ class ServerFactory(Factory):
         limits: Limits = Limits(),
         head_timeout: float = 10.0,
         idle_timeout: float = 75.0,
+        write_timeout: float = 60.0,
         linger_timeout: float = 2.0,
     ) -> None:
         self.handle = handler
@@ -445,6 +459,7 @@ class ServerFactory(Factory):
         self.channels: set[ServerChannel] = set()
         self.head_deadlines: Deadlines[ServerChannel] = Deadlines(clock, head_timeout, ServerChannel.head_late)
         self.idle_deadlines: Deadlines[ServerChannel] = Deadlines(clock, idle_timeout, ServerChannel.idle_late)
+        self.write_deadlines: Deadlines[ServerChannel] = Deadlines(clock, write_timeout, ServerChannel.write_late)
         self.linger_deadlines: Deadlines[ServerChannel] = Deadlines(clock, linger_timeout, ServerChannel.abort)
 
     def buildProtocol(self, addr: IAddress | None) -> ServerChannel:  # type: ignore[override]
@@ -455,6 +470,7 @@ class ServerFactory(Factory):
         self.channels.discard(channel)
         self.head_deadlines.clear(channel)
         self.idle_deadlines.clear(channel)
+        self.write_deadlines.clear(channel)
         self.linger_deadlines.clear(channel)
 
     def close(self) -> None:
@@ -463,4 +479,5 @@ class ServerFactory(Factory):
             channel.abort()
         self.head_deadlines.close()
         self.idle_deadlines.close()
+        self.write_deadlines.close()
         self.linger_deadlines.close()

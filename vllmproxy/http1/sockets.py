@@ -4,16 +4,18 @@ import socket
 import struct
 from typing import Any
 
+from attrs import frozen
 from twisted.internet import tcp, unix
+from twisted.internet.abstract import FileDescriptor
 
 #: The exact classes whose ``socket`` carries our bytes as they are. A TLS transport exposes the raw socket
 #: too, and writing there would put plaintext on the wire: subclasses and wrappers do not count.
 _PLAIN = frozenset([tcp.Server, tcp.Client, unix.Server, unix.Client])
 
-#: ``tcpi_bytes_acked`` in Linux's ``struct tcp_info`` (linux/tcp.h): eight one-byte fields, twenty-four 32-bit
-#: ones, two 64-bit pacing rates, then this 64-bit counter.
-_BYTES_ACKED = struct.Struct("=Q")
-_BYTES_ACKED_OFFSET = 120
+#: In Linux's ``struct tcp_info`` (linux/tcp.h): the 64-bit ``tcpi_bytes_acked`` and, behind four more fields, the
+#: 32-bit ``tcpi_data_segs_out``.
+_BYTES_ACKED = struct.Struct("=120xQ")
+_DATA_SEGMENTS_OUT = struct.Struct("=156xI")
 
 
 def is_plain(transport: Any) -> bool:
@@ -50,18 +52,35 @@ def raw_socket(transport: Any) -> socket.socket | None:
     return None
 
 
-def bytes_acknowledged(sock: socket.socket | None) -> int | None:
-    """Return how many bytes of ours the peer's kernel has taken on this connection, ``None`` where unknown.
+@frozen
+class Delivery:
+    """What is known of how far our bytes came on one TCP connection.
 
-    Linux only (``TCP_INFO``, kernel 4.1 and newer); UNIX sockets have no such count.
+    :ivar acknowledged: bytes that the peer's kernel has confirmed.
+    :ivar segments: segments with data that left this machine.
     """
+
+    acknowledged: int
+    segments: int
+
+
+def delivery(sock: socket.socket | None) -> Delivery | None:
+    """Return how far our bytes came, ``None`` where that is not known: not TCP, not Linux 4.6 or newer, closed."""
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return None
     try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED_OFFSET + _BYTES_ACKED.size)
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _DATA_SEGMENTS_OUT.size)
     except OSError:
         return None
-    if len(info) < _BYTES_ACKED_OFFSET + _BYTES_ACKED.size:
+    if len(info) < _DATA_SEGMENTS_OUT.size:
         return None
-    count: int = _BYTES_ACKED.unpack_from(info, _BYTES_ACKED_OFFSET)[0]
-    return count
+    return Delivery(_BYTES_ACKED.unpack_from(info)[0], _DATA_SEGMENTS_OUT.unpack_from(info)[0])
+
+
+def queued_bytes(transport: Any) -> int:
+    """Return how many bytes wait in user space for the peer to take them; 0 where there is no socket."""
+    while transport is not None and not isinstance(transport, FileDescriptor):
+        transport = getattr(transport, "transport", None)
+    if transport is None:
+        return 0
+    return len(transport.dataBuffer) - transport.offset + transport._tempDataLen

@@ -1,8 +1,9 @@
 """The access log: one JSON object a line, on the original standard output or in a file."""
 
-import json
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import lru_cache
+from json.encoder import encode_basestring_ascii
 from operator import attrgetter
 from typing import Final
 
@@ -23,22 +24,36 @@ RETRY_SECONDS: Final = 0.01
 #: What a reader that stalls can make us keep, in bytes; lines beyond it are dropped.
 BUFFER_BYTES: Final = 8 << 20
 
-_NAMES = tuple(field.name for field in fields(RequestRecord))
+_NAMES = tuple(field.name for field in fields(RequestRecord) if field.name != "time")
+_KEYS = tuple(f',"{name}":' for name in _NAMES)
 _values = attrgetter(*_NAMES)
-# Escaping all beyond ASCII leaves no control character, no C1 escape to a terminal and no lone surrogate.
-_encode = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
 
 
 def line_of(record: RequestRecord) -> bytes:
-    """Return ``record`` as a line of JSON: ``time`` in RFC 3339 UTC, seconds to the µs, no ``None``."""
-    entry: dict[str, object] = {
-        name: round(value, 6) if type(value) is float else value
-        for name, value in zip(_NAMES, _values(record), strict=True)
-        if value is not None
-    }
-    when = datetime.fromtimestamp(record.time, UTC).replace(tzinfo=None)
-    entry["time"] = when.isoformat(timespec="milliseconds") + "Z"
-    return _encode(entry).encode("ascii") + b"\n"
+    """Return ``record`` as a line of JSON: ``time`` in RFC 3339 UTC, seconds to the µs, no ``None``.
+
+    It is written by hand because that takes half the time of :func:`json.dumps`, on each request.
+    """
+    seconds, milliseconds = divmod(int(record.time * 1000), 1000)
+    text = f'{{"time":"{_second(seconds)}.{milliseconds:03}Z"'
+    for key, value in zip(_KEYS, _values(record), strict=True):
+        if value is None:
+            continue
+        if isinstance(value, str):
+            # All beyond ASCII is escaped: no control character, no C1 escape to a terminal, no lone surrogate.
+            text += key + encode_basestring_ascii(value)
+        elif isinstance(value, float):
+            text += key + repr(round(value, 6))
+        elif isinstance(value, bool):
+            text += key + ("true" if value else "false")
+        else:
+            text += key + str(value)  # an int
+    return text.encode("ascii") + b"}\n"
+
+
+@lru_cache(maxsize=16)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 class JsonLines:

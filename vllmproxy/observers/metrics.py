@@ -73,7 +73,7 @@ class MetricsObserver(Collector):
         self._count_tokens(record)
         if record.ended == "done" and 0 < record.status < 400:
             self._succeeded.observe(record.duration)
-            if record.completion_tokens and record.time_to_first_byte is not None:
+            if record.streamed and record.time_to_first_byte is not None:
                 self._first_token.observe(record.time_to_first_byte)
 
     def _count_tokens(self, record: RequestRecord) -> None:

@@ -22,7 +22,10 @@ class RequestRecord:
     :ivar status: the status sent to the client, 0 where none was.
     :ivar bytes_in: request body bytes taken from the client.
     :ivar bytes_out: response body bytes given to the client.
-    :ivar time_to_first_byte: seconds from head complete to the first byte of vLLM's answer.
+    :ivar time_to_first_byte: seconds from head complete to the first byte of the answer's body (vLLM sends the head
+        of a stream before its first token).
+    :ivar streamed: whether the answer was an event stream, ``None`` where there was none.
+    :ivar tokens_estimated: ``True`` where the counts were not reported but counted from events.
     :ivar duration: seconds from head complete to the end.
     """
 
@@ -39,10 +42,12 @@ class RequestRecord:
     bytes_in: int = 0
     bytes_out: int = 0
     time_to_first_byte: float | None = None
+    streamed: bool | None = None
     duration: float = 0.0
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     total_tokens: int | None = None
+    tokens_estimated: bool | None = None
     ended: Ended = "done"
     error: str | None = None
 

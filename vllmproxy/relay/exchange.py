@@ -212,14 +212,15 @@ class Exchange:
         relay, stream, head = self._relay, self._stream, answer.head
         relay.first_byte_deadlines.clear(self)
         self._answer = answer
-        self._record.time_to_first_byte = relay.clock.seconds() - self._began
         lines = answer_lines(head, self._id, relay.server.upstream)
         if head.status == 101:
             self._state = State.TUNNELLING
             Tunnel(stream, answer, self._settle).begin(answer, head.reason, lines)
             return
         self._state = State.ANSWERING
-        self._reader = reader_for(head.status, head.get(b"content-type"), head.get(b"content-encoding"))
+        content_type = head.get(b"content-type")
+        self._record.streamed = content_type is not None and content_type.startswith(b"text/event-stream")
+        self._reader = reader_for(head.status, content_type, head.get(b"content-encoding"))
         stream.start_response(head.status, head.reason, lines, length=head.content_length, bodiless=head.bodiless)
         stream.set_producer(self)
         answer.pipe(self)
@@ -227,6 +228,8 @@ class Exchange:
 
     def answer_received(self, data: bytes, last: bool) -> None:
         """A piece of vLLM's answer (:class:`~vllmproxy.http1.answer.AnswerReceiver`)."""
+        if self._record.time_to_first_byte is None:
+            self._record.time_to_first_byte = self._relay.clock.seconds() - self._began
         if self._reader is not None:
             self._reader.feed(data)
         if last:
@@ -312,6 +315,7 @@ class Exchange:
                 record.prompt_tokens = usage.prompt_tokens
                 record.completion_tokens = usage.completion_tokens
                 record.total_tokens = usage.total_tokens
+                record.tokens_estimated = True if usage.source == "counted" else None
         relay.observer.finished(record)
 
     def _feed(self, event: Event, *args: Any) -> None:

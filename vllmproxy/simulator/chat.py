@@ -8,6 +8,8 @@ from attrs import evolve
 from vllmproxy.simulator import shapes
 from vllmproxy.simulator.shapes import Ask, Event, Job, Json, Reply, Stream, Whole
 
+_MOST_CHOICES = 128
+
 
 def chat(ask: Ask) -> Reply:
     """Answer ``/v1/chat/completions``."""
@@ -24,7 +26,7 @@ def chat(ask: Ask) -> Reply:
 
 def _choices(body: Json) -> int:
     wanted = body.get("n")
-    return wanted if isinstance(wanted, int) and wanted > 1 else 1
+    return min(wanted, _MOST_CHOICES) if isinstance(wanted, int) and wanted > 1 else 1
 
 
 def _chat_head(job: Job, kind: str) -> Json:

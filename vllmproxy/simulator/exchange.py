@@ -167,9 +167,7 @@ class Exchange:
         self._retire()
         self.channel.exchange_done()
 
-    def whole(
-        self, status: int, body: bytes, headers: Sequence[Header] = (), *, reason: bytes | None = None
-    ) -> None:
+    def whole(self, status: int, body: bytes, headers: Sequence[Header] = (), *, reason: bytes | None = None) -> None:
         """Send an answer in one piece."""
         if self.gzip:
             body = gzip.compress(body, mtime=0)

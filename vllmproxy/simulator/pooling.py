@@ -86,8 +86,7 @@ def classify(ask: Ask) -> Reply:
     """Answer ``/classify``."""
     prompt = _prompt(ask)
     data = [
-        {"index": i, "label": "LABEL_0", "probs": [0.75, 0.25], "num_classes": 2}
-        for i in range(len(_items(prompt)))
+        {"index": i, "label": "LABEL_0", "probs": [0.75, 0.25], "num_classes": 2} for i in range(len(_items(prompt)))
     ]
     return _listing(ask, "classify", data, shapes.count_tokens(prompt))
 

@@ -55,9 +55,7 @@ class Site:
             refusal = self._refusal(exchange)
             if refusal is None:
                 self._expect_body(exchange)
-                exchange.plan = partial(
-                    self._execute, exchange, partial(self._answer, exchange, faults.Params(()))
-                )
+                exchange.plan = partial(self._execute, exchange, partial(self._answer, exchange, faults.Params(())))
             else:
                 exchange.run(refusal)
 

@@ -145,9 +145,7 @@ class SimulatorProtocol(Protocol):
         fresh = not self._queue
         self._client_left()
         if fresh:
-            Exchange(_unreadable(), self).whole(
-                400, _BAD_REQUEST, [(b"content-type", b"text/plain; charset=utf-8")]
-            )
+            Exchange(_unreadable(), self).whole(400, _BAD_REQUEST, [(b"content-type", b"text/plain; charset=utf-8")])
         self.close()
 
     def _advance(self) -> None:

@@ -134,10 +134,7 @@ def required(body: Json, *names: str) -> None:
     missing = [name for name in names if body.get(name) is None]
     if missing:
         raise invalid(
-            [
-                {"type": "missing", "loc": f"body.{n}", "msg": "Field required", "input": shown}
-                for n in missing
-            ]
+            [{"type": "missing", "loc": f"body.{n}", "msg": "Field required", "input": shown} for n in missing]
         )
 
 

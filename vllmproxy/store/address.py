@@ -49,9 +49,7 @@ def parse_redis_url(url: str) -> RedisAddress:
     options = _options(parts)
     username, password = unquote(parts.username or "") or None, unquote(parts.password or "") or None
     if username and password is None:
-        raise ValueError(
-            "the Redis URL has a user and no password: without a user, write redis://:PASSWORD@host"
-        )
+        raise ValueError("the Redis URL has a user and no password: without a user, write redis://:PASSWORD@host")
     if parts.scheme == "unix":
         if parts.hostname or len(parts.path) < 2:
             raise ValueError("the URL of a Unix socket has three slashes, as in unix:///run/redis/redis.sock")

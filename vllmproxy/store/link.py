@@ -218,9 +218,7 @@ def make_endpoint(address: RedisAddress, reactor: Any) -> IStreamClientEndpoint:
 
 
 def _certificates(file: Path) -> list[Certificate]:
-    found = re.findall(
-        rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", file.read_bytes(), re.DOTALL
-    )
+    found = re.findall(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", file.read_bytes(), re.DOTALL)
     if not found:
         raise ValueError(f"{file} holds no PEM certificate")
     try:

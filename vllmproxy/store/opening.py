@@ -37,9 +37,7 @@ def make_store(url: str, *, reactor: Any, state_directory: Path | None = None) -
 
 def _sqlite_path(text: str, state_directory: Path | None) -> Path:
     if "\0" in text or (text.startswith("//") and not text.startswith("///")):
-        raise ValueError(
-            "the SQLite store is written sqlite:PATH, as in sqlite:/var/lib/vllmproxy/keys.sqlite3"
-        )
+        raise ValueError("the SQLite store is written sqlite:PATH, as in sqlite:/var/lib/vllmproxy/keys.sqlite3")
     if text or state_directory:
         return (state_directory or Path()) / (text or DEFAULT_FILE)
     raise ValueError("sqlite: without a path needs a state directory")

@@ -115,9 +115,7 @@ class RedisStore:
         try:
             return None if row is None else load_row(row)
         except ValueError as error:
-            raise StoreUnavailable(
-                f"{self._address} holds something else than a key's row: {error}"
-            ) from error
+            raise StoreUnavailable(f"{self._address} holds something else than a key's row: {error}") from error
 
     async def find_aliases(self, aliases: Sequence[str]) -> dict[str, str]:
         names = [_alias(name_bytes(alias)) for alias in aliases]
@@ -125,9 +123,7 @@ class RedisStore:
             await self.ping()
             return {}
         tokens = await self._ask(self._timeout, lambda wire: wire.mget(names))
-        return {
-            alias: name_text(token) for alias, token in zip(aliases, tokens, strict=True) if token is not None
-        }
+        return {alias: name_text(token) for alias, token in zip(aliases, tokens, strict=True) if token is not None}
 
     async def delete_keys(self, tokens: Sequence[str]) -> list[str]:
         names = [_key(name_bytes(token)) for token in tokens]

@@ -64,9 +64,7 @@ class SqliteStore:
             cp_max=3,
         )
         try:
-            await self._calls.run(
-                deferToThreadPool(self._reactor, pool.threadpool, prepare, self._path), self._timeout
-            )
+            await self._calls.run(deferToThreadPool(self._reactor, pool.threadpool, prepare, self._path), self._timeout)
             self._pool = pool
         except StoreUnavailable as error:
             raise CannotOpenStore(f"{self._path}: {error}") from error
@@ -102,9 +100,7 @@ class SqliteStore:
     async def delete_keys(self, tokens: Sequence[str]) -> list[str]:
         return await self._run(_delete, tuple(tokens))
 
-    async def _run(
-        self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
+    async def _run(self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return what ``work`` returns in a thread, inside one transaction."""
         if self._pool is None:
             raise StoreUnavailable("the store is closed")

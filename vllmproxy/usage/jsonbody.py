@@ -86,11 +86,9 @@ def _leading_members(text: str) -> Iterator[tuple[str, object]]:
             if not isinstance(key, str) or text[at : at + 1] != ":":
                 return
             value, at = _raw_decode(text, _skip_space(text, at + 1))
-            at = _skip_space(text, at)
-            if text[at : at + 1] not in (",", "}"):
-                return  # a number at the cut may have lost its last digits
             yield key, value
-            if text[at] == "}":
+            at = _skip_space(text, at)
+            if text[at : at + 1] != ",":
                 return
     except (ValueError, RecursionError):
         return

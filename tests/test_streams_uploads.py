@@ -1,0 +1,205 @@
+"""Uploads that stream: bounded memory, nothing on disk, a slow upstream stops the client, Expect: 100-continue."""
+
+import hashlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from _raw import (
+    OK,
+    PATIENCE,
+    Ended,
+    MiB,
+    Upstream,
+    Wire,
+    chunk,
+    connect,
+    each_request,
+    open_files,
+    request,
+    settled,
+    written,
+)
+from _service import Twistd, start_proxy
+
+BLOCK = bytes(range(256)) * 1024  # 256 KiB
+ECHO = b"X-Vllmsim: echo"
+PATH = b"/vllm/v1/audio/transcriptions"
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[Upstream]:
+    scripted = Upstream()
+    yield scripted
+    scripted.stop()
+
+
+@pytest.fixture(scope="module")
+def scripted_proxy(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twistd]:
+    service = start_proxy(tmp_path_factory.mktemp("uploads"), upstream.url)
+    yield service
+    service.stop()
+    assert "Traceback" not in service.log
+
+
+def upload(proxy: Twistd, blocks: int, chunked: bool) -> None:
+    """Upload to the simulator's echo and compare; watch the proxy's memory and what it writes."""
+    files, wrote, before, peak = open_files(proxy), written(proxy), proxy.rss(), 0
+    digest = hashlib.sha256()
+    framing = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % (blocks * len(BLOCK))
+    piece = chunk(BLOCK) if chunked else BLOCK
+    with connect(proxy) as client:
+        client.send(request(b"POST", PATH, ECHO, framing, b"Content-Type: application/octet-stream"))
+        for number in range(blocks):
+            client.send(piece)
+            digest.update(BLOCK)
+            if number % 64 == 0:
+                peak = max(peak, proxy.rss())
+                assert open_files(proxy) <= files
+        client.send(b"0\r\n\r\n" if chunked else b"")
+        answer = client.message()
+    peak = max(peak, proxy.rss())
+    print(f"{blocks * len(BLOCK) / MiB:.0f} MiB up, growth {(peak - before) / MiB:.1f} MiB")
+    assert answer.status == 200
+    seen = json.loads(answer.body)
+    assert seen["body_length"] == blocks * len(BLOCK)
+    assert seen["body_sha256"] == digest.hexdigest()
+    assert peak - before < 20 * MiB
+    assert written(proxy) - wrote < 64 * 1024
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_32_mb_pass_in_bounded_memory_and_touch_no_disk(proxy: Twistd, chunked: bool) -> None:
+    upload(proxy, 128, chunked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunked", [False, True])
+def test_1_gb_passes_in_bounded_memory_and_touches_no_disk(proxy: Twistd, chunked: bool) -> None:
+    upload(proxy, 4096, chunked)
+
+
+def test_an_upstream_that_does_not_read_stops_the_client(upstream: Upstream, scripted_proxy: Twistd) -> None:
+    go_on = threading.Event()
+    blocks = 400  # 100 MiB
+    seen: list[str] = []
+
+    def script(wire: Wire) -> None:
+        wire.head()
+        assert go_on.wait(PATIENCE)
+        seen.append(hashlib.sha256(wire.exactly(blocks * len(BLOCK))).hexdigest())
+        wire.send(OK)
+
+    with upstream.playing(script), connect(scripted_proxy) as client:
+        before = scripted_proxy.rss()
+        client.send(request(b"POST", PATH, b"Content-Length: %d" % (blocks * len(BLOCK))))
+        uploading = threading.Thread(target=client.pour, args=(BLOCK, blocks), daemon=True)
+        uploading.start()
+        stopped = settled(lambda: client.sent)
+        assert stopped < 40 * MiB
+        assert scripted_proxy.rss() - before < 20 * MiB
+        go_on.set()
+        uploading.join(PATIENCE)
+        assert client.message().body == b"ok"
+        assert seen == [hashlib.sha256(BLOCK * blocks).hexdigest()]
+        assert scripted_proxy.rss() - before < 20 * MiB
+
+
+def test_an_upload_reaches_the_upstream_piece_by_piece(upstream: Upstream, scripted_proxy: Twistd) -> None:
+    """Each piece is sent only when the upstream has had the one before it."""
+    pieces = [b"a", b"bc" * 50, b"d" * 70000, b"e"]
+    got = threading.Semaphore(0)
+
+    def script(wire: Wire) -> None:
+        wire.head()
+        for piece in pieces:
+            received = b""
+            while len(received) < len(piece):
+                received += wire.chunk()
+            assert received == piece
+            got.release()
+        assert wire.chunk() == b""
+        wire.send(OK)
+
+    with upstream.playing(script), connect(scripted_proxy) as client:
+        client.send(request(b"POST", PATH, b"Transfer-Encoding: chunked"))
+        for piece in pieces:
+            client.send(chunk(piece))
+            assert got.acquire(timeout=PATIENCE)
+        client.send(b"0\r\n\r\n")
+        assert client.message().body == b"ok"
+
+
+def test_an_answer_before_the_upload_is_over_reaches_the_client(upstream: Upstream, scripted_proxy: Twistd) -> None:
+    """vLLM's 413 or 400 in the middle of an upload is the caller's answer, not a 502 and not a reset."""
+    refusal = b"HTTP/1.1 413 Too Large\r\ncontent-length: 3\r\nconnection: close\r\n\r\nbig"
+
+    def script(wire: Wire) -> None:
+        wire.head()
+        wire.send(refusal)
+        wire.half_close()
+        while wire.some():
+            pass
+
+    with upstream.playing(script), connect(scripted_proxy) as client:
+        client.send(request(b"POST", PATH, b"Content-Length: %d" % (8 * len(BLOCK))) + BLOCK)
+        answer = client.message()
+        assert (answer.status, answer.body) == (413, b"big")
+
+
+def test_continue_is_said_to_a_good_key_and_the_answer_follows(proxy: Twistd) -> None:
+    body = b'{"input": "x"}'
+    head = request(b"POST", PATH, ECHO, b"Expect: 100-continue", b"Content-Length: %d" % len(body))
+    with connect(proxy) as client:
+        for _ in range(2):  # the connection is as good as before
+            client.send(head)
+            assert client.head().head == b"HTTP/1.1 100 Continue"
+            client.send(body)
+            answer = client.message()
+            assert answer.status == 200
+            assert json.loads(answer.body)["body_sha256"] == hashlib.sha256(body).hexdigest()
+
+
+def test_continue_is_said_before_a_chunked_body(proxy: Twistd) -> None:
+    with connect(proxy) as client:
+        client.send(request(b"POST", PATH, ECHO, b"Expect: 100-continue", b"Transfer-Encoding: chunked"))
+        assert client.head().status == 100
+        client.send(chunk(BLOCK) + b"0\r\n\r\n")
+        assert json.loads(client.message().body)["body_length"] == len(BLOCK)
+
+
+@pytest.mark.parametrize("size", [10, 300_000])
+def test_a_body_that_does_not_wait_for_the_continue_is_taken(proxy: Twistd, size: int) -> None:
+    with connect(proxy) as client:
+        client.send(request(b"POST", PATH, ECHO, b"Expect: 100-continue", body=b"x" * size))
+        answer = client.message()
+        if answer.status == 100:
+            answer = client.message()
+        assert answer.status == 200
+        assert json.loads(answer.body)["body_length"] == size
+
+
+def test_a_bad_key_gets_its_401_instead_of_the_continue(proxy: Twistd) -> None:
+    bad = b"Authorization: Bearer sk-nobody-knows-this-one"
+    expect = (b"Expect: 100-continue", b"Content-Length: 10000000000")
+    with connect(proxy) as client:
+        client.send(request(b"POST", PATH, *expect, key=bad))
+        answer = client.message()
+        assert answer.status == 401
+        assert json.loads(answer.body)["error"]["code"] == "401"
+
+
+def test_an_unauthorised_upload_is_refused_at_its_head(upstream: Upstream, scripted_proxy: Twistd) -> None:
+    """Without Expect too, and nothing of it reaches the upstream."""
+    with upstream.playing(each_request()), connect(scripted_proxy) as client:
+        client.send(request(b"POST", PATH, b"Content-Length: 10000000000", key=b"x-api-key: sk-wrong") + b"x" * 1000)
+        assert client.message().status == 401
+        assert upstream.connections == 0
+        client.sock.settimeout(PATIENCE)
+        with pytest.raises((Ended, ConnectionError, socket.timeout)):  # noqa: PT012  a refusal has an end
+            deadline = time.monotonic() + PATIENCE
+            while time.monotonic() < deadline:
+                client.send(BLOCK)
