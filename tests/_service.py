@@ -102,16 +102,10 @@ def run(directory: Path, command: str, *arguments: str, env: dict[str, str] | No
     directory.mkdir(parents=True, exist_ok=True)
     clean = {name: value for name, value in os.environ.items() if not _configures(name)}
     clean.update({"HOME": str(directory), "XDG_STATE_HOME": str(directory / "state")}, **(env or {}))
+    twistd = str(Path(sys.executable).with_name("twistd"))
     with open(directory / "out", "wb") as out, open(directory / "err", "wb") as err:
         return subprocess.Popen(
-            [
-                sys.executable,
-                str(Path(sys.executable).with_name("twistd")),
-                "--nodaemon",
-                "--pidfile=",
-                command,
-                *arguments,
-            ],
+            [sys.executable, twistd, "--nodaemon", "--pidfile=", command, *arguments],
             cwd=directory,
             env=clean,
             stdin=subprocess.DEVNULL,
