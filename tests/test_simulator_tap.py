@@ -6,7 +6,6 @@ import pytest
 import pytest_twisted
 from twisted.application.service import Service
 from twisted.internet import reactor
-from twisted.internet.error import CannotListenError
 from twisted.python.usage import UsageError
 
 from vllmproxy.simulator import tap
@@ -63,7 +62,7 @@ async def test_a_port_that_is_taken_stops_the_start() -> None:
     try:
         service = tap.makeService(options("--listen", f"tcp:{number}:interface=127.0.0.1"))
         assert isinstance(service, Service)
-        with pytest.raises(CannotListenError):
+        with pytest.raises(SystemExit, match="vllmsim: cannot listen on .*: Address already in use"):
             service.privilegedStartService()
     finally:
         await port.stopListening()

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import httptools
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IConsumer, IHalfCloseableProtocol, IPushProducer
@@ -14,8 +13,8 @@ from twisted.web.iweb import IResponse
 from zope.interface import implementer
 
 from vllmproxy.http1.answer import Answer, AnswerReceiver, Request
-from vllmproxy.http1.message import BadAnswer, Limits, ResponseHead
-from vllmproxy.http1.rules import check_response
+from vllmproxy.http1.message import BadAnswer, Limits
+from vllmproxy.http1.responses import ResponseReader
 from vllmproxy.http1.sockets import Delivery, delivery, is_plain, raw_socket, write_now
 
 
@@ -49,7 +48,6 @@ class ClientConnection(Protocol):
     ) -> None:
         self._released = released
         self._gone = gone
-        self._limits = limits
         self._plain = False
         self._closed = False
         self._secure = False
@@ -63,22 +61,8 @@ class ClientConnection(Protocol):
         self._body_sent = True
         self._before: Delivery | None = None
         self._unseen = False
-        self._parser: Any = None
-        self._tunnel = False
         self._half_closed = False
-        self._begin_answer()
-
-    def _begin_answer(self) -> None:
-        self._head: ResponseHead | None = None
-        self._reason = b""
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._head_bytes = 0
-        self._fed = 0
-        self._whole = False
-        self._extra = False
-        self._reusable = False
-        self._error: BadAnswer | None = None
-        self._pieces: list[bytes] = []
+        self._reader = ResponseReader(limits)
 
     # sending
 
@@ -99,13 +83,11 @@ class ClientConnection(Protocol):
         waiting: Deferred[IResponse] = Deferred(self._cancelled)
         self._waiting = waiting
         self._request = request
-        self._begin_answer()
+        self._reader.begin(request.method, upgrade=request.upgrade, inform=request.inform)
         self._requests += 1
         self._unseen = False
         if self._requests > 1:
             self._before = delivery(raw_socket(self.transport))
-        if self._parser is None:
-            self._parser = httptools.HttpResponseParser(self)
         head = b"%s %s HTTP/1.1\r\n%s\r\n" % (request.method, request.target, request.lines)
         if request.body is None:
             self._write(head)
@@ -245,121 +227,32 @@ class ClientConnection(Protocol):
         self._waiting = None
         self.abort()
 
-    # the parser's side
+    # receiving
 
     def dataReceived(self, data: bytes) -> None:
         if self._closed:
             return
-        if self._tunnel:
-            self._pieces.append(data)
-        elif self._request is None:
+        reader = self._reader
+        if self._request is None:
             self.abort()  # nobody asked (RFC 9112 §9.2); the next request must not take this for its answer
             return
-        else:
-            try:
-                self._parse(data)
-            except BadAnswer as error:
-                self._fail(Failure(error))
-                return
-        if self._waiting is not None and self._head is not None:
+        try:
+            reader.feed(data)
+        except BadAnswer as error:
+            self._fail(Failure(error))
+            return
+        if self._waiting is not None and reader.head is not None:
             waiting, self._waiting = self._waiting, None
-            waiting.callback(Answer(self._head, self))
+            waiting.callback(Answer(reader.head, self))
         self._deliver()
 
-    def _parse(self, data: bytes) -> None:
-        if self._whole:
-            self._extra = True
-            return
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._switch(data[upgrade.args[0] :])
-        except httptools.HttpParserError:
-            if not self._whole:
-                raise self._error or BadAnswer("malformed HTTP") from None
-            self._extra = True  # bytes after a complete answer only discard the connection
-        if self._head is None:
-            self._fed += len(data)
-            if self._fed > self._limits.answer_head:
-                raise BadAnswer("a head that is too large")
-
-    def on_message_begin(self) -> None:
-        if self._whole:
-            self._extra = True
-
-    def on_status(self, reason: bytes) -> None:
-        if not self._whole:
-            self._reason += reason
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._head is not None:
-            return  # a trailer field
-        self._headers.append((name, value.rstrip(b" \t")))
-        self._head_bytes += len(name) + len(value) + 4
-        if len(self._headers) > self._limits.answer_lines or self._head_bytes > self._limits.answer_head:
-            self._reject("a head that is too large")
-
-    def _reject(self, message: str) -> None:
-        """Break out of the parser's callback; ``_parse`` raises what is kept here."""
-        self._error = BadAnswer(message)
-        raise self._error
-
-    def on_headers_complete(self) -> None:
-        if self._whole:
-            return
-        request = self._request
-        assert request is not None
-        head = ResponseHead(self._parser.get_status_code(), self._reason, self._headers)
-        try:
-            check_response(head, request.method)
-        except BadAnswer as error:
-            self._reject(str(error))
-        if head.status == 101:
-            if not request.upgrade:
-                self._reject("101 to a request that did not ask for it")
-        elif head.status < 200:
-            if request.inform is not None:
-                request.inform(head)
-            self._headers, self._reason, self._head_bytes, self._fed = [], b"", 0, 0
-            return
-        self._head = head
-        self._reusable = self._parser.get_http_version() == "1.1" and not _says_close(head)
-        if head.bodiless and head.status != 101:
-            self._whole = True
-
-    def on_body(self, data: bytes) -> None:
-        if self._whole:
-            self._extra = True
-        else:
-            self._pieces.append(data)
-
-    def on_message_complete(self) -> None:
-        if self._head is not None and self._head.status != 101:
-            self._whole = True
-
-    def _switch(self, rest: bytes) -> None:
-        """llhttp left HTTP: a tunnel after 101, or an answer with an Upgrade header that means nothing."""
-        assert self._request is not None
-        if self._head is not None and self._head.status == 101:
-            self._tunnel = True
-            if rest:
-                self._pieces.append(rest)
-        else:
-            raise BadAnswer("an Upgrade that nobody asked for")
-
-    # handing on
-
     def _deliver(self) -> None:
-        receiver = self._receiver
+        receiver, reader = self._receiver, self._reader
         if receiver is None:
-            if self._extra and self._head is None:
-                self._fail(Failure(BadAnswer("bytes before an answer")))
             return
-        pieces = self._pieces
-        whole = self._whole
-        if pieces:
-            self._pieces = []
-            data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        whole = reader.whole
+        if reader.pieces:
+            data = reader.take()
             if whole:
                 self._answered()
             receiver.answer_received(data, whole)
@@ -376,15 +269,11 @@ class ClientConnection(Protocol):
             self._finished()
 
     def _finished(self) -> None:
-        head = self._head
-        assert head is not None
         self._request = None
-        if self._extra or self._closed or not self._reusable:
+        if self._reader.extra or self._closed or not self._reader.reusable:
             self.abort()
-            return
-        if head.bodiless:
-            self._parser = None  # llhttp waits for a body that does not come (HEAD): take a fresh one
-        self._released(self)
+        else:
+            self._released(self)
 
     def _fail(self, reason: Failure) -> None:
         waiting, self._waiting = self._waiting, None
@@ -396,7 +285,7 @@ class ClientConnection(Protocol):
             receiver.answer_failed(reason)
 
     def readConnectionLost(self) -> None:
-        if self._tunnel and self._receiver is not None:
+        if self._reader.tunnel and self._receiver is not None:
             self._half_closed = True
             self._receiver.tunnel_half_closed()
             return
@@ -418,19 +307,14 @@ class ClientConnection(Protocol):
             return
         self._closed = True
         self._stop_body()
-        head, receiver = self._head, self._receiver
+        reader, receiver = self._reader, self._receiver
         waiting, self._waiting = self._waiting, None
         self._receiver = None
         if waiting is not None:
-            error = NotExecuted if self._unseen and not self._fed and head is None else AnswerLost
+            error = NotExecuted if self._unseen and not reader.fed and reader.head is None else AnswerLost
             waiting.errback(Failure(error("the connection ended before the answer's head")))
-        elif receiver is not None and head is not None:
-            open_ended = not head.chunked and head.content_length is None
-            if clean and (open_ended or self._tunnel):
+        elif receiver is not None:
+            if clean and reader.ends_with_connection:
                 receiver.answer_finished()
             else:
                 receiver.answer_failed(Failure(AnswerLost("the connection ended in the middle of the answer")))
-
-
-def _says_close(head: ResponseHead) -> bool:
-    return any(name.lower() == b"connection" and b"close" in value.lower() for name, value in head.headers)

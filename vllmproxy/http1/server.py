@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import httptools
 from twisted.internet.interfaces import IAddress, IHalfCloseableProtocol, IPushProducer, IReactorTime
 from twisted.internet.protocol import Factory, Protocol
 from twisted.protocols.tls import TLSMemoryBIOProtocol
@@ -13,8 +12,8 @@ from zope.interface import implementer
 
 from vllmproxy.http1.deadlines import Deadlines
 from vllmproxy.http1.hangup import HangupWatcher
-from vllmproxy.http1.message import Limits, RequestHead, WireError, fields_of
-from vllmproxy.http1.rules import check_request
+from vllmproxy.http1.message import Limits, RequestHead, WireError
+from vllmproxy.http1.requests import RequestReader
 from vllmproxy.http1.sockets import is_plain, queued_bytes, raw_socket, write_now
 from vllmproxy.http1.stream import Stream
 
@@ -22,8 +21,6 @@ from vllmproxy.http1.stream import Stream
 HOLD = 65_536
 #: How much of an unwanted body is read and thrown away so that the answer before it survives (RFC 9112 §9.6).
 LINGER_BYTES = 4 * 1024 * 1024
-
-_BAD_SYNTAX = "The request is not well-formed HTTP/1.1."
 
 
 class BrokenBody(Exception):
@@ -50,18 +47,9 @@ class ServerChannel(Protocol):
         self._queue: deque[Stream] = deque()
         self._starting = False
         self._lingered = 0
-        self._early: bytes | None = None
-        self._broken: WireError | None = None
         self._half_closed = False
-        self._parser: Any = httptools.HttpRequestParser(self)
         self._incoming: Stream | None = None
-        self._in_head = False
-        self._head_bytes = 0
-        self._head_fed = 0
-        self._target = b""
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._ignoring_head = False
-        self._body_follows_upgrade = False
+        self._reader = RequestReader(self, factory.limits)
 
     # the transport's side
 
@@ -81,11 +69,8 @@ class ServerChannel(Protocol):
 
     def dataReceived(self, data: bytes) -> None:
         if self._mode == "http":
-            if self._early is not None:
-                self._early += data
-            elif self._broken is None:
-                self._parse(data)
-                self._settle()
+            self._reader.feed(data)
+            self._settle()
         elif self._mode == "tunnel":
             self._tunnelled(data)
         elif self._mode == "linger":
@@ -99,7 +84,7 @@ class ServerChannel(Protocol):
         self._unwatch()
         self._queue.clear()
         active, self._active = self._active, None
-        self._parser = None
+        self._reader.close()
         if active is not None:
             active.over = True
             assert active.receiver is not None
@@ -138,113 +123,35 @@ class ServerChannel(Protocol):
     def stopProducing(self) -> None:
         """The connection is gone; ``connectionLost`` follows."""
 
-    # the parser's side
+    # the reader's side (vllmproxy.http1.requests.RequestSink)
 
-    def _parse(self, data: bytes) -> None:
-        was_in_head, size = self._in_head, len(data)
-        while data:
-            try:
-                self._parser.feed_data(data)
-                data = b""
-            except httptools.HttpParserUpgrade as upgrade:
-                data = self._after_upgrade(data[upgrade.args[0] :])
-            except httptools.HttpParserError:
-                self._broken = self._broken or WireError(400, _BAD_SYNTAX)
-                return
-        if self._in_head and was_in_head:  # a line without end reaches no callback: count what is fed
-            self._head_fed += size
-            if self._head_fed > self.factory.limits.head:
-                self._broken = WireError(431, "The request's head is too large.")
-
-    def on_message_begin(self) -> None:
-        if self._ignoring_head:
-            return
-        self._in_head = True
-        self._head_bytes = self._head_fed = 0
-        self._target = b""
-        self._headers = []
+    def head_begun(self) -> None:
         if self._active is None and not self._queue:
             self.factory.idle_deadlines.clear(self)
             self.factory.head_deadlines.set(self)
 
-    def on_url(self, data: bytes) -> None:
-        if self._ignoring_head:
-            return
-        self._target += data
-        if len(self._target) > self.factory.limits.target:
-            self._refuse(414, "The request target is too long.")
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._in_head:
-            return  # a trailer field, or the head that _after_upgrade makes up: neither is used
-        self._headers.append((name, value.rstrip(b" \t")))
-        self._head_bytes += len(name) + len(value) + 4
-        limits = self.factory.limits
-        if len(self._headers) > limits.lines or self._head_bytes > limits.head:
-            self._refuse(431, "The request's head is too large.")
-
-    def on_headers_complete(self) -> None:
-        if self._ignoring_head:
-            self._ignoring_head = False
-            return
-        self._in_head = False
-        major, minor = self._parser.get_http_version().split(".")
-        head = RequestHead(
-            method=self._parser.get_method(),
-            target=self._target,
-            version=(int(major), int(minor)),
-            headers=self._headers,
-            fields=fields_of(self._headers),
-        )
-        try:
-            check_request(head)
-        except WireError as error:
-            self._refuse(error.status, error.message)
-        self._body_follows_upgrade = self._parser.should_upgrade() and not head.websocket
+    def request_begun(self, head: RequestHead) -> None:
         self._incoming = Stream(head, self)
         self._queue.append(self._incoming)
         self.factory.head_deadlines.clear(self)
 
-    def on_body(self, data: bytes) -> None:
+    def body_read(self, data: bytes) -> None:
         stream = self._incoming
-        if stream is not None:
-            stream.held.append(data)
-            stream.held_bytes += len(data)
+        assert stream is not None
+        stream.held.append(data)
+        stream.held_bytes += len(data)
 
-    def on_message_complete(self) -> None:
-        if self._incoming is not None and not self._body_follows_upgrade:
-            self._incoming.complete = True
-            self._incoming = None
-
-    def _refuse(self, status: int, message: str) -> None:
-        """Break out of the parser's callback; ``_parse`` sees the error that is kept here."""
-        self._broken = WireError(status, message)
-        raise self._broken
-
-    def _after_upgrade(self, rest: bytes) -> bytes:
-        """Go on after llhttp took the end of a head for the end of HTTP.
-
-        For a WebSocket the rest is the client's early bytes. Any other Upgrade is ignored, as RFC 9110 §7.8
-        allows: a new parser is told the same framing, so that the body is parsed as the body that it is.
-        """
-        self._parser = httptools.HttpRequestParser(self)
-        if not self._body_follows_upgrade:
-            self._early = rest
-            return b""
-        self._body_follows_upgrade = False
+    def request_read(self) -> None:
         assert self._incoming is not None
-        head = self._incoming.head
-        framing = b"transfer-encoding: chunked" if head.chunked else b"content-length: %d" % (head.content_length or 0)
-        self._ignoring_head = True
-        self._parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n\r\n" % framing)
-        return rest
+        self._incoming.complete = True
+        self._incoming = None
 
     # one request after the other
 
     def _settle(self) -> None:
         """Act on what one read brought: hand on bodies, start requests, refuse what broke."""
         if self._active is not None:
-            if self._broken is not None and not self._active.complete:
+            if self._reader.error is not None and not self._active.complete:
                 self._body_broke(self._active)
                 return
             self._active.deliver()
@@ -257,9 +164,9 @@ class ServerChannel(Protocol):
         self._starting = True
         while self._active is None and not self.congested and self._mode == "http":
             stream = self._queue[0] if self._queue else None
-            if stream is None or (self._broken is not None and not stream.complete):
-                if self._broken is not None:
-                    self._answer_broken(self._broken, stream.head if stream else None)
+            if stream is None or (self._reader.error is not None and not stream.complete):
+                if self._reader.error is not None:
+                    self._answer_broken(self._reader.error, stream.head if stream else None)
                 break
             self._active = self._queue.popleft()
             self.factory.handle(self._active)
@@ -274,10 +181,8 @@ class ServerChannel(Protocol):
             self._close_after(stream.complete)
             return
         if stream.head.websocket:  # the upstream did not switch: what follows is plain HTTP again
-            early, self._early = self._early, None
-            if early:
-                self._parse(early)
-        if self._in_head:
+            self._reader.resume()
+        if self._reader.in_head:
             self.factory.head_deadlines.set(self)
         elif not self._queue:
             self.factory.idle_deadlines.set(self)
@@ -286,7 +191,7 @@ class ServerChannel(Protocol):
 
     def _body_broke(self, stream: Stream) -> None:
         """The active request's body is malformed: the upstream must not take it for a whole one."""
-        error = self._broken
+        error = self._reader.error
         assert error is not None
         assert stream.receiver is not None
         self._active = None
@@ -316,7 +221,7 @@ class ServerChannel(Protocol):
         stream = self._active
         if self._mode in ("closed", "linger"):
             return
-        if self._early is not None:
+        if self._reader.early is not None:
             wanted = False
         elif stream is None:
             wanted = not self._queue
@@ -351,7 +256,7 @@ class ServerChannel(Protocol):
     def start_tunnel(self) -> None:
         """Pass raw bytes from here on, the client's early ones first."""
         self._mode = "tunnel"
-        early, self._early = self._early, None
+        early = self._reader.take_early()
         if early:
             self._tunnelled(early)
         self.update_reading()
@@ -381,7 +286,7 @@ class ServerChannel(Protocol):
 
     def head_late(self) -> None:
         """The head took too long: say so if any of it has come."""
-        if self._in_head and self._mode == "http":
+        if self._reader.in_head and self._mode == "http":
             self._answer_broken(WireError(408, "The request's head did not arrive in time."), None)
         else:
             self.lose()

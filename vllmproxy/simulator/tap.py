@@ -1,11 +1,16 @@
 """``twistd vllmsim``: a vLLM that needs no GPU."""
 
 from pathlib import Path
+from typing import Any
 
-from twisted.application import service, strports
+from twisted.application.service import Service
 from twisted.internet import endpoints, reactor
+from twisted.internet.defer import Deferred, gatherResults, maybeDeferred
+from twisted.internet.interfaces import IListeningPort
 from twisted.python import usage
 
+from vllmproxy import __version__
+from vllmproxy.listening import CannotListen, accept, listen
 from vllmproxy.simulator.config import DEFAULT_MODEL, SimulatorConfig
 from vllmproxy.simulator.server import SimulatorFactory
 
@@ -47,6 +52,11 @@ class Options(usage.Options):
 
     config: SimulatorConfig
 
+    def opt_version(self) -> None:
+        """Print the version and exit."""
+        print(f"vllmsim {__version__}")
+        raise SystemExit(0)
+
     def postOptions(self) -> None:
         """Turn the options into a :class:`SimulatorConfig`, or raise ``UsageError``."""
         try:
@@ -78,6 +88,27 @@ class Options(usage.Options):
         return key
 
 
-def makeService(options: Options) -> service.Service:
-    """Return the service that listens; a port that is taken ends ``twistd`` with status 1."""
-    return strports.service(options["listen"], SimulatorFactory(reactor, options.config), reactor=reactor)
+class _Listening(Service):
+    """Listens while it runs."""
+
+    def __init__(self, description: str, factory: SimulatorFactory) -> None:
+        self._description = description
+        self._factory = factory
+        self._ports: list[IListeningPort] = []
+
+    def privilegedStartService(self) -> None:
+        """Bind; a port that is taken ends ``twistd`` with one line and status 1."""
+        try:
+            self._ports = listen(reactor, [self._description], self._factory)
+        except CannotListen as error:
+            raise SystemExit(f"vllmsim: {error}") from None
+        accept(self._ports)
+
+    def stopService(self) -> Deferred[Any]:
+        """Stop listening, which ends every connection."""
+        return gatherResults([maybeDeferred(port.stopListening) for port in self._ports])
+
+
+def makeService(options: Options) -> Service:
+    """Return the service that listens."""
+    return _Listening(options["listen"], SimulatorFactory(reactor, options.config))

@@ -1,0 +1,165 @@
+"""Turns the bytes of a connection into requests. No sockets, no answers."""
+
+from typing import Any, Protocol
+
+import httptools
+
+from vllmproxy.http1.message import Limits, RequestHead, WireError, fields_of
+from vllmproxy.http1.rules import check_request
+
+_BAD_SYNTAX = "The request is not well-formed HTTP/1.1."
+
+
+class RequestSink(Protocol):
+    """Takes what a :class:`RequestReader` finds. It only notes it: the reader is in the middle of its bytes."""
+
+    def head_begun(self) -> None:
+        """The first byte of a request."""
+
+    def request_begun(self, head: RequestHead) -> None:
+        """A head that passed every check."""
+
+    def body_read(self, data: bytes) -> None:
+        """A piece of the body of the request begun last."""
+
+    def request_read(self) -> None:
+        """That request is whole."""
+
+
+class RequestReader:
+    """Parses requests with llhttp, and refuses what llhttp or :mod:`vllmproxy.http1.rules` refuse.
+
+    :ivar error: set once, when the bytes are no HTTP that may be served; nothing is parsed afterwards.
+    :ivar in_head: some of a head has come, not all of it.
+    :ivar early: what came behind a WebSocket handshake; ``None`` where there is none. Nothing is parsed until
+        :meth:`resume` says that the connection stayed HTTP.
+    """
+
+    def __init__(self, sink: RequestSink, limits: Limits) -> None:
+        self._sink = sink
+        self._limits = limits
+        self._parser: Any = httptools.HttpRequestParser(self)
+        self.error: WireError | None = None
+        self.in_head = False
+        self.early: bytes | None = None
+        self._head: RequestHead | None = None
+        self._head_bytes = 0
+        self._head_fed = 0
+        self._target = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._ignoring_head = False
+        self._body_follows_upgrade = False
+
+    def feed(self, data: bytes) -> None:
+        """Parse the next bytes, as they came."""
+        if self.early is not None:
+            self.early += data
+            return
+        if self.error is not None:
+            return
+        was_in_head, size = self.in_head, len(data)
+        while data:
+            try:
+                self._parser.feed_data(data)
+                data = b""
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._after_upgrade(data[upgrade.args[0] :])
+            except httptools.HttpParserError:
+                self.error = self.error or WireError(400, _BAD_SYNTAX)
+                return
+        if self.in_head and was_in_head:  # a line without end reaches no callback: count what is fed
+            self._head_fed += size
+            if self._head_fed > self._limits.head:
+                self.error = WireError(431, "The request's head is too large.")
+
+    def resume(self) -> None:
+        """The connection stays HTTP although a WebSocket was asked for: parse what came behind the handshake."""
+        early, self.early = self.early, None
+        if early:
+            self.feed(early)
+
+    def take_early(self) -> bytes:
+        """The connection is a tunnel: return what came behind the handshake."""
+        early, self.early = self.early, None
+        return early or b""
+
+    def close(self) -> None:
+        """Break the reference cycle with the parser."""
+        self._parser = None
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Break out of the parser's callback; ``feed`` finds the error that is kept here."""
+        self.error = WireError(status, message)
+        raise self.error
+
+    def _after_upgrade(self, rest: bytes) -> bytes:
+        """Go on after llhttp took the end of a head for the end of HTTP; return what is still to be parsed.
+
+        Any Upgrade but a WebSocket's is ignored, as RFC 9110 §7.8 allows: a new parser is told the same framing, so
+        that the body is parsed as the body that it is.
+        """
+        self._parser = httptools.HttpRequestParser(self)
+        head = self._head
+        assert head is not None
+        if not self._body_follows_upgrade:
+            self.early = rest
+            return b""
+        self._body_follows_upgrade = False
+        framing = b"transfer-encoding: chunked" if head.chunked else b"content-length: %d" % (head.content_length or 0)
+        self._ignoring_head = True
+        self._parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n\r\n" % framing)
+        return rest
+
+    # llhttp's callbacks
+
+    def on_message_begin(self) -> None:
+        if self._ignoring_head:
+            return
+        self.in_head = True
+        self._head_bytes = self._head_fed = 0
+        self._target = b""
+        self._headers = []
+        self._sink.head_begun()
+
+    def on_url(self, data: bytes) -> None:
+        if self._ignoring_head:
+            return
+        self._target += data
+        if len(self._target) > self._limits.target:
+            self._refuse(414, "The request target is too long.")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.in_head:
+            return  # a trailer field, or the head that _after_upgrade makes up: neither is used
+        self._headers.append((name, value.rstrip(b" \t")))
+        self._head_bytes += len(name) + len(value) + 4
+        if len(self._headers) > self._limits.lines or self._head_bytes > self._limits.head:
+            self._refuse(431, "The request's head is too large.")
+
+    def on_headers_complete(self) -> None:
+        if self._ignoring_head:
+            self._ignoring_head = False
+            return
+        self.in_head = False
+        major, minor = self._parser.get_http_version().split(".")
+        head = RequestHead(
+            method=self._parser.get_method(),
+            target=self._target,
+            version=(int(major), int(minor)),
+            headers=self._headers,
+            fields=fields_of(self._headers),
+        )
+        try:
+            check_request(head)
+        except WireError as error:
+            self._refuse(error.status, error.message)
+        self._body_follows_upgrade = self._parser.should_upgrade() and not head.websocket
+        self._head = head
+        self._sink.request_begun(head)
+
+    def on_body(self, data: bytes) -> None:
+        self._sink.body_read(data)
+
+    def on_message_complete(self) -> None:
+        if not self._body_follows_upgrade:
+            self._sink.request_read()

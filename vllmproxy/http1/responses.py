@@ -1,0 +1,149 @@
+"""Turns the bytes of an upstream connection into answers, with the same suspicion as requests. No sockets."""
+
+from collections.abc import Callable
+from typing import Any
+
+import httptools
+
+from vllmproxy.http1.message import BadAnswer, Limits, ResponseHead
+from vllmproxy.http1.rules import check_response
+
+
+class ResponseReader:
+    """Parses one answer after the other; :meth:`begin` says what the next one is an answer to.
+
+    :ivar head: of the answer, once it is complete and checked.
+    :ivar pieces: of its body, or of the tunnel, for the owner to take.
+    :ivar whole: the answer is complete.
+    :ivar extra: more came than the answer: the connection is not to be used again.
+    :ivar reusable: as far as the head says.
+    :ivar tunnel: the answer was a 101 that was asked for; all that follows is raw.
+    :ivar fed: bytes taken while no final head is complete.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._parser: Any = None
+        self.begin(b"", upgrade=False, inform=None)
+
+    def begin(self, method: bytes, *, upgrade: bool, inform: Callable[[ResponseHead], None] | None) -> None:
+        """The next bytes answer a request of ``method``.
+
+        :param upgrade: it asked for a tunnel.
+        :param inform: takes informational answers.
+        """
+        self._method = method
+        self._upgrade = upgrade
+        self._inform = inform
+        self._reason = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._head_bytes = 0
+        self._error: BadAnswer | None = None
+        self.head: ResponseHead | None = None
+        self.pieces: list[bytes] = []
+        self.whole = self.extra = self.reusable = self.tunnel = False
+        self.fed = 0
+        if self._parser is None:
+            self._parser = httptools.HttpResponseParser(self)
+
+    def feed(self, data: bytes) -> None:
+        """Parse the next bytes.
+
+        :raises BadAnswer: when they are no answer that may be passed on.
+        """
+        if self.tunnel:
+            self.pieces.append(data)
+            return
+        if self.whole:
+            self.extra = True
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._switch(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            if not self.whole:
+                raise self._error or BadAnswer("malformed HTTP") from None
+            self.extra = True  # bytes after a complete answer only discard the connection
+        if self.head is None:
+            self.fed += len(data)
+            if self.fed > self._limits.answer_head:
+                raise BadAnswer("a head that is too large")
+        elif self.head.bodiless and self.whole:
+            self._parser = None  # llhttp waits for a body that does not come (HEAD): take a fresh one next time
+
+    def take(self) -> bytes:
+        """Return the body's bytes that came since the last call."""
+        pieces, self.pieces = self.pieces, []
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    @property
+    def ends_with_connection(self) -> bool:
+        """Whether only the connection's end tells where the body, or the tunnel, ends (RFC 9112 §6.3, rule 8)."""
+        head = self.head
+        return head is not None and (self.tunnel or (not head.chunked and head.content_length is None))
+
+    def _switch(self, rest: bytes) -> None:
+        """llhttp left HTTP: the tunnel begins."""
+        if self.head is None or self.head.status != 101:
+            raise BadAnswer("an Upgrade that nobody asked for")
+        self.tunnel = True
+        if rest:
+            self.pieces.append(rest)
+
+    def _reject(self, message: str) -> None:
+        """Break out of the parser's callback; ``feed`` raises what is kept here."""
+        self._error = BadAnswer(message)
+        raise self._error
+
+    # llhttp's callbacks
+
+    def on_message_begin(self) -> None:
+        if self.whole:
+            self.extra = True
+
+    def on_status(self, reason: bytes) -> None:
+        if not self.whole:
+            self._reason += reason
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.head is not None:
+            return  # a trailer field
+        self._headers.append((name, value.rstrip(b" \t")))
+        self._head_bytes += len(name) + len(value) + 4
+        if len(self._headers) > self._limits.answer_lines or self._head_bytes > self._limits.answer_head:
+            self._reject("a head that is too large")
+
+    def on_headers_complete(self) -> None:
+        if self.whole:
+            return
+        head = ResponseHead(self._parser.get_status_code(), self._reason, self._headers)
+        try:
+            check_response(head, self._method)
+        except BadAnswer as error:
+            self._reject(str(error))
+        if head.status == 101:
+            if not self._upgrade:
+                self._reject("101 to a request that did not ask for it")
+        elif head.status < 200:
+            if self._inform is not None:
+                self._inform(head)
+            self._headers, self._reason, self._head_bytes, self.fed = [], b"", 0, 0
+            return
+        self.head = head
+        self.reusable = self._parser.get_http_version() == "1.1" and not _says_close(head)
+        self.whole = head.bodiless and head.status != 101
+
+    def on_body(self, data: bytes) -> None:
+        if self.whole:
+            self.extra = True
+        else:
+            self.pieces.append(data)
+
+    def on_message_complete(self) -> None:
+        if self.head is not None and self.head.status != 101:
+            self.whole = True
+
+
+def _says_close(head: ResponseHead) -> bool:
+    return any(name.lower() == b"connection" and b"close" in value.lower() for name, value in head.headers)
