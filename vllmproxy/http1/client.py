@@ -62,6 +62,7 @@ class ClientConnection(Protocol):
         self._before: Delivery | None = None
         self._unseen = False
         self._half_closed = False
+        self._paused = False
         self._reader = ResponseReader(limits)
 
     # sending
@@ -180,12 +181,14 @@ class ClientConnection(Protocol):
 
     def pause_answer(self) -> None:
         """Read no more of the answer for now."""
-        if not self._closed:
+        if not self._closed and self._request is not None:
+            self._paused = True
             self.transport.pauseProducing()  # type: ignore[union-attr]
 
     def resume_answer(self) -> None:
         """Read the answer again."""
-        if not self._closed:
+        if not self._closed and self._paused:
+            self._paused = False
             self.transport.resumeProducing()  # type: ignore[union-attr]
 
     def half_close(self) -> None:
@@ -269,6 +272,7 @@ class ClientConnection(Protocol):
             self._finished()
 
     def _finished(self) -> None:
+        self.resume_answer()  # TLS hands on what it has although it is paused: the end may have come that way
         self._request = None
         if self._reader.extra or self._closed or not self._reader.reusable:
             self.abort()

@@ -158,6 +158,8 @@ class Stream:
     def write(self, data: bytes, last: bool = False) -> None:
         """Write a piece of the body; ``last`` also ends the answer, in the same segment where it fits."""
         self.bytes_out += len(data)
+        if last:
+            self.producer = None  # whoever produced is done; its connection may serve another already
         if self._framing == "chunked":
             end = b"\r\n0\r\n\r\n" if last else b"\r\n"
             data = b"%s%x\r\n%s%s" % (self._pending, len(data), data, end)

@@ -112,17 +112,21 @@ def group_of(path: bytes) -> Group:
 
 
 def group_for(path: bytes, base: bytes) -> Group:
-    """Return the group of ``path`` at an upstream whose URL has the path ``base`` (``b""`` or ``b"/gpu1"``).
+    """Return the group of ``path`` at an upstream whose URL has the path ``base`` (``b""`` or ``b"/gpu1/v1"``).
 
-    What stands behind that base may or may not take it off, so ``path`` is judged with and without it:
-    ``admin`` if either is, else what it is without, else what it is with.
+    What stands behind that base may take off all of it, its beginning, or nothing, so ``path`` is judged in each of
+    these ways: ``admin`` if any is, else the first that is known, without the whole base, then with more and more.
     """
-    whole = group_of(path)
-    base = base.rstrip(b"/")
-    if whole == "admin" or not base or not path.startswith(base + b"/"):
-        return whole
-    rest = group_of(path[len(base) :])
-    return whole if rest == "unknown" else rest
+    groups = []
+    cut = base.rstrip(b"/")
+    while cut:
+        if path.startswith(cut + b"/"):
+            groups.append(group_of(path[len(cut) :]))
+        cut = cut.rpartition(b"/")[0]
+    groups.append(group_of(path))
+    if "admin" in groups:
+        return "admin"
+    return next((group for group in groups if group != "unknown"), "unknown")
 
 
 def is_anthropic(path: bytes) -> bool:

@@ -97,7 +97,7 @@ class Exchange:
         path, query = split_target(stream.head.target)
         forwarded = upstream_path(path, upstream.base_path)
         record.route = forwarded.decode("ascii")
-        self._anthropic = is_anthropic(forwarded)
+        self._anthropic = is_anthropic(upstream_path(path, b""))
         try:
             if is_unsafe(path):
                 raise BadRequest(_UNSAFE_PATH)
