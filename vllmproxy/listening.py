@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from OpenSSL.SSL import Error as OpenSSLError
+from OpenSSL import SSL, crypto
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort
@@ -43,7 +43,7 @@ def accept(ports: Sequence[IListeningPort]) -> None:
 def _listen(reactor: Any, description: str, factory: Factory) -> IListeningPort:
     try:
         endpoint = serverFromString(reactor, _with_backlog(description))
-    except (OSError, ValueError, TypeError, KeyError, IndexError, OpenSSLError) as error:
+    except (OSError, ValueError, TypeError, KeyError, IndexError, SSL.Error, crypto.Error) as error:
         raise CannotListen(f"cannot listen on {description}: {error}") from None
     # Twisted's own server endpoints bind before they return; so does StreamServerEndpointService rely on it.
     results: list[Any] = []

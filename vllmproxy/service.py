@@ -31,7 +31,7 @@ from vllmproxy.relay.headers import TrustedProxies, fresh_id
 from vllmproxy.relay.refuse import wire_refusal
 from vllmproxy.relay.relay import Relay
 from vllmproxy.relay.targets import is_under_prefix
-from vllmproxy.settings import Settings
+from vllmproxy.settings import Settings, SettingsError
 from vllmproxy.simulated import base_url, key_file, start_simulator, what_to_try
 from vllmproxy.store.interface import CannotOpenStore
 from vllmproxy.store.opening import make_store
@@ -74,7 +74,7 @@ class Proxy:
             open_metrics=settings.open_metrics,
             version=__version__,
         )
-        self.api = ApiBranch(reactor, api.site(), self.observer, trusted, settings.max_api_body)
+        self.api = ApiBranch(reactor, api.site(), api.routes, self.observer, trusted, settings.max_api_body)
         self.hangups = HangupWatcher(reactor)
         self.factory = ServerFactory(
             reactor,
@@ -114,7 +114,7 @@ class Proxy:
 
     async def close(self) -> None:
         """Reset what is connected and let go of everything."""
-        self.factory.close()
+        await self.factory.close()
         self.relay.close()
         self.hangups.close()
         self.access_log.close()
@@ -135,8 +135,9 @@ class ProxyService(Service):
         """Bind, while the process may still bind low ports. A process that cannot do its work does not start."""
         try:
             self._bind()
-        except (CannotStart, CannotListen, OSError, ValueError) as error:
-            raise SystemExit(f"vllmproxy: {error}") from None
+        except (CannotStart, CannotListen, SettingsError, OSError, ValueError) as error:
+            _complain(str(error))
+            raise SystemExit(1) from None
 
     def _bind(self) -> None:
         settings = self._settings
@@ -173,7 +174,7 @@ class ProxyService(Service):
         for address in addresses:
             _log.info("Listening on {address}, for {upstream}", address=address, upstream=self._settings.upstream.name)
         if self._settings.simulate:
-            text = what_to_try(base_url(addresses[0]), f"$(cat {key_file(self._settings)})")
+            text = what_to_try(base_url(addresses[0]), key_file(self._settings))
             os.write(1, text.encode())  # not print: twistd would make log lines of it
 
     def _not_opened(self, reason: Any) -> None:
@@ -181,8 +182,9 @@ class ProxyService(Service):
             return
         if reason.check(CannotOpenStore) is None:
             _log.failure("Opening the store failed", reason)
-        _log.critical("{error}", error=reason.getErrorMessage())
-        atexit.register(_exit_with, f"vllmproxy: {reason.getErrorMessage()}")
+        _complain(reason.getErrorMessage())
+        # A reactor that was stopped returns as if all were well, and twistd would exit with 0.
+        atexit.register(_exit_with_failure)
         self._reactor.stop()
 
     async def _stop(self) -> None:
@@ -199,10 +201,14 @@ class ProxyService(Service):
         return Deferred.fromCoroutine(self._stop())
 
 
-def _exit_with(message: str) -> None:
-    """End with status 1: a reactor that was stopped returns as if all were well, and twistd exits with 0."""
+def _complain(message: str) -> None:
+    """Say why the process ends: in the log, and to whoever started it, wherever the log goes."""
+    _log.critical("{message}", message=message)
+    os.write(2, f"vllmproxy: {message}\n".encode())
+
+
+def _exit_with_failure() -> None:
     sys.stdout.flush()
-    os.write(2, message.encode() + b"\n")
     os._exit(1)
 
 

@@ -203,9 +203,9 @@ def _secret(row: Row, found: _Found | None, environ: Mapping[str, str], read_fil
     if found is None:
         return _credential(row, environ, read_file)
     if found.level is _Level.ENVIRONMENT:
-        return _checked(found.texts[0], found.place)
+        return checked_secret(found.texts[0], found.place)
     path = Path(_value(row, found))
-    return _checked(_read(path, found.place, read_file), f"{found.place}: {str(path)!r}")
+    return checked_secret(_read(path, found.place, read_file), f"{found.place}: {str(path)!r}")
 
 
 def _credential(row: Row, environ: Mapping[str, str], read_file: ReadFile) -> Secret | None:
@@ -220,10 +220,11 @@ def _credential(row: Row, environ: Mapping[str, str], read_file: ReadFile) -> Se
         return None
     except (OSError, ValueError) as error:
         raise _unreadable(path, place, error) from None
-    return _checked(text, place)
+    return checked_secret(text, place)
 
 
-def _checked(text: str, place: str) -> Secret:
+def checked_secret(text: str, place: str) -> Secret:
+    """Return the credential that ``text`` holds. Raises :class:`SettingsError`, naming ``place``."""
     secret = text.rstrip("\r\n")
     if not secret:
         raise SettingsError(f"{place}: the key is empty; put one there or leave the setting out")

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shlex
 import socket
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from attrs import evolve
 from twisted.internet.interfaces import IListeningPort
 
-from vllmproxy.settings import Secret, Settings
+from vllmproxy.settings import Secret, Settings, checked_secret
 from vllmproxy.simulator.config import DEFAULT_MODEL, SimulatorConfig
 from vllmproxy.simulator.server import SimulatorFactory
 from vllmproxy.upstreams.upstream import Upstream
@@ -40,7 +41,7 @@ def key_file(settings: Settings) -> Path:
 
 def _kept_key(path: Path) -> str:
     if path.exists():
-        return path.read_text().strip()
+        return checked_secret(path.read_text(), str(path)).reveal()
     key = "sk-" + secrets.token_urlsafe(24)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -48,13 +49,13 @@ def _kept_key(path: Path) -> str:
     return key
 
 
-def what_to_try(base: str, key: str) -> str:
+def what_to_try(base: str, key: Path) -> str:
     """Return curl lines for a person; the key itself is not in them.
 
     :param base: ``http://host:port`` of the proxy.
-    :param key: how a shell gets at the master key.
+    :param key: the file that holds the master key.
     """
-    auth = f'-H "Authorization: Bearer {key}"'
+    auth = f'-H "Authorization: Bearer $(cat {shlex.quote(str(key))})"'
     json = "-H 'Content-Type: application/json'"
     chat = (
         f'{{"model": "{DEFAULT_MODEL}", "messages": [{{"role": "user", "content": "What is there to see in Paris?"}}]'

@@ -26,6 +26,7 @@ class Api:
     :param clock: ``seconds()`` is the time of day, seconds since the epoch.
     :param metrics_text: returns the content type and the body of ``/metrics``.
     :param open_metrics: show the metrics to everybody.
+    :ivar routes: the paths that it answers, variable parts in angle brackets.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Api:
         HealthApi(store, version).register(app)
         MetricsApi(gate, metrics_text, open_metrics).register(app)
         app.handle_errors(Exception)(_explain)
+        self.routes = frozenset(str(rule.rule) for rule in app.url_map.iter_rules())
 
     def resource(self) -> IResource:
         """Return the leaf resource that answers every path."""

@@ -1,13 +1,16 @@
 """The branch of the resource tree beside ``/vllm``: buffered ``twisted.web`` requests, for Klein."""
 
+from typing import Any
+
 from attrs import define
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.server import Site
 
+from vllmproxy.api.caller import ICaller
 from vllmproxy.http1.message import WireError
 from vllmproxy.http1.stream import Stream
 from vllmproxy.http1.web import WebExchange
-from vllmproxy.observers.record import Observer, RequestRecord
+from vllmproxy.observers.record import Ended, Observer, RequestRecord
 from vllmproxy.relay.headers import TrustedProxies, request_id
 from vllmproxy.relay.refuse import reason_of, refusal_lines, request_id_line, wire_body
 
@@ -16,48 +19,71 @@ from vllmproxy.relay.refuse import reason_of, refusal_lines, request_id_line, wi
 class ApiBranch:
     """Hands requests to the API's site and reports them.
 
+    :ivar routes: the paths that a record may name. Any other may hold a key (``/key/sk-.../regenerate``).
     :ivar max_body: bytes of a request's body.
     """
 
     clock: IReactorTime
     site: Site
+    routes: frozenset[str]
     observer: Observer
     trusted: TrustedProxies
     max_body: int
 
     def handle(self, stream: Stream) -> None:
         """Take a request whose head is complete."""
-        began = self.clock.seconds()
-        id = request_id(stream.head)
-        self.observer.started()
+        _ApiRequest(self, stream).begin()
 
-        def refuse(stream: Stream, error: WireError) -> None:
-            stream.respond(error.status, reason_of(error.status), refusal_lines(id), wire_body(error))
-            done(stream, True)
 
-        def done(stream: Stream, answered: bool) -> None:
-            self.observer.finished(
-                RequestRecord(
-                    time=began,
-                    request_id=id.decode("ascii"),
-                    method=stream.head.method.decode("ascii"),
-                    route=_route(stream.head.target),
-                    client=self.trusted.client(getattr(stream.peer, "host", ""), stream.head).address,
-                    status=stream.status,
-                    bytes_in=stream.bytes_in,
-                    bytes_out=stream.bytes_out,
-                    duration=self.clock.seconds() - began,
-                    ended="done" if answered else "client_gone",
-                )
+class _ApiRequest:
+    """One request to the API, from its head to its record."""
+
+    def __init__(self, branch: ApiBranch, stream: Stream) -> None:
+        self._branch = branch
+        self._stream = stream
+        self._began = branch.clock.seconds()
+        self._id = request_id(stream.head)
+
+    def begin(self) -> None:
+        branch = self._branch
+        branch.observer.started()
+        WebExchange(
+            self._stream,
+            branch.site,
+            limit=branch.max_body,
+            refuse=self._refuse,
+            extra_lines=request_id_line(self._id),
+            done=self._done,
+        ).begin()
+
+    def _refuse(self, stream: Stream, error: WireError) -> None:
+        stream.respond(error.status, reason_of(error.status), refusal_lines(self._id), wire_body(error))
+        self._done(None)
+
+    def _done(self, request: Any) -> None:
+        branch, stream = self._branch, self._stream
+        caller = None if request is None else request.getComponent(ICaller)
+        path = stream.head.target.partition(b"?")[0].decode("ascii")
+        branch.observer.finished(
+            RequestRecord(
+                time=self._began,
+                request_id=self._id.decode("ascii"),
+                method=stream.head.method.decode("ascii"),
+                route=path if path in branch.routes else "other",
+                client=branch.trusted.client(getattr(stream.peer, "host", ""), stream.head).address,
+                key_id=caller.key_id if caller else None,
+                key_alias=caller.key_alias if caller else None,
+                status=stream.status,
+                bytes_in=stream.bytes_in,
+                bytes_out=stream.bytes_out,
+                duration=branch.clock.seconds() - self._began,
+                ended=_ended(stream.status),
             )
-
-        exchange = WebExchange(
-            stream, self.site, limit=self.max_body, refuse=refuse, extra_lines=request_id_line(id), done=done
         )
-        exchange.begin()
 
 
-def _route(target: bytes) -> str:
-    """Return the first two segments of the path: the API's names. What follows, and the query, may hold a key."""
-    path = target.partition(b"?")[0].decode("ascii")
-    return "/".join(path.split("/")[:3])
+def _ended(status: int) -> Ended:
+    """Say how an API request with this status ended; 0 is none, because the client left first."""
+    if status == 0:
+        return "client_gone"
+    return "refused" if status in (400, 401, 403, 405, 413) else "done"

@@ -5,6 +5,7 @@ from ipaddress import ip_address
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred
 from twisted.web.iweb import IRequest
+from zope.interface import Interface
 
 from vllmproxy.errors import Forbidden
 from vllmproxy.keys.credentials import CREDENTIAL_HEADERS, read_credential
@@ -14,12 +15,18 @@ from vllmproxy.keys.gate import Caller, Gate
 _FORWARDING_HEADERS = (b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip", b"via")
 
 
+class ICaller(Interface):
+    """The component of a request that says who sent it, once that is known."""
+
+
 async def caller_of(gate: Gate, request: IRequest) -> Caller:
-    """Return who sent ``request``; raises what :meth:`Gate.identify` raises."""
+    """Return who sent ``request``, and note it there; raises what :meth:`Gate.identify` raises."""
     headers = request.requestHeaders
     fields = {name: [*headers.getRawHeaders(name, ())] for name in CREDENTIAL_HEADERS}
-    caller = gate.identify(read_credential(fields))
-    return await caller if isinstance(caller, Deferred) else caller
+    found = gate.identify(read_credential(fields))
+    caller = await found if isinstance(found, Deferred) else found
+    request.setComponent(ICaller, caller)  # type: ignore[attr-defined]  # every twisted.web.server.Request has them
+    return caller
 
 
 async def holder_of(gate: Gate, request: IRequest) -> Caller:

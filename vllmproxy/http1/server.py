@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress, IHalfCloseableProtocol, IPushProducer, IReactorTime
 from twisted.internet.protocol import Factory, Protocol
 from twisted.protocols.tls import TLSMemoryBIOProtocol
@@ -361,6 +362,7 @@ class ServerFactory(Factory):
         self.hangups = hangups
         self.limits = limits
         self.draining = False
+        self._closed: Deferred[None] | None = None
         self.channels: set[ServerChannel] = set()
         self.head_deadlines: Deadlines[ServerChannel] = Deadlines(clock, head_timeout, ServerChannel.head_late)
         self.idle_deadlines: Deadlines[ServerChannel] = Deadlines(clock, idle_timeout, ServerChannel.idle_late)
@@ -377,12 +379,19 @@ class ServerFactory(Factory):
         self.idle_deadlines.clear(channel)
         self.write_deadlines.clear(channel)
         self.linger_deadlines.clear(channel)
+        if not self.channels and self._closed is not None and not self._closed.called:
+            self._closed.callback(None)
 
-    def close(self) -> None:
-        """Reset every connection and end every wait."""
+    def close(self) -> Deferred[None]:
+        """Reset every connection; the result fires when all of them are gone and their requests settled."""
+        closed: Deferred[None] = Deferred()
+        self._closed = closed
         for channel in list(self.channels):
             channel.abort()
         self.head_deadlines.close()
         self.idle_deadlines.close()
         self.write_deadlines.close()
         self.linger_deadlines.close()
+        if not self.channels:
+            closed.callback(None)
+        return closed

@@ -21,7 +21,7 @@ class WebExchange:
     :param limit: bytes of the request's body; more is refused with 413.
     :param refuse: answers a refused request.
     :param extra_lines: header lines put on every answer.
-    :param done: called with the stream when the answer is written, or ``None`` status where the client left.
+    :param done: called at the end with ``twisted.web``'s request, ``None`` where it came to none.
     """
 
     transport = None  # twisted.web's Request asks for it; there is none to hand out
@@ -34,7 +34,7 @@ class WebExchange:
         limit: int,
         refuse: Callable[[Stream, WireError], None],
         extra_lines: bytes = b"",
-        done: Callable[[Stream, bool], None],
+        done: Callable[[Any], None],
     ) -> None:
         self.site = site
         self.factory = site
@@ -90,7 +90,7 @@ class WebExchange:
         request, self._request = self._request, None
         if request is not None:
             request.connectionLost(reason)
-        self._done(self._stream, False)
+        self._done(request)
 
     def tunnel_received(self, data: bytes) -> None:
         """No tunnels here."""
@@ -122,7 +122,7 @@ class WebExchange:
         stream = self._stream
         lines = b"".join(self._lines) + self._extra_lines
         stream.respond(self._status[0], self._status[1], lines, b"".join(self._answer))
-        self._done(stream, True)
+        self._done(request)
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """The answer is buffered: a pull producer is run to its end, a push producer needs no pausing."""
