@@ -181,6 +181,22 @@ class Wire:
             return Message(head.head, b"".join(iter(self.chunk, b"")))
         return Message(head.head, self.exactly(int(head.get(b"content-length") or 0)))
 
+    def rest_or_message(self) -> tuple[bytes, str]:
+        """Return the raw bytes of an answer that is whole by its length or its last chunk, else see :meth:`rest`."""
+        data = bytearray()
+        while True:
+            head, blank, body = bytes(data).partition(b"\r\n\r\n")
+            length = Message(head).get(b"content-length")
+            if blank and (len(body) >= int(length) if length else body.endswith(LAST_CHUNK)):
+                return bytes(data), "whole"
+            try:
+                piece = self.some()
+            except Ended as ended:
+                return bytes(data), ended.how
+            if not piece:
+                return bytes(data), "fin"
+            data += piece
+
     def rest(self) -> tuple[bytes, str]:
         """Return everything up to the end of the connection, and how it ended: ``fin`` or ``reset``."""
         data = bytearray()

@@ -63,6 +63,7 @@ class Proxy:
             settings.upstream,
             key=settings.upstream_key.reveal() if settings.upstream_key else None,
             connect_timeout=settings.connect_timeout,
+            idle_timeout=settings.upstream_idle_timeout,
             limits=limits,
         )
         self.relay = Relay(reactor, gate, server, self.observer, trusted, settings.first_byte_timeout)
@@ -84,6 +85,7 @@ class Proxy:
             limits=limits,
             head_timeout=settings.head_timeout,
             idle_timeout=settings.idle_timeout,
+            body_timeout=settings.body_timeout,
             write_timeout=settings.write_timeout,
         )
 

@@ -66,7 +66,9 @@ class Settings:
     connect_timeout: float
     head_timeout: float
     idle_timeout: float
+    body_timeout: float
     first_byte_timeout: float
+    upstream_idle_timeout: float
     write_timeout: float
     max_head: int
     max_headers: int

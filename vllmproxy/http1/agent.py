@@ -129,7 +129,7 @@ class UpstreamAgent:
         while self._idle:
             connection, since = self._idle.popitem()
             self._expiry.clear(connection)
-            if since > youngest:
+            if since > youngest and not connection.has_ended():
                 self._busy.add(connection)
                 return connection
             connection.abort()
@@ -157,7 +157,7 @@ class UpstreamAgent:
         return reason
 
     def _build(self) -> ClientConnection:
-        return ClientConnection(self._released, self._gone, self._limits)
+        return ClientConnection(self._released, self._gone, self._limits, self._clock)
 
     def _released(self, connection: ClientConnection) -> None:
         self._busy.discard(connection)

@@ -5,7 +5,7 @@ from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
-from twisted.internet.interfaces import IConsumer, IHalfCloseableProtocol, IPushProducer
+from twisted.internet.interfaces import IConsumer, IDelayedCall, IHalfCloseableProtocol, IPushProducer, IReactorTime
 from twisted.internet.protocol import Protocol
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
@@ -13,9 +13,15 @@ from twisted.web.iweb import IResponse
 from zope.interface import implementer
 
 from vllmproxy.http1.answer import Answer, AnswerReceiver, Request
+from vllmproxy.http1.fate import Fate, fate_of
 from vllmproxy.http1.message import BadAnswer, Limits
 from vllmproxy.http1.responses import ResponseReader
-from vllmproxy.http1.sockets import Delivery, delivery, is_plain, raw_socket, write_now
+from vllmproxy.http1.sockets import Delivery, delivery, has_ended, is_plain, raw_socket, write_now
+
+#: Seconds between two looks at, and in all for, a peer's kernel to take or refuse what was sent after its FIN: a round
+#: trip and Linux's longest delayed acknowledgement.
+_LOOK_AGAIN = 0.005
+_PATIENCE = 0.5
 
 
 class AnswerLost(Exception):
@@ -26,9 +32,7 @@ class NotExecuted(AnswerLost):
     """A reused connection turned out closed, and vLLM cannot have seen a byte of this request: it may be sent again
     on another connection.
 
-    That is known when no segment of it left this machine, or when the peer closed in order (FIN) and had confirmed
-    none of it: a FIN confirms all that came before it. A reset confirms nothing: Linux may delay a confirmation by
-    40 ms, so a peer that read the request and then reset looks the same as one that never got it.
+    How that is known says :mod:`vllmproxy.http1.fate`.
     """
 
 
@@ -45,7 +49,9 @@ class ClientConnection(Protocol):
         released: Callable[["ClientConnection"], None],
         gone: Callable[["ClientConnection"], None],
         limits: Limits,
+        clock: IReactorTime,
     ) -> None:
+        self._clock = clock
         self._released = released
         self._gone = gone
         self._plain = False
@@ -61,6 +67,8 @@ class ClientConnection(Protocol):
         self._body_sent = True
         self._before: Delivery | None = None
         self._unseen = False
+        self._orderly = False
+        self._verdict: IDelayedCall | None = None
         self._half_closed = False
         self._paused = False
         self._reader = ResponseReader(limits)
@@ -75,6 +83,10 @@ class ClientConnection(Protocol):
             transport.setTcpNoDelay(True)
             transport.setTcpKeepAlive(True)
         transport.registerProducer(self, True)
+
+    def has_ended(self) -> bool:
+        """Whether an idle connection's end has arrived, though the reactor has not come to it yet."""
+        return self._closed or has_ended(raw_socket(self.transport))
 
     def send(self, request: Request) -> "Deferred[IResponse]":
         """Send ``request``; the result is an :class:`Answer` when its head is complete.
@@ -153,14 +165,27 @@ class ClientConnection(Protocol):
 
     def stopProducing(self) -> None:
         """The connection is being lost and its socket is still there: see how far the request came."""
-        self._look_at_delivery(orderly=False)
+        self._unseen = self._fate() is Fate.UNSEEN
 
-    def _look_at_delivery(self, orderly: bool) -> None:
-        """Decide whether vLLM can have seen any of this request; see :class:`NotExecuted`."""
-        now = delivery(raw_socket(self.transport))
-        if self._before is not None and now is not None:
-            unsent = now.segments == self._before.segments
-            self._unseen = unsent or (orderly and now.acknowledged == self._before.acknowledged)
+    def _fate(self) -> Fate:
+        return fate_of(self._before, delivery(raw_socket(self.transport)), orderly=self._orderly)
+
+    def _await_verdict(self, patience: float) -> None:
+        """After a FIN: end, as soon as it is known whether the peer's kernel takes what was sent, or patience ends."""
+        self._verdict = None
+        fate = self._fate()
+        if fate is Fate.OPEN and patience > 0 and self._waiting is not None:
+            self._verdict = self._clock.callLater(_LOOK_AGAIN, self._await_verdict, patience - _LOOK_AGAIN)
+            return
+        self._unseen = fate is Fate.UNSEEN
+        self.transport.unregisterProducer()  # type: ignore[union-attr]
+        self._ended(clean=True)
+        self.transport.abortConnection()  # type: ignore[union-attr]
+
+    def _stop_waiting(self) -> None:
+        if self._verdict is not None:
+            self._verdict.cancel()
+            self._verdict = None
 
     def pauseProducing(self) -> None:
         self._congested = True
@@ -214,6 +239,7 @@ class ClientConnection(Protocol):
             return
         self._closed = True
         self._receiver = None
+        self._stop_waiting()
         self._gone(self)
         self._stop_body()
         self.transport.abortConnection()  # type: ignore[union-attr]
@@ -293,11 +319,10 @@ class ClientConnection(Protocol):
             self._half_closed = True
             self._receiver.tunnel_half_closed()
             return
-        self._look_at_delivery(orderly=True)
+        self._orderly = True
         self._gone(self)
-        self.transport.unregisterProducer()  # type: ignore[union-attr]
-        self._ended(clean=True)
-        self.transport.abortConnection()  # type: ignore[union-attr]
+        self._stop_body()
+        self._await_verdict(_PATIENCE)
 
     def writeConnectionLost(self) -> None:
         """Our side is shut; nothing to do."""
@@ -310,6 +335,7 @@ class ClientConnection(Protocol):
         if self._closed:
             return
         self._closed = True
+        self._stop_waiting()
         self._stop_body()
         reader, receiver = self._reader, self._receiver
         waiting, self._waiting = self._waiting, None

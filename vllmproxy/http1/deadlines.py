@@ -4,8 +4,11 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.logger import Logger
 
 T = TypeVar("T")
+
+_log = Logger()
 
 
 class Deadlines(Generic[T]):
@@ -22,6 +25,7 @@ class Deadlines(Generic[T]):
         self._expired = expired
         self._due: dict[T, float] = {}
         self._call: IDelayedCall | None = None
+        self._ticking = False
         self._slack = min(seconds / 4, 1.0)
 
     def set(self, item: T) -> None:
@@ -30,7 +34,7 @@ class Deadlines(Generic[T]):
             return
         self._due.pop(item, None)
         self._due[item] = self._clock.seconds() + self._seconds
-        if self._call is None:
+        if self._call is None and not self._ticking:
             self._call = self._clock.callLater(self._seconds + self._slack, self._tick)
 
     def clear(self, item: T) -> None:
@@ -46,15 +50,16 @@ class Deadlines(Generic[T]):
 
     def _tick(self) -> None:
         self._call = None
+        self._ticking = True
         now = self._clock.seconds()
-        late = []
-        for item, due in self._due.items():
+        while self._due:
+            item, due = next(iter(self._due.items()))
             if due > now:
+                self._call = self._clock.callLater(due - now + self._slack, self._tick)
                 break
-            late.append(item)
-        for item in late:
-            if self._due.pop(item, None) is not None:
+            del self._due[item]
+            try:
                 self._expired(item)
-        if self._due and self._call is None:
-            first = next(iter(self._due.values()))
-            self._call = self._clock.callLater(max(first - self._clock.seconds(), 0) + self._slack, self._tick)
+            except Exception:  # nothing is awaited here; one item's fault must not keep the others waiting
+                _log.failure("Ending a wait failed")
+        self._ticking = False

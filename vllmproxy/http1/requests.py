@@ -44,7 +44,8 @@ class RequestReader:
         self.early: bytes | None = None
         self._head: RequestHead | None = None
         self._head_bytes = 0
-        self._head_fed = 0
+        self._progressed = False
+        self._silent = 0  # bytes fed in a row that carried no message on: they reach no callback that could count
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._ignoring_head = False
@@ -57,7 +58,7 @@ class RequestReader:
             return
         if self.error is not None:
             return
-        was_in_head, size = self.in_head, len(data)
+        size, self._progressed = len(data), False
         while data:
             try:
                 self._parser.feed_data(data)
@@ -67,10 +68,9 @@ class RequestReader:
             except httptools.HttpParserError:
                 self.error = self.error or WireError(400, _BAD_SYNTAX)
                 return
-        if self.in_head and was_in_head:  # a line without end reaches no callback: count what is fed
-            self._head_fed += size
-            if self._head_fed > self._limits.head:
-                self.error = WireError(431, "The request's head is too large.")
+        self._silent = 0 if self._progressed else self._silent + size
+        if self._silent > self._limits.head:
+            self.error = WireError(431, "A header line, a chunk extension or a trailer is too large.")
 
     def resume(self) -> None:
         """The connection stays HTTP although a WebSocket was asked for: parse what came behind the handshake."""
@@ -116,7 +116,8 @@ class RequestReader:
         if self._ignoring_head:
             return
         self.in_head = True
-        self._head_bytes = self._head_fed = 0
+        self._progressed = True
+        self._head_bytes = 0
         self._target = b""
         self._headers = []
         self._sink.head_begun()
@@ -140,6 +141,7 @@ class RequestReader:
         if self._ignoring_head:
             self._ignoring_head = False
             return
+        self._progressed = True
         self.in_head = False
         major, minor = self._parser.get_http_version().split(".")
         head = RequestHead(
@@ -158,8 +160,10 @@ class RequestReader:
         self._sink.request_begun(head)
 
     def on_body(self, data: bytes) -> None:
+        self._progressed = True
         self._sink.body_read(data)
 
     def on_message_complete(self) -> None:
+        self._progressed = True
         if not self._body_follows_upgrade:
             self._sink.request_read()

@@ -37,7 +37,7 @@ class ResponseReader:
         self._inform = inform
         self._reason = b""
         self._headers: list[tuple[bytes, bytes]] = []
-        self._head_bytes = 0
+        self._head_bytes = self._overhead = 0
         self._error: BadAnswer | None = None
         self.head: ResponseHead | None = None
         self.pieces: list[bytes] = []
@@ -69,8 +69,15 @@ class ResponseReader:
             self.fed += len(data)
             if self.fed > self._limits.answer_head:
                 raise BadAnswer("a head that is too large")
-        elif self.head.bodiless and self.whole:
-            self._parser = None  # llhttp waits for a body that does not come (HEAD): take a fresh one next time
+        elif self.whole:
+            if self.head.bodiless:
+                self._parser = None  # llhttp waits for a body that does not come (HEAD): take a fresh one next time
+        elif self.pieces:
+            self._overhead = 0
+        else:
+            self._overhead += len(data)
+            if self._overhead > self._limits.answer_head:
+                raise BadAnswer("a chunk extension or a trailer without end")
 
     def take(self) -> bytes:
         """Return the body's bytes that came since the last call."""
@@ -117,6 +124,8 @@ class ResponseReader:
     def on_headers_complete(self) -> None:
         if self.whole:
             return
+        if self._parser.get_http_version() not in ("1.1", "1.0"):
+            self._reject("an unknown HTTP version")
         head = ResponseHead(self._parser.get_status_code(), self._reason, self._headers)
         try:
             check_response(head, self._method)

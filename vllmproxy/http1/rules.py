@@ -112,7 +112,7 @@ def _check_target(head: RequestHead) -> None:
     if absolute is None:
         raise WireError(400, "The request target must be a path that begins with a slash.")
     authority, rest = absolute.groups()
-    if not hosts or authority.lower() != hosts[0].lower():
+    if not hosts or not authority or authority.lower() != hosts[0].lower():
         raise WireError(400, "The request target names another host than the Host header.")
     head.target = rest if rest.startswith(b"/") else b"/" + rest
 

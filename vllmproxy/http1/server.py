@@ -183,11 +183,10 @@ class ServerChannel(Protocol):
             return
         if stream.head.websocket:  # the upstream did not switch: what follows is plain HTTP again
             self._reader.resume()
-        if self._reader.in_head:
-            self.factory.head_deadlines.set(self)
-        elif not self._queue:
-            self.factory.idle_deadlines.set(self)
         self._start_next()
+        if self._active is None and self._mode == "http":
+            waiting_for = self.factory.head_deadlines if self._reader.in_head else self.factory.idle_deadlines
+            waiting_for.set(self)
         self.update_reading()
 
     def _body_broke(self, stream: Stream) -> None:
@@ -232,6 +231,10 @@ class ServerChannel(Protocol):
             wanted = not stream.paused and (stream.flowing or stream.held_bytes < HOLD)
         if wanted != self._reading:
             self._set_reading(wanted)
+        if wanted and stream is not None and not stream.complete:
+            self.factory.body_deadlines.set(self)
+        else:
+            self.factory.body_deadlines.clear(self)
 
     def _set_reading(self, wanted: bool) -> None:
         self._reading = wanted
@@ -291,6 +294,12 @@ class ServerChannel(Protocol):
             self._answer_broken(WireError(408, "The request's head did not arrive in time."), None)
         else:
             self.lose()
+
+    def body_late(self) -> None:
+        """The client announced a body and stopped sending it."""
+        if self._active is not None and not self._active.complete:
+            self._reader.error = WireError(408, "The request's body did not arrive in time.")
+            self._body_broke(self._active)
 
     def write_late(self) -> None:
         """The client has taken nothing, or only some, of what waits for it: the former ends the connection."""
@@ -354,6 +363,7 @@ class ServerFactory(Factory):
         limits: Limits = Limits(),
         head_timeout: float = 10.0,
         idle_timeout: float = 75.0,
+        body_timeout: float = 60.0,
         write_timeout: float = 60.0,
         linger_timeout: float = 2.0,
     ) -> None:
@@ -366,6 +376,7 @@ class ServerFactory(Factory):
         self.channels: set[ServerChannel] = set()
         self.head_deadlines: Deadlines[ServerChannel] = Deadlines(clock, head_timeout, ServerChannel.head_late)
         self.idle_deadlines: Deadlines[ServerChannel] = Deadlines(clock, idle_timeout, ServerChannel.idle_late)
+        self.body_deadlines: Deadlines[ServerChannel] = Deadlines(clock, body_timeout, ServerChannel.body_late)
         self.write_deadlines: Deadlines[ServerChannel] = Deadlines(clock, write_timeout, ServerChannel.write_late)
         self.linger_deadlines: Deadlines[ServerChannel] = Deadlines(clock, linger_timeout, ServerChannel.abort)
 
@@ -377,6 +388,7 @@ class ServerFactory(Factory):
         self.channels.discard(channel)
         self.head_deadlines.clear(channel)
         self.idle_deadlines.clear(channel)
+        self.body_deadlines.clear(channel)
         self.write_deadlines.clear(channel)
         self.linger_deadlines.clear(channel)
         if not self.channels and self._closed is not None and not self._closed.called:
@@ -390,6 +402,7 @@ class ServerFactory(Factory):
             channel.abort()
         self.head_deadlines.close()
         self.idle_deadlines.close()
+        self.body_deadlines.close()
         self.write_deadlines.close()
         self.linger_deadlines.close()
         if not self.channels:

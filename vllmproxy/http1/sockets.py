@@ -2,6 +2,10 @@
 
 import socket
 import struct
+import sys
+from contextlib import suppress
+from fcntl import ioctl
+from termios import TIOCOUTQ
 from typing import Any
 
 from attrs import frozen
@@ -16,6 +20,7 @@ _PLAIN = frozenset([tcp.Server, tcp.Client, unix.Server, unix.Client])
 #: 32-bit ``tcpi_data_segs_out``.
 _BYTES_ACKED = struct.Struct("=120xQ")
 _DATA_SEGMENTS_OUT = struct.Struct("=156xI")
+_TCP_CLOSE = 7
 
 
 def is_plain(transport: Any) -> bool:
@@ -58,10 +63,12 @@ class Delivery:
 
     :ivar acknowledged: bytes that the peer's kernel has confirmed.
     :ivar segments: segments with data that left this machine.
+    :ivar closed: the connection is over in both directions (``TCP_CLOSE``), as after a reset.
     """
 
     acknowledged: int
     segments: int
+    closed: bool = False
 
 
 def delivery(sock: socket.socket | None) -> Delivery | None:
@@ -74,13 +81,32 @@ def delivery(sock: socket.socket | None) -> Delivery | None:
         return None
     if len(info) < _DATA_SEGMENTS_OUT.size:
         return None
-    return Delivery(_BYTES_ACKED.unpack_from(info)[0], _DATA_SEGMENTS_OUT.unpack_from(info)[0])
+    closed = info[0] == _TCP_CLOSE  # tcpi_state, the first byte
+    return Delivery(_BYTES_ACKED.unpack_from(info)[0], _DATA_SEGMENTS_OUT.unpack_from(info)[0], closed)
+
+
+def has_ended(sock: socket.socket | None) -> bool:
+    """Whether something waits to be read on a connection that should be silent: its end, or bytes nobody asked for."""
+    if sock is None:
+        return False
+    try:
+        sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def queued_bytes(transport: Any) -> int:
-    """Return how many bytes wait in user space for the peer to take them; 0 where there is no socket."""
+    """Return how many bytes wait for the peer to take them, the kernel's queue included; 0 where there is no socket."""
+    sock = raw_socket(transport)
+    kernel = 0
+    if sock is not None:
+        with suppress(OSError):
+            kernel = int.from_bytes(ioctl(sock.fileno(), TIOCOUTQ, bytes(4)), sys.byteorder)
     while transport is not None and not isinstance(transport, FileDescriptor):
         transport = getattr(transport, "transport", None)
     if transport is None:
-        return 0
-    return len(transport.dataBuffer) - transport.offset + transport._tempDataLen
+        return kernel
+    return kernel + len(transport.dataBuffer) - transport.offset + transport._tempDataLen

@@ -139,7 +139,7 @@ class Stream:
         self.closes = (
             not self.head.keep_alive or not self.complete or self._framing == "close" or self.channel.factory.draining
         )
-        if length is not None:
+        if length is not None and status != 204:  # RFC 9110 §8.6
             lines += b"content-length: %d\r\n" % length
         elif self._framing == "chunked":
             lines += b"transfer-encoding: chunked\r\n"
@@ -157,6 +157,8 @@ class Stream:
 
     def write(self, data: bytes, last: bool = False) -> None:
         """Write a piece of the body; ``last`` also ends the answer, in the same segment where it fits."""
+        if not data:  # as a chunk it would be the last one
+            return self.finish() if last else None
         self.bytes_out += len(data)
         if last:
             self.producer = None  # whoever produced is done; its connection may serve another already

@@ -35,15 +35,22 @@ class Server:
 
 
 def make_server(
-    reactor: IReactorCore, upstream: Upstream, *, key: str | None, connect_timeout: float, limits: Limits
+    reactor: IReactorCore,
+    upstream: Upstream,
+    *,
+    key: str | None,
+    connect_timeout: float,
+    idle_timeout: float,
+    limits: Limits,
 ) -> Server:
     """Return the server for ``upstream``; no connection is made yet.
 
     :param key: the server's own API key.
+    :param idle_timeout: seconds that an idle connection is kept for reuse.
     :param connect_timeout: seconds for the name, the connection and the TLS handshake's beginning.
     """
     endpoint = _endpoint(reactor, upstream, connect_timeout)
-    agent = UpstreamAgent(reactor, endpoint, upstream.origin, limits=limits)  # type: ignore[arg-type]
+    agent = UpstreamAgent(reactor, endpoint, upstream.origin, idle=idle_timeout, limits=limits)  # type: ignore[arg-type]
     authorization = b"authorization: Bearer %s\r\n" % key.encode() if key else b""
     return Server(upstream, upstream.origin.decode("ascii"), agent, HTTPClient(agent), authorization)
 

@@ -1,0 +1,185 @@
+"""Starting when something is wrong: status 1, one line that says what, never a process that listens on nothing."""
+
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from _redis import redis_server
+from _service import MASTER_KEY, START_SECONDS, Twistd, free_port, run, start
+
+KEY = {"VLLMPROXY_MASTER_KEY": MASTER_KEY}
+UPSTREAM = ("--upstream", "http://127.0.0.1:9")
+
+
+def refused(directory: Path, *arguments: str, env: dict[str, str] | None = None, listen: bool = True) -> str:
+    """Start a proxy that must not start, and return the line that it ends with."""
+    options = ("--listen", f"tcp:{free_port()}:interface=127.0.0.1") if listen else ()
+    process = run(directory, "vllmproxy", *options, *arguments, env=KEY if env is None else env)
+    try:
+        status = process.wait(START_SECONDS)
+    finally:
+        process.kill()
+        process.wait()
+    output = _all(directory)
+    assert "Traceback" not in output
+    assert status == 1, output
+    lines = output.splitlines(keepends=True)
+    (reason,) = [line for line in lines if re.match(r"(\S+ \[stderr#error\] )?vllmproxy: ", line)]
+    assert reason == lines[-1]
+    assert reason.endswith("\n")  # whoever writes next to the terminal begins a line
+    return reason
+
+
+def test_a_busy_port(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refused(tmp_path, *UPSTREAM, "--listen", f"tcp:{port}:interface=127.0.0.1", listen=False)
+    assert str(port) in line
+    assert "in use" in line
+
+
+def test_one_busy_port_of_two(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refused(tmp_path, *UPSTREAM, "--listen", f"tcp:{taken.getsockname()[1]}:interface=127.0.0.1")
+
+
+def test_a_file_that_is_no_sqlite(tmp_path: Path) -> None:
+    (tmp_path / "keys.sqlite3").write_bytes(b"this is something else\n" * 100)
+    line = refused(tmp_path, *UPSTREAM, "--store", f"sqlite:{tmp_path}/keys.sqlite3")
+    assert f"{tmp_path}/keys.sqlite3" in line
+    assert (tmp_path / "keys.sqlite3").read_bytes() == b"this is something else\n" * 100
+
+
+def test_a_store_that_is_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "keys.sqlite3").mkdir()
+    assert f"{tmp_path}/keys.sqlite3" in refused(tmp_path, *UPSTREAM, "--store", f"sqlite:{tmp_path}/keys.sqlite3")
+
+
+def test_a_place_for_the_store_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(tmp_path / "a", *UPSTREAM, "--store", f"sqlite:{tmp_path}/file/keys.sqlite3")
+    assert "file" in refused(tmp_path / "b", *UPSTREAM, "--state-directory", f"{tmp_path}/file/state")
+    simulated = refused(tmp_path / "c", "--simulate", "--state-directory", f"{tmp_path}/file/state", env={})
+    assert "file" in simulated
+
+
+def test_a_redis_that_is_not_there(tmp_path: Path) -> None:
+    port = free_port()
+    line = refused(tmp_path, *UPSTREAM, "--store", f"redis://someone:a-secret-word@127.0.0.1:{port}/0")
+    assert f"127.0.0.1:{port}" in line
+    assert "refused" in line
+    assert "a-secret-word" not in _all(tmp_path)
+
+
+def test_a_redis_that_wants_another_password(tmp_path: Path) -> None:
+    with redis_server("--requirepass", "right-one") as redis:
+        url = f"redis://:a-secret-word@127.0.0.1:{redis.port}/0"
+        assert str(redis.port) in refused(tmp_path, *UPSTREAM, "--store", url)
+    assert "a-secret-word" not in _all(tmp_path)
+
+
+def test_a_redis_that_never_answers(tmp_path: Path) -> None:
+    with redis_server() as redis:
+        redis.stall()
+        assert str(redis.port) in refused(tmp_path, *UPSTREAM, "--store", redis.url)
+
+
+def test_a_redis_with_another_schema(tmp_path: Path) -> None:
+    with redis_server() as redis:
+        redis.command("SET", "vllmproxy:schema", "999")
+        assert "999" in refused(tmp_path, *UPSTREAM, "--store", redis.url)
+
+
+@pytest.mark.parametrize("kind", ["ssl", "tls"])
+@pytest.mark.parametrize("content", [None, "this is no certificate\n"])
+def test_a_bad_certificate(tmp_path: Path, kind: str, content: str | None) -> None:
+    pem = tmp_path / "server.pem"
+    if content is not None:
+        pem.write_text(content)
+    endpoint = f"{kind}:{free_port()}:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
+    line = refused(tmp_path, *UPSTREAM, "--listen", endpoint, listen=False)
+    assert "server.pem" in line
+
+
+@pytest.mark.parametrize("option", ["--master-key-file", "--upstream-key-file"])
+@pytest.mark.parametrize("kind", ["missing", "a directory", "empty", "binary"])
+def test_a_key_file_that_cannot_be_read(tmp_path: Path, option: str, kind: str) -> None:
+    file = tmp_path / "the-key"
+    if kind == "a directory":
+        file.mkdir()
+    elif kind != "missing":
+        file.write_bytes(b"" if kind == "empty" else b"\xff\xfe\x00sk-\x00")
+    line = refused(tmp_path, *UPSTREAM, option, str(file), env={})
+    assert option in line
+    assert "the-key" in line
+
+
+def test_no_upstream(tmp_path: Path) -> None:
+    line = refused(tmp_path)
+    assert "--upstream" in line
+    assert "HOSTED_VLLM_API_BASE" in line
+
+
+def test_an_access_log_that_cannot_be_written(tmp_path: Path) -> None:
+    assert "no/such" in refused(tmp_path, *UPSTREAM, "--access-log", f"{tmp_path}/no/such/access.jsonl")
+
+
+# who can reach it
+
+
+def test_auth_is_not_off_for_other_machines(tmp_path: Path) -> None:
+    port = free_port()
+    line = refused(tmp_path, *UPSTREAM, "--listen", f"tcp:{port}", env={}, listen=False)
+    assert f"0.0.0.0:{port}" in line
+    assert "--master-key-file" in line
+    assert "--open" in line
+
+
+def test_one_listener_that_others_reach_is_enough_to_refuse(tmp_path: Path) -> None:
+    assert "0.0.0.0" in refused(tmp_path, *UPSTREAM, "--listen", f"tcp:{free_port()}:interface=0.0.0.0", env={})
+
+
+@pytest.mark.parametrize("key", ["sk-1234", "tiny-one"])
+def test_a_weak_master_key_is_refused_where_others_reach_it(tmp_path: Path, key: str) -> None:
+    env = {"LITELLM_MASTER_KEY": key}
+    for name, options in (("a", ()), ("b", ("--open",))):
+        line = refused(tmp_path / name, *UPSTREAM, "--listen", f"tcp:{free_port()}", *options, env=env, listen=False)
+        assert "master key" in line
+        assert key not in _all(tmp_path / name)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[list[Twistd]]:
+    services: list[Twistd] = []
+    yield services
+    for service in services:
+        service.stop()
+
+
+def test_open_is_allowed_when_asked_for_with_a_warning(tmp_path: Path, started: list[Twistd], sim: Twistd) -> None:
+    port = free_port()
+    options = ("--upstream", sim.url, "--listen", f"tcp:{port}", "--open")
+    service = start(tmp_path, "vllmproxy", *options, port=port)
+    started.append(service)
+    assert isinstance(service.get_json("/vllm/v1/models"), dict)
+    assert "AUTH IS OFF" in service.log
+
+
+def test_auth_off_and_a_weak_key_on_loopback_are_warnings(tmp_path: Path, started: list[Twistd], sim: Twistd) -> None:
+    for env, words in (({}, "Auth is off"), ({"LITELLM_MASTER_KEY": "sk-1234"}, "master key")):
+        port = free_port()
+        listen = ("--listen", f"tcp:{port}:interface=127.0.0.1")
+        service = start(tmp_path / words, "vllmproxy", "--upstream", sim.url, *listen, port=port, env=env)
+        started.append(service)
+        answer = service.get_json("/vllm/v1/models", headers={"Authorization": "Bearer sk-1234"})
+        assert isinstance(answer, dict)
+        assert answer["object"] == "list"
+        (warning,) = [line for line in service.log.splitlines() if "#warn" in line]
+        assert words in warning
+        assert "sk-1234" not in service.log
+
+
+def _all(directory: Path) -> str:
+    return (directory / "out").read_text() + (directory / "err").read_text()
