@@ -63,7 +63,7 @@ class Wire:
 
     def _handle(self, stream: Stream) -> None:
         self.streams.append(stream)
-        stream.receiver = AnsweringReceiver(stream) if self._answer else RecordingReceiver()
+        stream.receiver = AnsweringReceiver(stream) if self._answer else RefusingReceiver(stream)
         if self._eager:
             stream.read_body()
 
@@ -97,12 +97,20 @@ class Wire:
         return receiver
 
 
-class AnsweringReceiver(RecordingReceiver):
-    """Answers 200 as soon as the request is whole."""
+class RefusingReceiver(RecordingReceiver):
+    """Answers a request whose body failed, as a receiver must."""
 
     def __init__(self, stream: Stream) -> None:
         super().__init__()
         self._stream = stream
+
+    def body_failed(self, error: WireError) -> None:
+        super().body_failed(error)
+        self._stream.respond(error.status, b"Refused", b"", b"")
+
+
+class AnsweringReceiver(RefusingReceiver):
+    """Answers 200 as soon as the request is whole."""
 
     def body_complete(self) -> None:
         super().body_complete()

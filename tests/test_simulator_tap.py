@@ -62,7 +62,7 @@ async def test_a_port_that_is_taken_stops_the_start() -> None:
     try:
         service = tap.makeService(options("--listen", f"tcp:{number}:interface=127.0.0.1"))
         assert isinstance(service, Service)
-        with pytest.raises(SystemExit, match="vllmsim: cannot listen on .*: Address already in use"):
+        with pytest.raises(SystemExit, match=r"vllmsim: cannot listen on .*: Address already in use"):
             service.privilegedStartService()
     finally:
         await port.stopListening()

@@ -19,6 +19,8 @@ from twisted.internet.interfaces import (
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from vllmproxy.http1.message import WireError
+
 
 @implementer(ITransport, IConsumer, IPushProducer)
 class MemoryTransport:
@@ -234,6 +236,9 @@ class RecordingReceiver:
 
     def body_complete(self) -> None:
         self.events.append("body_complete")
+
+    def body_failed(self, error: WireError) -> None:
+        self.events.append(f"body_failed {error.status}")
 
     def client_gone(self, reason: Failure) -> None:
         self.events.append("client_gone")

@@ -12,7 +12,7 @@ from vllmproxy.http1.stream import Stream
 from vllmproxy.http1.web import WebExchange
 from vllmproxy.observers.record import Ended, Observer, RequestRecord
 from vllmproxy.relay.headers import TrustedProxies, request_id
-from vllmproxy.relay.refuse import reason_of, refusal_lines, request_id_line, wire_body
+from vllmproxy.relay.refuse import refuse_body, request_id_line
 
 
 @define(eq=False)
@@ -57,7 +57,7 @@ class _ApiRequest:
         ).begin()
 
     def _refuse(self, stream: Stream, error: WireError) -> None:
-        stream.respond(error.status, reason_of(error.status), refusal_lines(self._id), wire_body(error))
+        refuse_body(stream, error, self._id)
         self._done(None)
 
     def _done(self, request: Any) -> None:
@@ -86,4 +86,4 @@ def _ended(status: int) -> Ended:
     """Say how an API request with this status ended; 0 is none, because the client left first."""
     if status == 0:
         return "client_gone"
-    return "refused" if status in (400, 401, 403, 405, 413) else "done"
+    return "refused" if status in (400, 401, 403, 405, 408, 413, 431) else "done"

@@ -9,8 +9,11 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
+
+_log = Logger()
 
 _EVENTS = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLONESHOT
 
@@ -51,8 +54,12 @@ class HangupWatcher:
         for fd, _ in self._epoll.poll(0):
             hung_up = self._watched.get(fd)
             self.forget(fd)
-            if hung_up is not None:
+            if hung_up is None:
+                continue
+            try:
                 hung_up()
+            except Exception:  # nothing is awaited here; the reactor would drop the watcher, and every watch with it
+                _log.failure("Telling of a hang-up failed")
 
     def connectionLost(self, reason: Failure) -> None:
         """The reactor is shutting down."""

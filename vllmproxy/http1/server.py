@@ -24,10 +24,6 @@ HOLD = 65_536
 LINGER_BYTES = 4 * 1024 * 1024
 
 
-class BrokenBody(Exception):
-    """The framing of a request's body broke off in the middle."""
-
-
 @implementer(IHalfCloseableProtocol, IPushProducer)
 class ServerChannel(Protocol):
     """A connection from a client: requests one at a time, in order, however they were pipelined."""
@@ -184,23 +180,20 @@ class ServerChannel(Protocol):
         if stream.head.websocket:  # the upstream did not switch: what follows is plain HTTP again
             self._reader.resume()
         self._start_next()
-        if self._active is None and self._mode == "http":
+        if self._active is None and not self._queue and self._mode == "http":
             waiting_for = self.factory.head_deadlines if self._reader.in_head else self.factory.idle_deadlines
             waiting_for.set(self)
         self.update_reading()
 
     def _body_broke(self, stream: Stream) -> None:
-        """The active request's body is malformed: the upstream must not take it for a whole one."""
-        error = self._reader.error
+        """The active request's body is malformed, or late: the upstream must not take it for a whole one."""
+        error, receiver = self._reader.error, stream.receiver
         assert error is not None
-        assert stream.receiver is not None
-        self._active = None
-        stream.over = True
-        stream.receiver.client_gone(Failure(BrokenBody(error.message)))
-        if stream.status:
+        assert receiver is not None
+        if not stream.status:
+            receiver.body_failed(error)
+        else:  # too late to say so
             self.abort()
-        else:
-            self._answer_broken(error, stream.head)
 
     def _answer_broken(self, error: WireError, head: RequestHead | None) -> None:
         self.send(self.factory.render(error, head, self.peer))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from attrs import define, field
 from twisted.python.failure import Failure
 
-from vllmproxy.http1.message import RequestHead
+from vllmproxy.http1.message import RequestHead, WireError
 
 if TYPE_CHECKING:
     from vllmproxy.http1.server import ServerChannel
@@ -23,8 +23,11 @@ class Receiver(Protocol):
     def body_complete(self) -> None:
         """The request is whole."""
 
+    def body_failed(self, error: WireError) -> None:
+        """The body broke its framing or stopped coming. The receiver answers with ``error``; nothing else follows."""
+
     def client_gone(self, reason: Failure) -> None:
-        """The client closed, reset, or broke the framing of its body. Nothing that is written arrives."""
+        """The client closed or reset. Nothing that is written arrives."""
 
     def tunnel_received(self, data: bytes) -> None:
         """Bytes from the client after :meth:`Stream.start_tunnel`."""

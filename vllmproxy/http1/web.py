@@ -86,6 +86,9 @@ class WebExchange:
         method = b"GET" if head.method == b"HEAD" else head.method
         request.requestReceived(method, head.target, b"HTTP/2")
 
+    def body_failed(self, error: WireError) -> None:
+        self._refuse(self._stream, error)
+
     def client_gone(self, reason: Failure) -> None:
         request, self._request = self._request, None
         if request is not None:

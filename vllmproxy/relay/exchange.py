@@ -13,14 +13,14 @@ from vllmproxy.http1.agent import NO_COOKIES, ConnectFailed, RawURL
 from vllmproxy.http1.answer import Answer, OutgoingHeaders
 from vllmproxy.http1.bodies import StreamedBody
 from vllmproxy.http1.client import AnswerLost
-from vllmproxy.http1.message import BadAnswer, ResponseHead
+from vllmproxy.http1.message import BadAnswer, ResponseHead, WireError
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.credentials import read_credential
 from vllmproxy.keys.gate import Caller
 from vllmproxy.keys.routes import Group, group_for, is_anthropic
 from vllmproxy.observers.record import Ended, RequestRecord
 from vllmproxy.relay.headers import answer_lines, request_id, request_lines
-from vllmproxy.relay.refuse import refuse
+from vllmproxy.relay.refuse import refuse, refuse_body
 from vllmproxy.relay.targets import is_unsafe, split_target, upstream_path
 from vllmproxy.relay.tunnel import Tunnel
 from vllmproxy.usage.reader import UsageReader, reader_for
@@ -58,6 +58,7 @@ class Event(Enum):
     NO_ANSWER = "there will be none"
     BODY_ENDED = "the answer is whole"
     BODY_FAILED = "the answer broke off"
+    UPLOAD_FAILED = "the request's body broke its framing, or stopped coming"
     CLIENT_GONE = "the client left"
     LATE = "vLLM did not begin to answer in time"
 
@@ -270,6 +271,9 @@ class Exchange:
                 self._relay.first_byte_deadlines.set(self)
             self._body.body_complete()
 
+    def body_failed(self, error: WireError) -> None:
+        self._feed(Event.UPLOAD_FAILED, error)
+
     def client_gone(self, reason: Failure) -> None:
         self._feed(Event.CLIENT_GONE)
 
@@ -278,6 +282,11 @@ class Exchange:
 
     def tunnel_half_closed(self) -> None:
         """Tunnels have a receiver of their own."""
+
+    def _upload_failed(self, error: WireError) -> None:
+        self._cancel()
+        refuse_body(self._stream, error, self._id, anthropic=self._anthropic)
+        self._settle("refused", "malformed_request")
 
     def _client_gone(self) -> None:
         answer = self._answer
@@ -366,10 +375,12 @@ def _unexpected(reason: Failure) -> None:
 _TABLE: dict[tuple[State, Event], Callable[..., None]] = {
     (State.ADMITTING, Event.ADMITTED): Exchange._admitted,
     (State.ADMITTING, Event.REFUSED): Exchange._refused,
+    (State.ADMITTING, Event.UPLOAD_FAILED): Exchange._upload_failed,
     (State.ADMITTING, Event.CLIENT_GONE): Exchange._client_gone,
     (State.WAITING, Event.ANSWERED): Exchange._answered,
     (State.WAITING, Event.NO_ANSWER): Exchange._no_answer,
     (State.WAITING, Event.LATE): Exchange._late,
+    (State.WAITING, Event.UPLOAD_FAILED): Exchange._upload_failed,
     (State.WAITING, Event.CLIENT_GONE): Exchange._client_gone,
     (State.ANSWERING, Event.BODY_ENDED): Exchange._body_ended,
     (State.ANSWERING, Event.BODY_FAILED): Exchange._body_failed,

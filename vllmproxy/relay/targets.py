@@ -52,11 +52,13 @@ def local_location(location: bytes, authority: bytes, base: bytes) -> bytes:
     A path, or a URL that names the upstream (whatever its scheme: vLLM builds it from ``Host`` and
     ``X-Forwarded-Proto``), comes to lie under :data:`PREFIX`; any other URL, and a relative reference, stays.
     """
-    absolute = re.match(rb"(?i:https?:)?//([^/?#]*)(.*)\Z", location, re.DOTALL)
+    absolute = re.match(rb"(?i:(https?):)?//([^/?#]*)(.*)\Z", location, re.DOTALL)
     if absolute is not None:
-        if absolute.group(1).lower() != authority.lower():
+        scheme, named, rest = absolute.groups()
+        port = b":443" if (scheme or b"").lower() == b"https" else b":80"
+        if named.lower() not in (authority.lower(), authority.lower() + port):
             return location
-        location = absolute.group(2)
+        location = rest
         if not location.startswith(b"/"):
             location = b"/" + location
     elif not location.startswith(b"/"):

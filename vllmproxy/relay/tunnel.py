@@ -7,6 +7,7 @@ from twisted.internet.error import ConnectionDone
 from twisted.python.failure import Failure
 
 from vllmproxy.http1.answer import Answer
+from vllmproxy.http1.message import WireError
 from vllmproxy.http1.stream import Stream
 from vllmproxy.observers.record import Ended
 
@@ -70,6 +71,9 @@ class _FromClient:
 
     def body_complete(self) -> None:
         """The handshake was whole before the tunnel began."""
+
+    def body_failed(self, error: WireError) -> None:
+        """A handshake has no body."""
 
     def client_gone(self, reason: Failure) -> None:
         self._tunnel.client_ended(reason)

@@ -1,0 +1,335 @@
+"""One exchange, in memory: a real channel in front, a real agent behind, the test at both ends."""
+
+import json
+from typing import Any
+
+import pytest
+from _memory import OK, House
+from twisted.internet.error import ConnectionRefusedError as Refused
+from twisted.logger import LogEvent
+
+from vllmproxy.errors import AuthError, Forbidden, StoreDown
+from vllmproxy.keys.credentials import Credential
+from vllmproxy.keys.gate import ANONYMOUS
+
+GET = b"GET /vllm/v1/models HTTP/1.1\r\nHost: proxy\r\n\r\n"
+POST = b"POST /vllm/v1/chat/completions HTTP/1.1\r\nHost: proxy\r\nContent-Length: 5\r\n\r\n"
+WEBSOCKET = b"GET /vllm/v1/realtime HTTP/1.1\r\nHost: proxy\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def error_of(house: House) -> Any:
+    """Return the JSON error that the client was sent."""
+    head, _, body = house.client.sent.partition(b"\r\n\r\n")
+    assert b"content-type: application/json" in head
+    return json.loads(body)["error"]
+
+
+def test_there_and_back() -> None:
+    house = House(authorization=b"authorization: Bearer up\r\n")
+    house.client.receive(POST.replace(b"Host", b"Authorization: Bearer sk-caller\r\nX-Request-Id: r1\r\nHost") + b"he")
+    (wire,) = house.wires
+    head, _, body = wire.sent.partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /v1/chat/completions HTTP/1.1\r\nhost: gpu1:8000\r\n")
+    assert b"content-length: 5\r\n" in head
+    assert b"sk-caller" not in head
+    assert b"authorization: Bearer up\r\n" in head
+    assert house.gate.seen == [Credential("present", b"sk-caller")]
+    house.client.receive(b"llo")
+    assert body == b"he"
+    assert wire.sent.endswith(b"\r\n\r\nhello")
+    house.clock.advance(3)
+    wire.receive(STREAM + b"5\r\ndata:\r\n")
+    assert house.client.sent.endswith(b"\r\n\r\n5\r\ndata:\r\n")
+    assert b"x-request-id: r1\r\nvia: 1.1 vllmproxy\r\n" in house.client.take()
+    wire.receive(b"3\r\n x\n\r\n0\r\n\r\n")
+    assert house.client.take() == b"3\r\n x\n\r\n0\r\n\r\n"
+    record = house.record
+    assert (record.status, record.ended, record.error) == (200, "done", None)
+    assert (record.bytes_in, record.bytes_out) == (5, 8)
+    assert (record.request_id, record.route, record.method) == ("r1", "/v1/chat/completions", "POST")
+    assert (record.time_to_first_byte, record.duration) == (3, 3)
+    assert house.observer.in_flight == 0
+    house.client.receive(GET)
+    assert len(house.wires) == 1
+
+
+@pytest.mark.parametrize("url", ["http://gpu1:8000", "http://gpu1:8000/v1"])
+def test_the_raw_target_is_kept(url: str) -> None:
+    house = House(url)
+    house.client.receive(b"GET /vllm/chat/a%20b%C3%A9/?q=1&q=%31&&x=//../;%2f HTTP/1.1\r\nHost: h\r\n\r\n")
+    assert house.wires[0].sent.startswith(b"GET /v1/chat/a%20b%C3%A9/?q=1&q=%31&&x=//../;%2f HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize("path", [b"/vllm/../x", b"/vllm//x", b"/vllm/v1/%2e%2e/sleep", b"/vllm/a%2fb", b"/vllm/a;b"])
+def test_an_unsafe_path_is_refused_before_the_key_is_looked_at(path: bytes) -> None:
+    house = House()
+    house.client.receive(b"GET %s HTTP/1.1\r\nHost: h\r\n\r\n" % path)
+    assert house.client.sent.startswith(b"HTTP/1.1 400 ")
+    assert not house.gate.seen
+    assert not house.wires
+    assert house.record.ended == "refused"
+
+
+@pytest.mark.parametrize("where", ["identify", "route", "late"])
+def test_a_refused_upload_costs_one_answer(where: str) -> None:
+    house = House()
+    error = AuthError("no") if where == "identify" else Forbidden("no") if where == "route" else StoreDown("no")
+    house.gate.hold = where == "late"
+    if where == "route":
+        house.gate.route_error = error
+    else:
+        house.gate.error = error
+    upload = POST.replace(b"Content-Length: 5", b"Content-Length: 10000000000\r\nExpect: 100-continue")
+    house.client.receive(upload)
+    if where == "late":
+        assert not house.client.sent
+        house.gate.waiting[0].errback(error)
+    assert house.client.sent.startswith(b"HTTP/1.1 %d " % error.status)
+    assert b"100 Continue" not in house.client.sent
+    assert b"connection: close\r\n" in house.client.sent
+    assert error_of(house)["message"] == "no"
+    assert not house.wires
+    assert (house.record.ended, house.record.status) == ("refused", error.status)
+
+
+def test_a_fault_of_the_store_is_not_the_callers_to_read(logged_errors: list[LogEvent]) -> None:
+    house = House()
+    house.gate.hold = True
+    house.client.receive(GET)
+    house.gate.waiting[0].errback(ValueError("sk-secret at 10.0.0.1"))
+    assert house.client.sent.startswith(b"HTTP/1.1 500 ")
+    assert b"sk-secret" not in house.client.sent
+    assert house.record.ended == "refused"
+    assert len(logged_errors) == 1
+    logged_errors.clear()
+
+
+def test_continue_is_said_when_the_key_is_good() -> None:
+    house = House()
+    house.gate.hold = True
+    house.client.receive(POST.replace(b"Host", b"Expect: 100-continue\r\nHost"))
+    assert not house.client.sent
+    house.gate.waiting[0].callback(ANONYMOUS)
+    assert house.client.take() == b"HTTP/1.1 100 Continue\r\n\r\n"
+    house.client.receive(b"hello")
+    assert house.wires[0].sent.endswith(b"\r\n\r\nhello")
+    assert b"expect" not in house.wires[0].sent.lower()
+
+
+def test_a_preflight_needs_no_key() -> None:
+    house = House()
+    house.gate.error = AuthError("no")
+    house.client.receive(GET.replace(b"GET", b"OPTIONS"))
+    assert house.wires[0].sent.startswith(b"OPTIONS /v1/models ")
+    assert not house.gate.seen
+
+
+FAILURES = {
+    "refused": (503, None),
+    "fin": (502, lambda wire: wire.close_from_peer()),
+    "rst": (502, lambda wire: wire.reset_from_peer()),
+    "part of a head": (502, lambda wire: (wire.receive(b"HTTP/1.1 200 OK\r\nX"), wire.close_from_peer())),
+    "garbage": (502, lambda wire: wire.receive(b"<html>")),
+    "unasked 101": (502, lambda wire: wire.receive(SWITCH)),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("request_bytes", [GET, POST + b"hello", POST])
+def test_no_answer(name: str, request_bytes: bytes, logged_errors: list[LogEvent]) -> None:
+    status, happens = FAILURES[name]
+    house = House()
+    if happens is None:
+        house.endpoint.refuse = Refused()
+    house.client.receive(request_bytes)
+    if happens is not None:
+        happens(house.wires[0])
+    house.turn()
+    assert house.client.sent.startswith(b"HTTP/1.1 %d " % status)
+    assert error_of(house)["code"] == str(status)
+    for secret in (b"gpu1", b"8000", b"Traceback", b"<html"):
+        assert secret not in house.client.sent
+    assert (house.record.ended, house.record.status) == ("upstream_failed", status)
+    assert all(wire.ending == "abort" or wire.lost for wire in house.wires)
+
+
+def test_an_answer_that_is_late() -> None:
+    house = House()
+    house.client.receive(POST)
+    house.clock.advance(20)  # the client's own time
+    house.client.receive(b"hello")
+    house.clock.advance(599)
+    assert not house.client.sent
+    house.clock.advance(3)
+    assert house.client.sent.startswith(b"HTTP/1.1 504 ")
+    assert house.wires[0].ending == "abort"
+    assert house.record.ended == "upstream_failed"
+    house.turn()
+    house.client.take()
+    house.client.receive(GET)
+    house.wires[1].receive(OK)
+    assert house.client.sent.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize("framing", [b"Content-Length: 10", b"Transfer-Encoding: chunked"])
+def test_a_truncated_answer_ends_in_a_reset(clean: bool, framing: bytes) -> None:
+    house = House()
+    house.client.receive(GET)
+    wire = house.wires[0]
+    wire.receive(b"HTTP/1.1 200 OK\r\n%s\r\n\r\n2\r\nok\r\n" % framing)
+    wire.close_from_peer() if clean else wire.reset_from_peer()
+    assert house.client.ending == "abort"
+    assert not house.client.sent.endswith(b"0\r\n\r\n")
+    assert (house.record.ended, house.record.error) == ("upstream_failed", "truncated")
+
+
+@pytest.mark.parametrize("how", ["fin", "rst"])
+@pytest.mark.parametrize("when", ["admitting", "connecting", "waiting", "uploading", "answering"])
+def test_a_client_that_goes_takes_its_request_along(how: str, when: str) -> None:
+    house = House()
+    house.gate.hold = when == "admitting"
+    house.endpoint.hold = when == "connecting"
+    house.client.receive(POST if when == "uploading" else POST + b"hello")
+    if when == "answering":
+        house.wires[0].receive(STREAM + b"2\r\nok\r\n")
+    (house.client.close_from_peer if how == "fin" else house.client.reset_from_peer)()
+    house.turn()
+    assert all(wire.lost for wire in house.wires)
+    assert house.endpoint.cancelled == int(when == "connecting")
+    assert (house.record.ended, house.observer.in_flight) == ("client_gone", 0)
+    if when == "admitting":
+        house.gate.waiting[0].callback(ANONYMOUS)
+        assert not house.wires
+        assert len(house.observer.records) == 1
+
+
+def test_a_broken_upload_is_one_request_and_one_record() -> None:
+    house = House()
+    chunked = POST.replace(b"Content-Length: 5", b"Transfer-Encoding: chunked")
+    house.client.receive(chunked + b"5\r\nhello\r\n")
+    house.client.receive(b"zz\r\n")
+    house.turn()
+    assert house.client.sent.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert house.wires[0].lost
+    assert not house.wires[0].sent.endswith(b"0\r\n\r\n")
+    assert (house.record.status, house.record.ended) == (400, "refused")
+    assert house.observer.in_flight == 0
+
+
+def test_a_client_that_does_not_read_stops_the_upstream() -> None:
+    house = House()
+    house.client.receive(GET)
+    (wire,) = house.wires
+    house.client.stall()
+    wire.receive(b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + b"x" * 100_000)
+    assert not wire.reading
+    house.client.drain()
+    assert wire.reading
+    wire.receive(b"x" * 100_000)
+    house.turn()
+    assert house.record.bytes_out == 200_000
+
+
+def test_the_last_piece_to_a_client_that_does_not_read_leaves_the_upstream_free_for_others() -> None:
+    """The connection goes back to the pool as its answer ends: pausing it then would stop somebody else's answer."""
+    house = House()
+    house.client.receive(GET)
+    (wire,) = house.wires
+    house.client.stall()
+    wire.receive(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b"x" * 60_000)
+    assert wire.reading
+    wire.receive(b"x" * 40_000)
+    assert house.record.ended == "done"
+    other = house.connect()
+    other.receive(GET)
+    assert len(house.wires) == 1
+    wire.receive(OK)
+    assert other.sent.endswith(b"ok")
+
+
+def test_an_upstream_that_does_not_read_stops_the_client() -> None:
+    house = House()
+    house.client.receive(POST.replace(b"Length: 5", b"Length: 200000"))
+    (wire,) = house.wires
+    wire.stall()
+    house.client.receive(b"x" * 100_000)
+    assert not house.client.reading
+    wire.drain()
+    assert house.client.reading
+    house.client.receive(b"x" * 100_000)
+    wire.receive(OK)
+    assert house.record.bytes_in == 200_000
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno"])
+def test_an_early_answer_reaches_a_client_that_still_sends(answer: bytes) -> None:
+    house = House()
+    house.client.receive(POST.replace(b"Length: 5", b"Length: 200000") + b"x" * 1000)
+    house.wires[0].receive(answer)
+    house.turn()
+    assert house.client.sent.startswith(b"HTTP/1.1 413 Too Large\r\n")
+    assert house.client.sent.endswith(b"no")
+    assert b"connection: close\r\n" in house.client.sent
+    assert house.wires[0].lost
+    house.client.receive(b"x" * 100_000)
+    assert not house.client.ending
+    assert (house.record.ended, house.record.status) == ("done", 413)
+
+
+def test_informational_answers_pass() -> None:
+    house = House()
+    house.client.receive(GET)
+    house.wires[0].receive(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n")
+    assert house.client.take().startswith(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n")
+    house.wires[0].receive(OK)
+    assert house.client.sent.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_a_tunnel_both_ways() -> None:
+    house = House()
+    house.client.receive(WEBSOCKET + b"early")
+    (wire,) = house.wires
+    assert b"upgrade: websocket" in wire.sent
+    assert b"early" not in wire.take()
+    wire.receive(SWITCH + b"hello")
+    house.turn()
+    assert house.client.take().endswith(b"\r\n\r\nhello")
+    assert wire.take() == b"early"
+    house.client.receive(b"\x81")
+    assert wire.take() == b"\x81"
+    wire.stall()
+    house.client.receive(b"x" * 100_000)
+    assert not house.client.reading
+    wire.drain()
+    assert house.client.reading
+    house.client.stall()
+    wire.receive(b"y" * 100_000)
+    assert not wire.reading
+    house.client.drain()
+    assert wire.reading
+    house.client.close_from_peer()
+    assert wire.write_closed
+    wire.receive(b"bye")
+    wire.close_from_peer()
+    house.turn()
+    house.turn()
+    assert house.client.sent.endswith(b"bye")
+    assert (house.record.ended, house.record.status) == ("done", 101)
+    assert (house.record.bytes_in, house.record.bytes_out) == (100_006, 100_008)
+    assert house.client.lost
+    assert wire.lost
+
+
+@pytest.mark.parametrize(("side", "why"), [("client", "client_gone"), ("upstream", "upstream_failed")])
+def test_a_tunnel_that_is_reset(side: str, why: str) -> None:
+    house = House()
+    house.client.receive(WEBSOCKET)
+    (wire,) = house.wires
+    wire.receive(SWITCH)
+    (house.client if side == "client" else wire).reset_from_peer()
+    house.turn()
+    assert (wire if side == "client" else house.client).ending == "abort"
+    assert house.record.ended == why
