@@ -33,8 +33,10 @@ ANSWERS = {
     ),
     "204": Case(b"HTTP/1.1 204 No Content\r\n\r\n", 204, b""),
     "304": Case(b"HTTP/1.1 304 Not Modified\r\nContent-Length: 99\r\n\r\n", 304, b""),
-    "head": Case(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n", 200, b"", method=b"HEAD"),
-    "head chunked": Case(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", 200, b"", method=b"HEAD"),
+    "head": Case(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n", 200, b"", kept=False, method=b"HEAD"),
+    "head chunked": Case(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", 200, b"", kept=False, method=b"HEAD"
+    ),
     "head open": Case(b"HTTP/1.1 200 OK\r\n\r\n", 200, b"", method=b"HEAD"),
     "informed": Case(
         b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK,

@@ -133,6 +133,7 @@ def tls(tls_sim: Twistd, authority: Authority, tmp_path_factory: pytest.TempPath
 
 def tls_wire(service: Twistd, authority: Authority) -> Wire:
     context = ssl.create_default_context(cafile=str(authority.ca))
+    context.set_alpn_protocols(["h2", "http/1.1"])  # as curl and the SDKs do
     return Wire(context.wrap_socket(service.connect(), server_hostname="localhost"))
 
 

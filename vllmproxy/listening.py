@@ -54,7 +54,8 @@ def _listen(reactor: Any, description: str, factory: Factory) -> IListeningPort:
     if isinstance(result, Failure):
         reason: object = result.value
         if isinstance(reason, CannotListenError):
-            reason = getattr(reason.socketError, "strerror", None) or reason.socketError
+            reason = reason.socketError
+        reason = getattr(reason, "strerror", None) or reason
         raise CannotListen(f"cannot listen on {description}: {reason}")
     result.stopReading()
     port: IListeningPort = result

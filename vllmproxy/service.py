@@ -139,7 +139,10 @@ class ProxyService(Service):
             self._bind()
         except (CannotStart, CannotListen, SettingsError, OSError, ValueError) as error:
             _complain(str(error))
-            raise SystemExit(1) from None
+            # twistd cleans up behind an exception, tells a waiting parent, and lets it end the process with status 1;
+            # what it would print has been said already, and better.
+            sys.excepthook = lambda *_: None
+            raise CannotStart(str(error)) from None
 
     def _bind(self) -> None:
         settings = self._settings
@@ -174,7 +177,9 @@ class ProxyService(Service):
         assert self._settings.upstream is not None
         addresses = [port.getHost() for port in self._listeners]
         for address in addresses:
-            _log.info("Listening on {address}, for {upstream}", address=address, upstream=self._settings.upstream.name)
+            _log.info(
+                "Listening on {url}, for {upstream}", url=base_url(address), upstream=self._settings.upstream.name
+            )
         if self._settings.simulate:
             text = what_to_try(base_url(addresses[0]), key_file(self._settings))
             os.write(1, text.encode())  # not print: twistd would make log lines of it
@@ -204,8 +209,9 @@ class ProxyService(Service):
 
 
 def _complain(message: str) -> None:
-    """Say why the process ends: in the log, and to whoever started it, wherever the log goes."""
-    _log.critical("{message}", message=message)
+    """Say why the process ends: to whoever started it, wherever the log goes; in the log where nobody is left."""
+    if os.path.sameopenfile(2, os.open(os.devnull, os.O_WRONLY)):
+        _log.critical("{message}", message=message)
     os.write(2, f"vllmproxy: {message}\n".encode())
 
 

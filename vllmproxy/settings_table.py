@@ -51,9 +51,13 @@ def _store(text: str) -> str:
 
 def _network(text: str) -> IPv4Network | IPv6Network:
     try:
-        return ip_network(text)
+        network = ip_network(text)
     except ValueError as error:
         raise ValueError(f"{error}; write a network like 10.0.0.0/8 or 2001:db8::/32") from None
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    if mapped is not None:  # peers are compared by the address they really have
+        return IPv4Network((mapped, max(network.prefixlen - 96, 0)))
+    return network
 
 
 def _seconds(text: str) -> float:
@@ -182,7 +186,7 @@ _ROWS = (
         "CIDR whose X-Forwarded-* headers are believed. May be repeated.",
         repeatable=True,
     ),
-    Row("open-metrics", FLAG, "Answer GET /metrics without a key."),
+    Row("open-metrics", FLAG, "Answer GET /metrics without a key from anywhere, not only from loopback."),
     Row("connect-timeout", SECONDS, "Seconds to connect to vLLM in.", default="5"),
     Row("head-timeout", SECONDS, "Seconds for a client to send a whole request head in.", default="10"),
     Row("idle-timeout", SECONDS, "Seconds a client's connection may stay idle between requests.", default="75"),

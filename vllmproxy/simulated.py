@@ -72,6 +72,9 @@ vllmproxy answers on {base}, with a simulated vLLM behind it. Try, in another te
   curl -N {base}/vllm/v1/chat/completions {auth} \\
     {json} -d '{chat}, "stream": true}}'
 
+  # for the README's own examples:
+  export LITELLM_MASTER_KEY="$(cat {shlex.quote(str(key))})" LITELLM_VIRTUAL_KEY="$(cat {shlex.quote(str(key))})"
+
   # a virtual key for somebody else:
   curl {base}/key/generate {auth} \\
     {json} -d '{{"key_alias": "alice", "duration": "30d"}}'
@@ -83,7 +86,7 @@ def base_url(address: Any) -> str:
     """Return the URL of a listening address, for a person on this machine."""
     host = getattr(address, "host", None)
     if host is None:
-        return "http://localhost"
+        return f"unix:{os.fsdecode(address.name)}" if getattr(address, "name", None) else "a socket"
     if host in ("0.0.0.0", "::"):
         host = socket.gethostname()
     return f"http://[{host}]:{address.port}" if ":" in host else f"http://{host}:{address.port}"

@@ -10,9 +10,7 @@ from zope.interface import Interface
 from vllmproxy.errors import Forbidden
 from vllmproxy.keys.credentials import CREDENTIAL_HEADERS, read_credential
 from vllmproxy.keys.gate import Caller, Gate
-
-#: Any of these says that the peer is a proxy and speaks for somebody else.
-_FORWARDING_HEADERS = (b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip", b"via")
+from vllmproxy.relay.headers import FORWARDED
 
 
 class ICaller(Interface):
@@ -46,8 +44,9 @@ async def manager_of(gate: Gate, request: IRequest) -> Caller:
 
 
 def is_local(request: IRequest) -> bool:
-    """Tell whether ``request`` comes from this very machine over loopback, and not through another proxy."""
-    if any(request.requestHeaders.hasHeader(name) for name in _FORWARDING_HEADERS):
+    """Tell whether ``request`` comes from this very machine over loopback, and not through another proxy, which any of
+    the forwarding headers would say."""
+    if any(request.requestHeaders.hasHeader(name) for name in FORWARDED):
         return False
     peer = request.getClientAddress()
     if not isinstance(peer, IPv4Address | IPv6Address):

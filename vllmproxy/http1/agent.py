@@ -9,8 +9,8 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLookupError
 from twisted.internet.interfaces import IAddress, IReactorTime, IStreamClientEndpoint
 from twisted.internet.protocol import Factory
+from twisted.logger import Logger
 from twisted.python.failure import Failure
-from twisted.web.client import ResponseFailed
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
@@ -20,6 +20,8 @@ from vllmproxy.http1.bodies import is_replayable
 from vllmproxy.http1.client import ClientConnection, NotExecuted
 from vllmproxy.http1.deadlines import Deadlines
 from vllmproxy.http1.message import Limits
+
+_log = Logger()
 
 
 class ConnectFailed(Exception):
@@ -93,6 +95,8 @@ class UpstreamAgent:
         self._busy: set[ClientConnection] = set()
         self._expiry: Deadlines[ClientConnection] = Deadlines(clock, idle, self._too_old)
         self._factory = _ConnectionFactory(self._build)
+        self._name = origin.decode("ascii")
+        self._reachable = True
         self.retries = 0
 
     def request(
@@ -140,14 +144,20 @@ class UpstreamAgent:
         return connecting.addCallbacks(self._connected, self._not_connected, callbackArgs=(request,))
 
     def _connected(self, connection: ClientConnection, request: Request) -> "Deferred[IResponse]":
+        if not self._reachable:
+            self._reachable = True
+            _log.info("{origin} can be reached again", origin=self._name)
         self._busy.add(connection)
         return connection.send(request)
 
     def _not_connected(self, reason: Failure) -> Failure:
         if reason.check(CancelledError, ConnectingCancelledError):
             return Failure(CancelledError())
-        if reason.check(ConnectError, DNSLookupError, ResponseFailed, OSError):
-            return Failure(ConnectFailed(reason.type.__name__ if reason.type else ""))
+        if reason.check(ConnectError, DNSLookupError, OSError):
+            if self._reachable:
+                self._reachable = False
+                _log.warn("{origin} cannot be reached: {reason}", origin=self._name, reason=reason.getErrorMessage())
+            return Failure(ConnectFailed())
         return reason
 
     def _again(self, reason: Failure, request: Request) -> Any:

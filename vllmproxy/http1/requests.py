@@ -132,6 +132,8 @@ class RequestReader:
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.in_head:
             return  # a trailer field, or the head that _after_upgrade makes up: neither is used
+        if value[-1:] in (b" ", b"\t") and name.lower() == b"transfer-encoding":
+            self._refuse(400, "Transfer-Encoding has a blank behind it.")
         self._headers.append((name, value.rstrip(b" \t")))
         self._head_bytes += len(name) + len(value) + 4
         if len(self._headers) > self._limits.lines or self._head_bytes > self._limits.head:

@@ -1,5 +1,6 @@
 """Turns the bytes of an upstream connection into answers, with the same suspicion as requests. No sockets."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,11 @@ import httptools
 
 from vllmproxy.http1.message import BadAnswer, Limits, ResponseHead
 from vllmproxy.http1.rules import check_response
+
+#: Informational answers that one request may have. There are two kinds in use, and each needs but one.
+_MOST_INFORMED = 32
+_BLANKS = (b" ", b"\t")
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class ResponseReader:
@@ -37,7 +43,7 @@ class ResponseReader:
         self._inform = inform
         self._reason = b""
         self._headers: list[tuple[bytes, bytes]] = []
-        self._head_bytes = self._overhead = 0
+        self._head_bytes = self._overhead = self._informed = 0
         self._error: BadAnswer | None = None
         self.head: ResponseHead | None = None
         self.pieces: list[bytes] = []
@@ -116,6 +122,8 @@ class ResponseReader:
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.head is not None:
             return  # a trailer field
+        if value[-1:] in _BLANKS and name.lower() == b"transfer-encoding":
+            self._reject("a blank behind the transfer coding")  # llhttp would read another coding than we
         self._headers.append((name, value.rstrip(b" \t")))
         self._head_bytes += len(name) + len(value) + 4
         if len(self._headers) > self._limits.answer_lines or self._head_bytes > self._limits.answer_head:
@@ -126,6 +134,8 @@ class ResponseReader:
             return
         if self._parser.get_http_version() not in ("1.1", "1.0"):
             self._reject("an unknown HTTP version")
+        if _CONTROL.search(self._reason):
+            self._reject("a control character in the reason phrase")
         head = ResponseHead(self._parser.get_status_code(), self._reason, self._headers)
         try:
             check_response(head, self._method)
@@ -135,17 +145,24 @@ class ResponseReader:
             if not self._upgrade:
                 self._reject("101 to a request that did not ask for it")
         elif head.status < 200:
+            self._informed += 1
+            if head.chunked or head.content_length or self._informed > _MOST_INFORMED:
+                self._reject("an informational answer with a body, or too many of them")
             if self._inform is not None:
                 self._inform(head)
-            self._headers, self._reason, self._head_bytes, self.fed = [], b"", 0, 0
+            self._headers, self._reason, self._head_bytes = [], b"", 0
             return
         self.head = head
-        self.reusable = self._parser.get_http_version() == "1.1" and not _says_close(head)
+        # After HEAD, an upstream that sends the body it announced would answer the next request with it.
+        bodiless_for_sure = not (self._method == b"HEAD" and (head.content_length or head.chunked))
+        self.reusable = self._parser.get_http_version() == "1.1" and bodiless_for_sure and not _says_close(head)
         self.whole = head.bodiless and head.status != 101
 
     def on_body(self, data: bytes) -> None:
         if self.whole:
             self.extra = True
+        elif self.head is None:
+            self._reject("an informational answer with a body")
         else:
             self.pieces.append(data)
 

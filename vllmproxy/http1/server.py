@@ -5,7 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IAddress, IHalfCloseableProtocol, IPushProducer, IReactorTime
+from twisted.internet.interfaces import (
+    IAddress,
+    IHalfCloseableProtocol,
+    IProtocolNegotiationFactory,
+    IPushProducer,
+    IReactorTime,
+)
 from twisted.internet.protocol import Factory, Protocol
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
@@ -336,6 +342,7 @@ class ServerChannel(Protocol):
             self.transport.loseWriteConnection()  # type: ignore[union-attr]
 
 
+@implementer(IProtocolNegotiationFactory)
 class ServerFactory(Factory):
     """Makes channels and holds what they share.
 
@@ -375,6 +382,11 @@ class ServerFactory(Factory):
 
     def buildProtocol(self, addr: IAddress | None) -> ServerChannel:  # type: ignore[override]
         return ServerChannel(self, addr)
+
+    def acceptableProtocols(self) -> list[bytes]:
+        """What ALPN may choose (RFC 7301). Twisted breaks off the handshake of a client that offers any, HTTP/1.1 among
+        them, unless the factory names its own."""
+        return [b"http/1.1"]
 
     def forget(self, channel: ServerChannel) -> None:
         """A connection is gone."""

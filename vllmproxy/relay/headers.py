@@ -20,7 +20,7 @@ SERVER = b"server: vllmproxy/%s\r\n" % __version__.encode()
 _FORBIDDEN = frozenset([b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority"])
 
 #: What says where a request came from: believed only from a trusted proxy.
-_FORWARDED = frozenset(
+FORWARDED = frozenset(
     [
         b"forwarded",
         b"via",
@@ -38,7 +38,7 @@ _FORWARDED = frozenset(
 _REPLACED = frozenset([b"host", b"content-length", b"expect", b"x-request-id", *CREDENTIAL_HEADERS])
 
 _DROPPED = HOP_BY_HOP | _FORBIDDEN | _REPLACED
-_DROPPED_UNTRUSTED = _DROPPED | _FORWARDED
+_DROPPED_UNTRUSTED = _DROPPED | FORWARDED
 _DROPPED_TRUSTED = _DROPPED | {b"x-forwarded-for", b"via"}
 
 _DROPPED_ANSWER = HOP_BY_HOP | {b"content-length", b"x-request-id"}
@@ -87,6 +87,8 @@ class TrustedProxies:
 
 
 def _is_address(text: str) -> bool:
+    if "%" in text:  # a zone may hold anything, and means nothing on another machine
+        return False
     try:
         ip_address(text)
     except ValueError:
@@ -131,17 +133,17 @@ def request_lines(
         lines.append(b"connection: Upgrade\r\nupgrade: websocket\r\n")
     lines.append(b"x-request-id: %s\r\n" % id)
     lines.append(authorization)
-    lines.extend(_forwarded_lines(head, client, secure))
+    fields = {name: head.fields[name] for name in FORWARDED & head.fields.keys() - nominated} if client.trusted else {}
+    lines.extend(_forwarded_lines(head, fields, client, secure))
     return b"".join(lines)
 
 
-def _forwarded_lines(head: RequestHead, client: Client, secure: bool) -> list[bytes]:
-    """Return Via and X-Forwarded-*: ours alone, or a trusted proxy's with ours behind it."""
+def _forwarded_lines(head: RequestHead, fields: dict[bytes, list[bytes]], client: Client, secure: bool) -> list[bytes]:
+    """Return Via and X-Forwarded-*: ours alone, or with ours behind those in ``fields``, a trusted proxy's."""
     peer = client.peer.encode() or b"unknown"
     version = b"%d.%d" % head.version
     via, chain = b"%s vllmproxy" % version, peer
     lines = []
-    fields = head.fields if client.trusted else {}
     if b"via" in fields:
         via = b", ".join([*fields[b"via"], via])
     if b"x-forwarded-for" in fields:

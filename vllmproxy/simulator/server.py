@@ -7,7 +7,13 @@ from collections import deque
 from typing import Any
 
 import httptools
-from twisted.internet.interfaces import IDelayedCall, IHalfCloseableProtocol, IPullProducer, IReactorTime
+from twisted.internet.interfaces import (
+    IDelayedCall,
+    IHalfCloseableProtocol,
+    IProtocolNegotiationFactory,
+    IPullProducer,
+    IReactorTime,
+)
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -255,6 +261,7 @@ def _unreadable() -> Request:
     return Request(method="GET", target=b"*", version="1.0", headers=(), keep_alive=False, complete=True)
 
 
+@implementer(IProtocolNegotiationFactory)
 class SimulatorFactory(Factory):
     """A simulated vLLM: listen with it on any stream endpoint.
 
@@ -270,6 +277,10 @@ class SimulatorFactory(Factory):
         self.site = Site(self.config, self.stats)
         self.connections: set[SimulatorProtocol] = set()
         self._numbers = 0
+
+    def acceptableProtocols(self) -> list[bytes]:
+        """What ALPN may choose, over TLS: Twisted refuses every offer to a factory that does not say."""
+        return [b"http/1.1"]
 
     def buildProtocol(self, addr: object) -> SimulatorProtocol:
         """Return the protocol of one new connection."""
