@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from _raw import Upstream
 from _service import Twistd, start_proxy, start_simulator
 from twisted.logger import LogEvent, LogLevel, globalLogPublisher
 
@@ -39,3 +40,23 @@ def proxy(sim: Twistd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twi
     status = service.stop()
     assert "Traceback" not in service.log
     assert status in (0, -15, 143)
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[Upstream]:
+    """An upstream that plays what a test tells it to, byte by byte."""
+    scripted = Upstream()
+    yield scripted
+    scripted.stop()
+
+
+@pytest.fixture(scope="module")
+def scripted_proxy(
+    upstream: Upstream, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Twistd]:
+    """A proxy in front of :func:`upstream`, started with the module's ``PROXY_OPTIONS``, if it has any."""
+    options = getattr(request.module, "PROXY_OPTIONS", ())
+    service = start_proxy(tmp_path_factory.mktemp("scripted"), upstream.url, *options)
+    yield service
+    service.stop()
+    assert "Traceback" not in service.log

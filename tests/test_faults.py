@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from _raw import (
@@ -21,27 +21,14 @@ from _raw import (
 )
 from _service import Twistd, free_port, start_proxy
 
+#: What the proxy of this file is started with (conftest.py).
+PROXY_OPTIONS = ("--first-byte-timeout", "1")
 GET = request(b"GET", b"/vllm/v1/models")
 POST = request(b"POST", b"/vllm/v1/chat/completions", body=b'{"model":"m"}')
 MESSAGES = request(b"POST", b"/vllm/v1/messages", body=b'{"model":"m"}')
 EVENT = b"data: 1\n\n"
 LENGTH = b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n"
 OPEN_ENDED = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    scripted = Upstream()
-    yield scripted
-    scripted.stop()
-
-
-@pytest.fixture(scope="module")
-def scripted_proxy(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twistd]:
-    service = start_proxy(tmp_path_factory.mktemp("faults"), upstream.url, "--first-byte-timeout", "1")
-    yield service
-    service.stop()
-    assert "Traceback" not in service.log
 
 
 def stay(wire: Wire) -> None:

@@ -3,32 +3,17 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
 from _raw import CHUNKED, PATIENCE, MiB, Upstream, Wire, chunk, connect, eventually, request, settled
-from _service import Twistd, start_proxy
+from _service import Twistd
 
 STREAMING = request(b"POST", b"/vllm/v1/chat/completions", body=b'{"model":"m","messages":[],"stream":true}')
 PLAIN = request(b"POST", b"/vllm/v1/chat/completions", body=b'{"model":"m","messages":[]}')
 #: Far more than the promised 50 ms, for a loaded machine; what was measured is printed.
 BOUND = 2.0
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    scripted = Upstream()
-    yield scripted
-    scripted.stop()
-
-
-@pytest.fixture(scope="module")
-def scripted_proxy(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twistd]:
-    service = start_proxy(tmp_path_factory.mktemp("hangup"), upstream.url)
-    yield service
-    service.stop()
-    assert "Traceback" not in service.log
 
 
 def fin(client: Wire) -> None:

@@ -19,21 +19,6 @@ GET = request(b"GET", b"/vllm/v1/models")
 BODY = b'{"model":"qwen2.5-7b-instruct","prompt":"hi","max_tokens":1}'
 
 
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    scripted = Upstream()
-    yield scripted
-    scripted.stop()
-
-
-@pytest.fixture(scope="module")
-def scripted_proxy(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twistd]:
-    service = start_proxy(tmp_path_factory.mktemp("keepalive"), upstream.url)
-    yield service
-    service.stop()
-    assert "Traceback" not in service.log
-
-
 def post(identity: str, body: bytes = BODY) -> bytes:
     """Return a POST that can be told from every other."""
     return request(b"POST", b"/vllm/v1/completions", b"X-Request-Id: " + identity.encode(), body=body)
@@ -260,7 +245,7 @@ def test_a_new_connection_that_ends_is_never_tried_again(upstream: Upstream, scr
 
     with upstream.playing(script), connect(scripted_proxy) as client:
         client.send(post(f"new-{end}"))
-        assert client.message().status == 502
+        assert client.message().status in (502, 503)  # 503: it ended before it was connected, and nothing was sent
         assert upstream.connections == 1
 
 

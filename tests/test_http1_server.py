@@ -386,11 +386,3 @@ def test_a_handshake_that_is_not_taken_is_plain_http_again() -> None:
     wire.streams[1].respond(200, b"OK", b"", b"ok")
     wire.feed(GET)
     assert len(wire.streams) == 3
-
-
-def test_draining_closes_after_the_answer() -> None:
-    wire = Wire(answer=True)
-    wire.factory.draining = True
-    wire.feed(GET)
-    assert b"connection: close" in wire.transport.sent
-    assert wire.transport.ending == "lose"

@@ -4,9 +4,11 @@ import base64
 import json
 import os
 import re
+import signal
 import socket
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -324,5 +326,21 @@ def test_open_metrics(sim: Twistd, tmp_path_factory: pytest.TempPathFactory) -> 
         assert reply.status == 200
         assert b"vllmproxy_requests_total" in reply.body
         assert ask(service, "GET", MODELS).status == 401
+    finally:
+        service.stop()
+
+
+def test_the_access_log_is_opened_again_after_sighup(sim: Twistd, tmp_path: Path) -> None:
+    service = start_proxy(tmp_path, sim.url)
+    try:
+        log, rotated = tmp_path / "access.jsonl", tmp_path / "access.jsonl.1"
+        ask(service, "GET", MODELS, key=MASTER_KEY)
+        until(lambda: log.read_text().count("\n") == 1)
+        log.rename(rotated)
+        service.process.send_signal(signal.SIGHUP)
+        until(log.exists)
+        ask(service, "GET", MODELS, key=MASTER_KEY)
+        until(lambda: log.read_text().count("\n") == 1)
+        assert rotated.read_text().count("\n") == 1
     finally:
         service.stop()

@@ -3,31 +3,15 @@
 import hashlib
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 from _raw import CHUNKED, LAST_CHUNK, PATIENCE, MiB, Upstream, Wire, chunk, connect, each_request, request, settled
-from _service import Twistd, start_proxy
+from _service import Twistd
 
 CHAT = request(b"POST", b"/vllm/v1/chat/completions", body=b'{"model":"m","messages":[],"stream":true}')
 LENGTH = 200 * 1000 * 1000
 BLOCK = bytes(range(250)) * 400  # 100 kB
 READERS = 4
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    scripted = Upstream()
-    yield scripted
-    scripted.stop()
-
-
-@pytest.fixture(scope="module")
-def scripted_proxy(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twistd]:
-    service = start_proxy(tmp_path_factory.mktemp("streams"), upstream.url)
-    yield service
-    service.stop()
-    assert "Traceback" not in service.log
 
 
 def lockstep(upstream: Upstream, proxy: Twistd, head: bytes, pieces: list[bytes], sent: list[bytes]) -> None:

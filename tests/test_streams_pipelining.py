@@ -3,28 +3,14 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 from _raw import AUTH, OK, PATIENCE, Ended, Upstream, Wire, chunk, connect, each_request, request
-from _service import Twistd, start_proxy
+from _service import Twistd
 
+#: What the proxy of this file is started with (conftest.py).
+PROXY_OPTIONS = ("--head-timeout", "1")
 GET = request(b"GET", b"/vllm/v1/models")
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    scripted = Upstream()
-    yield scripted
-    scripted.stop()
-
-
-@pytest.fixture(scope="module")
-def scripted_proxy(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twistd]:
-    service = start_proxy(tmp_path_factory.mktemp("pipelining"), upstream.url, "--head-timeout", "1")
-    yield service
-    service.stop()
-    assert "Traceback" not in service.log
 
 
 class OneAtATime:

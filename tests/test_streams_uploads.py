@@ -5,7 +5,6 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 from _raw import (
@@ -23,26 +22,11 @@ from _raw import (
     settled,
     written,
 )
-from _service import Twistd, start_proxy
+from _service import Twistd
 
 BLOCK = bytes(range(256)) * 1024  # 256 KiB
 ECHO = b"X-Vllmsim: echo"
 PATH = b"/vllm/v1/audio/transcriptions"
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    scripted = Upstream()
-    yield scripted
-    scripted.stop()
-
-
-@pytest.fixture(scope="module")
-def scripted_proxy(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twistd]:
-    service = start_proxy(tmp_path_factory.mktemp("uploads"), upstream.url)
-    yield service
-    service.stop()
-    assert "Traceback" not in service.log
 
 
 def upload(proxy: Twistd, blocks: int, chunked: bool) -> None:

@@ -3,11 +3,10 @@
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
 
 import pytest
 from _raw import OK, PATIENCE, Ended, Message, MiB, Upstream, Wire, connect, each_request, eventually, request, settled
-from _service import Twistd, start_proxy
+from _service import Twistd
 
 KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
 ACCEPT = b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 §1.3
@@ -19,21 +18,6 @@ SWITCH = (
 )
 GET = request(b"GET", b"/vllm/v1/models")
 BLOCK = os.urandom(65536)
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    scripted = Upstream()
-    yield scripted
-    scripted.stop()
-
-
-@pytest.fixture(scope="module")
-def scripted_proxy(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twistd]:
-    service = start_proxy(tmp_path_factory.mktemp("tunnel"), upstream.url)
-    yield service
-    service.stop()
-    assert "Traceback" not in service.log
 
 
 def switched(client: Wire) -> Message:

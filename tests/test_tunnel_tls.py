@@ -29,13 +29,6 @@ SWITCH = (
 )
 
 
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    scripted = Upstream()
-    yield scripted
-    scripted.stop()
-
-
 class Secure:
     """A proxy that listens with TLS."""
 

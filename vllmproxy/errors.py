@@ -83,12 +83,6 @@ class MethodNotAllowed(ApiError):
     status = 405
 
 
-class TooLarge(ApiError):
-    """A body over the limit that applies to it."""
-
-    status = 413
-
-
 class StoreDown(ApiError):
     """Keys cannot be looked up just now; nobody is let in and nobody is called a stranger."""
 

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import signal
 import sys
 from typing import Any
 
@@ -64,6 +65,7 @@ class Proxy:
             key=settings.upstream_key.reveal() if settings.upstream_key else None,
             connect_timeout=settings.connect_timeout,
             idle_timeout=settings.upstream_idle_timeout,
+            write_timeout=settings.write_timeout,
             limits=limits,
         )
         self.relay = Relay(reactor, gate, server, self.observer, trusted, settings.first_byte_timeout)
@@ -160,11 +162,20 @@ class ProxyService(Service):
         self._ports = [*self._ports, *ports]
         self._listeners = ports
 
+    def _reopen_log(self) -> None:
+        """After SIGHUP, as logrotate sends it."""
+        if self._proxy is not None:
+            try:
+                self._proxy.access_log.reopen()
+            except OSError as error:
+                _log.error("The access log goes on in the old file: {error}", error=str(error))
+
     def startService(self) -> None:
         """Begin to accept once the store is open."""
         super().startService()  # type: ignore[no-untyped-call]  # Twisted is half typed
         if self._proxy is None:
             self.privilegedStartService()
+        signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._reopen_log))
         self._reactor.callWhenRunning(self._open)
 
     def _open(self) -> None:

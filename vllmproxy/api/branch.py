@@ -86,4 +86,4 @@ def _ended(status: int) -> Ended:
     """Say how an API request with this status ended; 0 is none, because the client left first."""
     if status == 0:
         return "client_gone"
-    return "refused" if status in (400, 401, 403, 405, 408, 413, 431) else "done"
+    return "refused" if status >= 400 else "done"

@@ -6,7 +6,11 @@ from typing import Any
 from hyperlink import EncodedURL
 from treq.cookies import IndexableCookieJar
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLookupError
+from twisted.internet.error import (
+    ConnectError,
+    ConnectingCancelledError,
+    DNSLookupError,
+)
 from twisted.internet.interfaces import IAddress, IReactorTime, IStreamClientEndpoint
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
@@ -17,11 +21,15 @@ from zope.interface import implementer
 
 from vllmproxy.http1.answer import OutgoingHeaders, Request
 from vllmproxy.http1.bodies import is_replayable
-from vllmproxy.http1.client import ClientConnection, NotExecuted
+from vllmproxy.http1.client import ClientConnection, ConnectionDeadlines, HandshakeFailed, NotExecuted
 from vllmproxy.http1.deadlines import Deadlines
 from vllmproxy.http1.message import Limits
 
 _log = Logger()
+
+
+#: What an endpoint, or the TLS handshake after it, fails with.
+_CONNECT_ERRORS = (ConnectError, DNSLookupError, HandshakeFailed, OSError)
 
 
 class ConnectFailed(Exception):
@@ -83,6 +91,8 @@ class UpstreamAgent:
         origin: bytes,
         *,
         idle: float = 2.5,
+        handshake_timeout: float = 5.0,
+        write_timeout: float = 60.0,
         limits: Limits = Limits(),
     ) -> None:
         self._clock = clock
@@ -94,6 +104,7 @@ class UpstreamAgent:
         self._idle_seconds = idle
         self._busy: set[ClientConnection] = set()
         self._expiry: Deadlines[ClientConnection] = Deadlines(clock, idle, self._too_old)
+        self._deadlines = ConnectionDeadlines(clock, handshake=handshake_timeout, write=write_timeout)
         self._factory = _ConnectionFactory(self._build)
         self._name = origin.decode("ascii")
         self._reachable = True
@@ -141,6 +152,7 @@ class UpstreamAgent:
 
     def _send_on_new(self, request: Request) -> "Deferred[IResponse]":
         connecting: Deferred[Any] = self._endpoint.connect(self._factory)
+        connecting.addCallback(ClientConnection.shaken)
         return connecting.addCallbacks(self._connected, self._not_connected, callbackArgs=(request,))
 
     def _connected(self, connection: ClientConnection, request: Request) -> "Deferred[IResponse]":
@@ -153,7 +165,7 @@ class UpstreamAgent:
     def _not_connected(self, reason: Failure) -> Failure:
         if reason.check(CancelledError, ConnectingCancelledError):
             return Failure(CancelledError())
-        if reason.check(ConnectError, DNSLookupError, OSError):
+        if reason.check(*_CONNECT_ERRORS):
             if self._reachable:
                 self._reachable = False
                 _log.warn("{origin} cannot be reached: {reason}", origin=self._name, reason=reason.getErrorMessage())
@@ -167,7 +179,7 @@ class UpstreamAgent:
         return reason
 
     def _build(self) -> ClientConnection:
-        return ClientConnection(self._released, self._gone, self._limits, self._clock)
+        return ClientConnection(self._released, self._gone, self._limits, self._clock, self._deadlines)
 
     def _released(self, connection: ClientConnection) -> None:
         self._busy.discard(connection)
@@ -186,6 +198,7 @@ class UpstreamAgent:
     def close(self) -> None:
         """Reset every connection."""
         self._expiry.close()
+        self._deadlines.close()
         for connection in [*self._idle, *self._busy]:
             connection.abort()
         self._idle.clear()

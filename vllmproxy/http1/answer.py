@@ -41,7 +41,7 @@ class OutgoingHeaders(Headers):
 
     :ivar lines: header lines with their CRLF, Host and framing included.
     :ivar upgrade: the request asks for a tunnel, so that a 101 is allowed.
-    :ivar inform: takes informational answers, ``(status, reason, header lines)``.
+    :ivar inform: takes the heads of informational answers.
     """
 
     __slots__ = ["inform", "lines", "upgrade"]

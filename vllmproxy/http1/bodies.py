@@ -72,8 +72,13 @@ class StreamedBody:
     def _finish(self) -> None:
         done, self._done = self._done, None
         self._consumer.unregisterProducer()
+        self._stream.resume_body()  # nobody else will, if the last piece was one too many
         if done is not None:
             done.callback(None)
+
+    def forget(self) -> None:
+        """The answer has begun: nothing is sent again."""
+        self._kept = None
 
     def pauseProducing(self) -> None:
         self._stream.pause_body()

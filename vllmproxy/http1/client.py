@@ -5,18 +5,26 @@ from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
-from twisted.internet.interfaces import IConsumer, IDelayedCall, IHalfCloseableProtocol, IPushProducer, IReactorTime
+from twisted.internet.interfaces import (
+    IConsumer,
+    IDelayedCall,
+    IHalfCloseableProtocol,
+    IHandshakeListener,
+    IPushProducer,
+    IReactorTime,
+)
 from twisted.internet.protocol import Protocol
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 from twisted.web.iweb import IResponse
-from zope.interface import implementer
+from zope.interface import alsoProvides, implementer
 
 from vllmproxy.http1.answer import Answer, AnswerReceiver, Request
+from vllmproxy.http1.deadlines import Deadlines
 from vllmproxy.http1.fate import Fate, fate_of
 from vllmproxy.http1.message import BadAnswer, Limits
 from vllmproxy.http1.responses import ResponseReader
-from vllmproxy.http1.sockets import Delivery, delivery, has_ended, is_plain, raw_socket, write_now
+from vllmproxy.http1.sockets import Delivery, delivery, has_ended, is_plain, queued_bytes, raw_socket, write_now
 
 #: Seconds between two looks at, and in all for, a peer's kernel to take or refuse what was sent after its FIN: a round
 #: trip and Linux's longest delayed acknowledgement.
@@ -28,12 +36,41 @@ class AnswerLost(Exception):
     """The connection ended before the answer was whole: vLLM may or may not have done the work."""
 
 
+class HandshakeFailed(Exception):
+    """No TLS session with the upstream: its certificate was refused, or it does not speak TLS, or not in time."""
+
+
+class UpstreamStalled(AnswerLost):
+    """The upstream took no byte of the request for a long time."""
+
+
 class NotExecuted(AnswerLost):
     """A reused connection turned out closed, and vLLM cannot have seen a byte of this request: it may be sent again
     on another connection.
 
     How that is known says :mod:`vllmproxy.http1.fate`.
     """
+
+
+class ConnectionDeadlines:
+    """What connections to one upstream must be done with in time.
+
+    :ivar handshake: TLS. :ivar write: the upstream takes some of what waits for it.
+    """
+
+    def __init__(self, clock: IReactorTime, *, handshake: float, write: float) -> None:
+        self.handshake: Deadlines[ClientConnection] = Deadlines(clock, handshake, ClientConnection.abort)
+        self.write: Deadlines[ClientConnection] = Deadlines(clock, write, ClientConnection.write_late)
+
+    def clear(self, connection: "ClientConnection") -> None:
+        """A connection is gone."""
+        self.handshake.clear(connection)
+        self.write.clear(connection)
+
+    def close(self) -> None:
+        """End every wait."""
+        self.handshake.close()
+        self.write.close()
 
 
 @implementer(IHalfCloseableProtocol, IPushProducer, IConsumer)
@@ -50,8 +87,13 @@ class ClientConnection(Protocol):
         gone: Callable[["ClientConnection"], None],
         limits: Limits,
         clock: IReactorTime,
+        deadlines: "ConnectionDeadlines",
     ) -> None:
         self._clock = clock
+        self._deadlines = deadlines
+        self._queued = 0
+        self._shook = False
+        self._shaking: Deferred[ClientConnection] | None = None
         self._released = released
         self._gone = gone
         self._plain = False
@@ -79,10 +121,32 @@ class ClientConnection(Protocol):
         transport: Any = self.transport
         self._plain = is_plain(transport)
         self._secure = isinstance(transport, TLSMemoryBIOProtocol)
+        if self._secure:
+            # Not on the class: Twisted's endpoints wrap a plain connection's protocol, and their wrapper provides only
+            # the last of the interfaces it looks for, so that half-close would be lost.
+            alsoProvides(self, IHandshakeListener)
         if hasattr(transport, "setTcpNoDelay"):
             transport.setTcpNoDelay(True)
             transport.setTcpKeepAlive(True)
         transport.registerProducer(self, True)
+
+    def shaken(self) -> "Deferred[ClientConnection]":
+        """Fire with this connection once the TLS handshake is done; at once where there is none."""
+        ready: Deferred[ClientConnection] = Deferred(lambda _: self.abort())
+        if self._secure and not self._shook:
+            self._shaking = ready
+            self._deadlines.handshake.set(self)
+        else:
+            ready.callback(self)
+        return ready
+
+    def handshakeCompleted(self) -> None:
+        """``IHandshakeListener``: the upstream's certificate is good."""
+        self._shook = True
+        self._deadlines.handshake.clear(self)
+        shaking, self._shaking = self._shaking, None
+        if shaking is not None:
+            shaking.callback(self)
 
     def has_ended(self) -> bool:
         """Whether an idle connection's end has arrived, though the reactor has not come to it yet."""
@@ -122,8 +186,10 @@ class ClientConnection(Protocol):
             self._out(b"0\r\n\r\n")
 
     def _not_sent(self, reason: Failure) -> None:
-        reason.trap(CancelledError)
-        self.abort()
+        if reason.check(CancelledError):
+            self.abort()
+        else:
+            self._fail(reason)
 
     def write(self, data: bytes) -> None:
         """``IConsumer``: a piece of the request's body."""
@@ -189,13 +255,25 @@ class ClientConnection(Protocol):
 
     def pauseProducing(self) -> None:
         self._congested = True
+        self._queued = queued_bytes(self.transport)
+        self._deadlines.write.set(self)
         if self._producer is not None:
             self._producer.pauseProducing()
 
     def resumeProducing(self) -> None:
         self._congested = False
+        self._deadlines.write.clear(self)
         if self._producer is not None:
             self._producer.resumeProducing()
+
+    def write_late(self) -> None:
+        """The upstream has taken nothing, or only some, of what waits for it: the former ends the connection."""
+        queued = queued_bytes(self.transport)
+        if queued < self._queued:
+            self._queued = queued
+            self._deadlines.write.set(self)
+        else:
+            self._fail(Failure(UpstreamStalled("the upstream does not take the request")))
 
     # the answer's flow, for whoever receives it
 
@@ -328,6 +406,10 @@ class ClientConnection(Protocol):
         """Our side is shut; nothing to do."""
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
+        self._deadlines.clear(self)
+        shaking, self._shaking = self._shaking, None
+        if shaking is not None and not shaking.called:
+            shaking.errback(Failure(HandshakeFailed(reason.getErrorMessage())))
         self._ended(clean=reason.check(ConnectionDone) is not None)
         self._gone(self)
 

@@ -15,6 +15,7 @@ from zope.interface import implementer
 
 _log = Logger()
 
+_RESETS = select.EPOLLERR | select.EPOLLONESHOT
 _EVENTS = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLONESHOT
 
 
@@ -25,14 +26,17 @@ class HangupWatcher:
     def __init__(self, reactor: IReactorFDSet) -> None:
         self._reactor = reactor
         self._epoll = select.epoll()
-        self._watched: dict[int, Callable[[], None]] = {}
+        self._watched: dict[int, tuple[Callable[[], None], bool]] = {}
         reactor.addReader(self)
 
-    def watch(self, fd: int, hung_up: Callable[[], None]) -> None:
-        """Call ``hung_up`` once when the peer of ``fd`` closes; at once where it already has."""
-        if fd not in self._watched:
-            self._epoll.register(fd, _EVENTS)
-        self._watched[fd] = hung_up
+    def watch(self, fd: int, hung_up: Callable[[], None], *, resets_only: bool = False) -> None:
+        """Call ``hung_up`` once when the peer of ``fd`` closes or resets; at once where it already has.
+
+        :param resets_only: the peer may close its side and still read.
+        """
+        self.forget(fd)
+        self._epoll.register(fd, _RESETS if resets_only else _EVENTS)
+        self._watched[fd] = hung_up, resets_only
 
     def forget(self, fd: int) -> None:
         """Stop watching. Needed before ``fd`` is closed, as the number will be used again."""
@@ -51,10 +55,10 @@ class HangupWatcher:
         return self._epoll.fileno()
 
     def doRead(self) -> None:
-        for fd, _ in self._epoll.poll(0):
-            hung_up = self._watched.get(fd)
+        for fd, events in self._epoll.poll(0):
+            hung_up, resets_only = self._watched.get(fd, (None, False))
             self.forget(fd)
-            if hung_up is None:
+            if hung_up is None or (resets_only and not events & select.EPOLLERR):
                 continue
             try:
                 hung_up()

@@ -24,7 +24,7 @@ class BadAnswer(Exception):
 class Limits:
     """What one message head may cost, in bytes and in lines.
 
-    :ivar head: bytes of the whole head, request line included.
+    :ivar head: bytes of the header lines of a request.
     :ivar lines: header lines.
     :ivar target: bytes of the request target.
     :ivar answer_head: bytes of an upstream's answer head; vLLM's ``metadata`` header alone takes tens of KiB.
@@ -80,6 +80,7 @@ class ResponseHead:
     status: int
     reason: bytes
     headers: list[tuple[bytes, bytes]]
+    version: bytes = b"1.1"
     content_length: int | None = None
     chunked: bool = False
     bodiless: bool = False

@@ -132,11 +132,12 @@ class ResponseReader:
     def on_headers_complete(self) -> None:
         if self.whole:
             return
-        if self._parser.get_http_version() not in ("1.1", "1.0"):
+        version = self._parser.get_http_version()
+        if version not in ("1.1", "1.0"):
             self._reject("an unknown HTTP version")
         if _CONTROL.search(self._reason):
             self._reject("a control character in the reason phrase")
-        head = ResponseHead(self._parser.get_status_code(), self._reason, self._headers)
+        head = ResponseHead(self._parser.get_status_code(), self._reason, self._headers, version.encode())
         try:
             check_response(head, self._method)
         except BadAnswer as error:
@@ -155,7 +156,8 @@ class ResponseReader:
         self.head = head
         # After HEAD, an upstream that sends the body it announced would answer the next request with it.
         bodiless_for_sure = not (self._method == b"HEAD" and (head.content_length or head.chunked))
-        self.reusable = self._parser.get_http_version() == "1.1" and bodiless_for_sure and not _says_close(head)
+        self._inform = None
+        self.reusable = version == "1.1" and bodiless_for_sure and not _says_close(head)
         self.whole = head.bodiless and head.status != 101
 
     def on_body(self, data: bytes) -> None:

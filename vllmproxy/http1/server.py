@@ -78,7 +78,7 @@ class ServerChannel(Protocol):
             self._tunnelled(data)
         elif self._mode == "linger":
             self._lingered += len(data)
-            if self._lingered > LINGER_BYTES:
+            if self._lingered > LINGER_BYTES and not queued_bytes(self.transport):
                 self.abort()
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
@@ -243,13 +243,11 @@ class ServerChannel(Protocol):
             transport.resumeProducing()
         else:
             transport.pauseProducing()
-            if self._fd >= 0 and not self._half_closed:
-                self.factory.hangups.watch(self._fd, self._hung_up)
+            if self._fd >= 0:
+                self.factory.hangups.watch(self._fd, self._hung_up, resets_only=self._mode == "tunnel")
 
     def _hung_up(self) -> None:
-        """The client is gone behind bytes that nobody reads."""
-        if self._mode == "tunnel":
-            return  # its end is found when the bytes before it have been read
+        """The client is gone behind bytes that nobody reads. (In a tunnel a close is found behind those bytes.)"""
         self.abort()
 
     def _unwatch(self) -> None:
@@ -303,11 +301,13 @@ class ServerChannel(Protocol):
     def write_late(self) -> None:
         """The client has taken nothing, or only some, of what waits for it: the former ends the connection."""
         queued = queued_bytes(self.transport)
-        if queued < self._queued:
+        if queued >= self._queued > 0:
+            self.abort()
+        elif self._mode == "linger" and not queued:
+            self.factory.linger_deadlines.set(self)
+        else:
             self._queued = queued
             self.factory.write_deadlines.set(self)
-        else:
-            self.abort()
 
     def idle_late(self) -> None:
         """Nothing was asked for in time, or what was written last has not left in time."""
@@ -333,7 +333,8 @@ class ServerChannel(Protocol):
             return
         self._mode = "linger"
         self._unwatch()
-        self.factory.linger_deadlines.set(self)
+        self._queued = queued_bytes(self.transport)
+        (self.factory.write_deadlines if self._queued else self.factory.linger_deadlines).set(self)
         self._release()
         if not self._reading:
             self._reading = True
@@ -348,7 +349,6 @@ class ServerFactory(Factory):
 
     :param handler: takes each :class:`Stream` when its head is complete and it is its turn.
     :param render: makes the whole answer for a request refused by the wire itself.
-    :ivar draining: answers say ``Connection: close`` from now on.
     """
 
     noisy = False
@@ -371,7 +371,6 @@ class ServerFactory(Factory):
         self.render = render
         self.hangups = hangups
         self.limits = limits
-        self.draining = False
         self._closed: Deferred[None] | None = None
         self.channels: set[ServerChannel] = set()
         self.head_deadlines: Deadlines[ServerChannel] = Deadlines(clock, head_timeout, ServerChannel.head_late)

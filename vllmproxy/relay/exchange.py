@@ -12,7 +12,7 @@ from vllmproxy.errors import ApiError, BadRequest, Internal, UpstreamFailed, Ups
 from vllmproxy.http1.agent import NO_COOKIES, ConnectFailed, RawURL
 from vllmproxy.http1.answer import Answer, OutgoingHeaders
 from vllmproxy.http1.bodies import StreamedBody
-from vllmproxy.http1.client import AnswerLost
+from vllmproxy.http1.client import AnswerLost, UpstreamStalled
 from vllmproxy.http1.message import BadAnswer, ResponseHead, WireError
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.credentials import read_credential
@@ -78,7 +78,6 @@ class Exchange:
         self._reader: UsageReader | None = None
         self._client = relay.client_of(stream)
         self._id = request_id(stream.head)
-        self._anthropic = False
         self._record = RequestRecord(
             time=self._began,
             request_id=self._id.decode("ascii"),
@@ -98,7 +97,6 @@ class Exchange:
         path, query = split_target(stream.head.target)
         forwarded = upstream_path(path, upstream.base_path)
         record.route = forwarded.decode("ascii")
-        self._anthropic = is_anthropic(upstream_path(path, b""))
         try:
             if is_unsafe(path):
                 raise BadRequest(_UNSAFE_PATH)
@@ -143,10 +141,15 @@ class Exchange:
     def _explain(self, error: ApiError, why: Ended) -> None:
         """Answer with ``error``, and settle."""
         self._state = State.OVER
-        refuse(self._stream, error, self._id, anthropic=self._anthropic)
+        refuse(self._stream, error, self._id, anthropic=self._is_anthropic())
         self._settle(why, error.type)
 
     # sending
+
+    def _is_anthropic(self) -> bool:
+        """Whether the caller's SDK is Anthropic's, as far as the route tells."""
+        path, _ = split_target(self._stream.head.target)
+        return is_anthropic(upstream_path(path, b""))
 
     def _send(self) -> None:
         self._state = State.WAITING
@@ -213,6 +216,8 @@ class Exchange:
         relay, stream, head = self._relay, self._stream, answer.head
         relay.first_byte_deadlines.clear(self)
         self._answer = answer
+        if self._body is not None:
+            self._body.forget()
         lines = answer_lines(head, self._id, relay.server.upstream)
         if head.status == 101:
             self._state = State.TUNNELLING
@@ -285,7 +290,7 @@ class Exchange:
 
     def _upload_failed(self, error: WireError) -> None:
         self._cancel()
-        refuse_body(self._stream, error, self._id, anthropic=self._anthropic)
+        refuse_body(self._stream, error, self._id, anthropic=self._is_anthropic())
         self._settle("refused", "malformed_request")
 
     def _client_gone(self) -> None:
@@ -361,6 +366,8 @@ def _error_of(reason: Failure) -> ApiError:
     if isinstance(error, BadAnswer):
         _log.warn("vLLM's answer was refused: {error}", error=str(error))
         return UpstreamFailed("vLLM's answer was not valid HTTP.")
+    if isinstance(error, UpstreamStalled):
+        return UpstreamTimeout("vLLM did not take the request in time.")
     if isinstance(error, AnswerLost):
         return UpstreamFailed("vLLM closed the connection before it answered. It may have done the work.")
     _log.failure("Sending a request failed", reason)

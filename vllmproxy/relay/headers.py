@@ -13,7 +13,6 @@ from vllmproxy.keys.credentials import CREDENTIAL_HEADERS
 from vllmproxy.relay.targets import local_location
 from vllmproxy.upstreams.upstream import Upstream
 
-VIA = b"1.1 vllmproxy"
 SERVER = b"server: vllmproxy/%s\r\n" % __version__.encode()
 
 #: What vLLM obeys and only an operator may set (vLLM ``entrypoints/openai``: data-parallel routing and priority).
@@ -168,7 +167,7 @@ def answer_lines(head: ResponseHead, id: bytes, upstream: Upstream) -> bytes:
             lines.append(b"%s: %s\r\n" % (name, value))
     if head.status == 101:
         lines.append(b"connection: Upgrade\r\nupgrade: websocket\r\n")
-    lines.append(b"x-request-id: %s\r\nvia: %s\r\n" % (id, VIA))
+    lines.append(b"x-request-id: %s\r\nvia: %s vllmproxy\r\n" % (id, head.version))
     return b"".join(lines)
 
 

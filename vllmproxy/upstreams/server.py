@@ -1,5 +1,7 @@
 """One vLLM server that can be asked: its agent, and what every request to it carries."""
 
+from typing import Any
+
 from attrs import frozen
 from treq.client import HTTPClient
 from twisted.internet.abstract import isIPAddress, isIPv6Address
@@ -10,7 +12,7 @@ from twisted.internet.endpoints import (
     UNIXClientEndpoint,
     wrapClientTLS,
 )
-from twisted.internet.interfaces import IReactorCore, IStreamClientEndpoint
+from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.ssl import optionsForClientTLS
 
 from vllmproxy.http1.agent import UpstreamAgent
@@ -35,27 +37,37 @@ class Server:
 
 
 def make_server(
-    reactor: IReactorCore,
+    reactor: Any,
     upstream: Upstream,
     *,
     key: str | None,
     connect_timeout: float,
     idle_timeout: float,
+    write_timeout: float,
     limits: Limits,
 ) -> Server:
     """Return the server for ``upstream``; no connection is made yet.
 
     :param key: the server's own API key.
     :param idle_timeout: seconds that an idle connection is kept for reuse.
-    :param connect_timeout: seconds for the name, the connection and the TLS handshake's beginning.
+    :param connect_timeout: seconds for the name and the connection, and as many again for the TLS handshake.
+    :param write_timeout: seconds in which the server takes no byte of what waits for it.
     """
     endpoint = _endpoint(reactor, upstream, connect_timeout)
-    agent = UpstreamAgent(reactor, endpoint, upstream.origin, idle=idle_timeout, limits=limits)  # type: ignore[arg-type]
+    agent = UpstreamAgent(
+        reactor,
+        endpoint,
+        upstream.origin,
+        idle=idle_timeout,
+        handshake_timeout=connect_timeout,
+        write_timeout=write_timeout,
+        limits=limits,
+    )
     authorization = b"authorization: Bearer %s\r\n" % key.encode() if key else b""
     return Server(upstream, upstream.origin.decode("ascii"), agent, HTTPClient(agent), authorization)
 
 
-def _endpoint(reactor: IReactorCore, upstream: Upstream, timeout: float) -> IStreamClientEndpoint:
+def _endpoint(reactor: Any, upstream: Upstream, timeout: float) -> IStreamClientEndpoint:
     if upstream.socket_path is not None:
         return UNIXClientEndpoint(reactor, upstream.socket_path, timeout=timeout)
     host, port = upstream.host, upstream.port
