@@ -20,7 +20,9 @@ from vllmproxy.keys.gate import ANONYMOUS, Caller
 from vllmproxy.keys.routes import Group
 from vllmproxy.observers.memory import MemoryObserver
 from vllmproxy.relay.headers import TrustedProxies
+from vllmproxy.relay.quotas import Quotas
 from vllmproxy.relay.relay import Relay
+from vllmproxy.store.limits_memory import MemoryLimiter
 from vllmproxy.testing import MemoryEndpoint, MemoryTransport, RecordingReceiver
 from vllmproxy.upstreams.server import Server
 from vllmproxy.upstreams.upstream import Upstream as Address
@@ -240,7 +242,7 @@ class Gatekeeper:
             raise self.error
         return ANONYMOUS
 
-    def check_route(self, caller: Caller, group: Group) -> None:
+    def check_route(self, caller: Caller, group: Group, path: bytes | None = None, base: bytes = b"") -> None:
         if self.route_error is not None:
             raise self.route_error
 
@@ -259,7 +261,9 @@ class House:
         client = HTTPClient(self.agent)
         server = Server(upstream, upstream.origin.decode(), self.agent, client, authorization)
         gate: Any = self.gate
-        self.relay = Relay(self.clock, gate, server, self.observer, TrustedProxies(()))
+        self.relay = Relay(
+            self.clock, gate, server, self.observer, TrustedProxies(()), Quotas(MemoryLimiter(self.clock), self.clock)
+        )
         hangups: Any = Hangups()
         self.factory = ServerFactory(self.clock, self._handle, render, hangups)
         self.streams: list[Stream] = []

@@ -67,14 +67,14 @@ class FragileStore(MemoryStore):
 
 
 class House:
-    def __init__(self, *, auth: bool = True, open_metrics: bool = False) -> None:
+    def __init__(self, store: Any = None, *, auth: bool = True, open_metrics: bool = False) -> None:
         self.clock = Clock()
         self.clock.advance(NOW)
-        self.store = FragileStore()
+        self.store = store or FragileStore()
         cache = KeyCache(self.clock, ttl=60.0, negative_ttl=60.0)
-        gate = Gate(self.store, cache, MasterKey(MASTER) if auth else None, self.clock)
+        self.gate = Gate(self.store, cache, MasterKey(MASTER) if auth else None, self.clock)
         self.api = Api(
-            gate,
+            self.gate,
             self.store,
             self.clock,
             metrics_text=lambda: (b"text/plain; version=0.0.4", b"numbers 1\n"),
@@ -217,7 +217,9 @@ async def test_a_taken_alias(house: House) -> None:
         (b"[]", "None"),
         (b'{"unheard_of": 1}', "unheard_of"),
         (b'{"max_budget": 10}', "max_budget"),
-        (b'{"key_type": "management"}', "key_type"),
+        (b'{"key_type": "superuser"}', "key_type"),
+        (b'{"allowed_routes": ["openai_routes"]}', "allowed_routes"),
+        (b'{"allowed_routes": ["/v1/*/x"]}', "allowed_routes"),
         (b'{"metadata": "x"}', "metadata"),
         (b'{"duration": "soon"}', "duration"),
     ],

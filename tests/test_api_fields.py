@@ -59,7 +59,8 @@ def test_everything_taken_comes_back_in_the_row() -> None:
             "tags": ["x", "y", "x"],
             "blocked": True,
             "duration": "1h",
-            "key_type": "default",
+            "key_type": "llm_api",
+            "allowed_routes": ["/v1/chat/*", "info", "/v1/chat/*"],
             # Restrictions that are left open are no restrictions.
             "models": [],
             "max_budget": None,
@@ -78,6 +79,7 @@ def test_everything_taken_comes_back_in_the_row() -> None:
     assert row["created_by"] == row["updated_by"] == "master"
     assert (row["key_alias"], row["user_id"], row["team_id"]) == ("équipe a", "u", "t")
     assert (row["metadata"], row["tags"], row["blocked"]) == ({"a": [1, {"b": None}]}, ["x", "y"], True)
+    assert (row["key_type"], row["allowed_routes"]) == ("llm_api", ["/v1/chat/*", "info"])
     assert (row["models"], row["spend"], row["max_budget"]) == ([], 0.0, None)
     assert "token" not in row
     assert CUSTOM not in json.dumps(row) + repr(wanted) + repr(key)
@@ -93,8 +95,10 @@ def test_nothing_asked_for_is_a_plain_key() -> None:
         {},
         [],
     )
-    assert parse_generate({"duration": "-1"}, NOW).lasts is None
-    assert parse_generate({"duration": None, "key_alias": "", "key": "", "blocked": None}, NOW) == wanted
+    assert parse_generate({"duration": "-1"}, NOW).fields == {"expires": None}
+    nulls = {"duration": None, "key_alias": "", "key": "", "blocked": None, "allowed_routes": None, "key_type": None}
+    assert row_of(new_key(parse_generate(nulls, NOW), CUSTOM, NOW, None)) == row
+    assert parse_generate({"duration": ""}, NOW).fields == {}
 
 
 @pytest.mark.parametrize(
@@ -102,16 +106,22 @@ def test_nothing_asked_for_is_a_plain_key() -> None:
     [
         ("models", ["m"]),
         ("aliases", {"a": "b"}),
-        ("allowed_routes", ["/x"]),
-        ("key_type", "management"),
+        ("allowed_routes", "/x"),
+        ("allowed_routes", ["x"]),
+        ("allowed_routes", ["/x", "openai_routes"]),
+        ("allowed_routes", ["/x?y"]),
+        ("allowed_routes", [f"/{number}" for number in range(129)]),
+        ("key_type", "internal"),
         ("key_type", 3),
         ("max_budget", 10),
         ("max_budget", 0),
         ("soft_budget", 1.0),
         ("budget_duration", "30d"),
-        ("rpm_limit", 0),
         ("tpm_limit", 5),
-        ("max_parallel_requests", 1),
+        ("rpm_limit", -1),
+        ("rpm_limit", True),
+        ("max_parallel_requests", 1.5),
+        ("tpm_limit", 0),
         ("model_rpm_limit", {"m": 1}),
         ("model_tpm_limit", {"m": 1}),
         ("model_max_budget", {"m": 1}),

@@ -247,6 +247,28 @@ def test_shut_routes(group: Group) -> None:
         assert ("--master-key-file" in caught.value.message) is (caller is ANONYMOUS)
 
 
+def test_a_restricted_key_needs_its_path_to_be_judged() -> None:
+    gate = House().gate
+    caller = Caller(TOKEN, "team-a", False, evolve(KEY, allowed_routes=("/v1/chat", "/sleep"), granted_by_master=True))
+    gate.check_route(caller, "inference", b"/v1/chat/completions")
+    gate.check_route(caller, "inference", b"/gpu1/v1/chat/completions", b"/gpu1")
+    gate.check_route(caller, "admin", b"/sleep")
+    shut: list[tuple[Group, bytes | None]] = [
+        ("inference", None),
+        ("inference", b"/v1/embeddings"),
+        ("inference", b"/gpu1/v1/chat/completions"),
+        ("info", b"/v1/models"),
+        ("admin", None),
+        ("admin", b"/wake_up"),
+        ("unknown", b"/v1/chat/../x"),
+    ]
+    for group, path in shut:
+        with pytest.raises(Forbidden, match=r"^Virtual key is not allowed to call this route\.") as caught:
+            gate.check_route(caller, group, path)
+        assert (caught.value.status, caught.value.type) == (403, "auth_error")
+        assert ("allowed_routes" in caught.value.message) is (group in ("inference", "info"))
+
+
 def test_no_secret_in_any_refusal_or_repr() -> None:
     house = House()
     answer = house.ask()

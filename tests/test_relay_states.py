@@ -35,6 +35,7 @@ def exchange_in(house: House, state: State) -> Exchange:
 
 ARGUMENTS: dict[Event, tuple[Any, ...]] = {
     Event.ADMITTED: (ANONYMOUS, "inference"),
+    Event.RESERVED: (None,),
     Event.REFUSED: (AuthError("no"),),
     Event.NO_ANSWER: (Failure(AnswerLost()),),
     Event.BODY_FAILED: (Failure(AnswerLost()),),
@@ -53,7 +54,7 @@ def test_every_event_in_every_state(state: State, event: Event) -> None:
     else:
         exchange._feed(event, *ARGUMENTS.get(event, ()))
     assert (exchange._state is not state) is known
-    ends = known and event not in (Event.ADMITTED, Event.ANSWERED)
+    ends = known and event not in (Event.ADMITTED, Event.RESERVED, Event.ANSWERED)
     assert len(house.observer.records) == before + ends
     house.client.reset_from_peer()
     house.turn()

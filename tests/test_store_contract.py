@@ -1,6 +1,6 @@
 """What every store promises; the same tests on memory, on SQLite and on a real Redis."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.task import deferLater
 
 from vllmproxy.keys.key import VirtualKey, hash_key
-from vllmproxy.store.interface import AliasTaken, Store, StoreUnavailable, TokenTaken
+from vllmproxy.keys.policy import KEY_TYPES
+from vllmproxy.store.interface import AliasTaken, AuditEntry, Store, StoreUnavailable, TokenTaken, Writes
+from vllmproxy.store.listing import SORT_FIELDS, KeyPage, KeyQuery
 from vllmproxy.store.opening import make_store
 from vllmproxy.store.rows import dump_row, load_row
 
@@ -36,6 +39,9 @@ FULL = VirtualKey(
     updated_at=1700000001.75,
     created_by="master",
     updated_by="someone",
+    key_type="llm_api",
+    allowed_routes=("/v1/chat/*", "info"),
+    granted_by_master=True,
 )
 
 
@@ -264,6 +270,255 @@ async def test_a_store_opened_again_works(url: str) -> None:
         await store.close()
 
 
+@pytest_twisted.ensureDeferred
+async def test_update_changes_what_it_says_and_moves_the_alias(store: Store) -> None:
+    await store.add_key(key("one", "old"))
+    await store.add_key(key("two", "taken"))
+    changed = await store.update_key(hash_key("one"), lambda found: attrs.evolve(found, key_alias="new", blocked=True))
+    assert changed == attrs.evolve(key("one", "new"), blocked=True)
+    assert await store.get_key(hash_key("one")) == changed
+    assert await store.find_aliases(["old", "new", "taken"]) == {"new": hash_key("one"), "taken": hash_key("two")}
+    with pytest.raises(AliasTaken):
+        await store.update_key(hash_key("one"), lambda found: attrs.evolve(found, key_alias="taken", blocked=False))
+    assert await store.get_key(hash_key("one")) == changed
+    # To keep one's own alias is no conflict, and one without an alias can get one.
+    assert await store.update_key(hash_key("one"), lambda found: attrs.evolve(found, tags=("t",))) is not None
+    await store.update_key(hash_key("one"), lambda found: attrs.evolve(found, key_alias=None))
+    assert await store.find_aliases(["new"]) == {}
+    await store.update_key(hash_key("two"), lambda found: attrs.evolve(found, key_alias="new"))
+    assert await store.find_aliases(["new", "taken"]) == {"new": hash_key("two")}
+    assert await store.update_key(hash_key("nobody"), lambda found: found) is None
+    assert await store.get_key(hash_key("nobody")) is None
+
+
+@pytest_twisted.ensureDeferred
+async def test_concurrent_updates_of_different_fields_all_survive(store: Store) -> None:
+    await store.add_key(key("one"))
+
+    def set_field(number: int) -> Callable[[VirtualKey], VirtualKey]:
+        return lambda found: attrs.evolve(found, metadata={**found.metadata, str(number): number})
+
+    calls = [store.update_key(hash_key("one"), set_field(number)) for number in range(30)]
+    calls.append(store.update_key(hash_key("one"), lambda found: attrs.evolve(found, blocked=True)))
+    await DeferredList([Deferred.fromCoroutine(call) for call in calls], fireOnOneErrback=True)
+    got = await store.get_key(hash_key("one"))
+    assert got is not None
+    assert got.blocked
+    assert got.metadata == {str(number): number for number in range(30)}
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_a_decision_raises_reaches_its_caller_and_nothing_is_written(store: Store) -> None:
+    await store.add_key(key("one"))
+
+    def refuse(found: Any) -> Writes:
+        raise LookupError(sorted(found))
+
+    with pytest.raises(LookupError, match=hash_key("one")):
+        await store.change_keys([hash_key("one"), hash_key("two")], refuse)
+    assert await store.get_key(hash_key("one")) == key("one")
+    assert await store.list_audit(10) == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_one_key_takes_the_place_of_another_at_once(store: Store) -> None:
+    await store.add_key(key("old", "name"))
+    tokens = [hash_key("old"), hash_key("new")]
+    kept = attrs.evolve(key("old"), expires=5.0)
+    await store.change_keys(tokens, lambda found: Writes(put=(key("new", "name"), kept), audit=(entry(1),)))
+    assert [await store.get_key(token) for token in tokens] == [kept, key("new", "name")]
+    assert await store.find_aliases(["name"]) == {"name": hash_key("new")}
+    await store.change_keys(tokens, lambda found: Writes(put=(key("old", "name"),), remove=(hash_key("new"),)))
+    assert [await store.get_key(token) for token in tokens] == [key("old", "name"), None]
+    assert await store.find_aliases(["name"]) == {"name": hash_key("old")}
+
+
+@pytest_twisted.ensureDeferred
+async def test_somebody_always_sees_one_of_the_two(store: Store) -> None:
+    """While a key is replaced again and again, one of the two is there whenever anybody looks."""
+    names = [hash_key("a"), hash_key("b")]
+    await store.add_key(key("a", "name"))
+
+    def swap(found: Any) -> Writes:
+        (there,) = found
+        other = "b" if there == names[0] else "a"
+        return Writes(put=(key(other, "name"),), remove=(there,))
+
+    async def swaps() -> None:
+        for _ in range(40):
+            await store.change_keys(names, swap)
+
+    async def look() -> None:
+        while not done.called:
+            page = await store.list_keys(KeyQuery(search="name", sort_by="token"))
+            assert page.total == 1
+            assert len(await store.find_aliases(["name"])) == 1
+            await deferLater(reactor, 0)
+
+    done = Deferred.fromCoroutine(swaps())
+    await look()
+    await done
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_conflict_writes_nothing_of_the_whole_change(store: Store) -> None:
+    await store.add_key(key("one", "taken"))
+    with pytest.raises(AliasTaken):
+        await store.change_keys(
+            [hash_key("two"), hash_key("three")],
+            lambda found: Writes(put=(key("two", "free"), key("three", "taken")), audit=(entry(1),)),
+        )
+    with pytest.raises(AliasTaken):
+        await store.change_keys(
+            [hash_key("two"), hash_key("three")], lambda found: Writes(put=(key("two", "same"), key("three", "same")))
+        )
+    assert [await store.get_key(hash_key(name)) for name in ("two", "three")] == [None, None]
+    assert await store.find_aliases(["free", "same"]) == {}
+    assert await store.list_audit(10) == []
+
+
+def entry(number: int) -> AuditEntry:
+    return AuditEntry(
+        time=1000.0 + number,
+        actor="master",
+        action="/key/update",
+        target=f"t{number}",
+        before={"metadata": {"lone": "\ud800"}},
+        after=None,
+        request_id="r",
+    )
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_audit_trail_is_read_from_its_end(store: Store) -> None:
+    assert await store.list_audit(5) == []
+    for number in range(7):
+        if number % 2:
+            await store.add_audit(entry(number))
+        else:
+            await store.change_keys([], lambda found, number=number: Writes(audit=(entry(number),)))  # type: ignore[misc]
+    first = await store.list_audit(3)
+    assert [each.fields for each in first] == [attrs.asdict(entry(number)) for number in (6, 5, 4)]
+    second = await store.list_audit(3, first[-1].id)
+    assert [each.fields["target"] for each in second] == ["t3", "t2", "t1"]
+    assert [each.fields["target"] for each in await store.list_audit(3, second[-1].id)] == ["t0"]
+    assert [each.fields["target"] for each in await store.list_audit(100)] == [f"t{n}" for n in range(6, -1, -1)]
+    last = (await store.list_audit(100))[-1].id
+    assert await store.list_audit(3, last) == []
+
+
+async def fill(store: Store, count: int) -> list[VirtualKey]:
+    keys = []
+    for number in range(count):
+        made = attrs.evolve(
+            key(f"key-{number:03}", None if number % 3 == 0 else f"alias {number:03}"),
+            user_id=f"user-{number % 4}",
+            team_id="Team-A" if number % 2 else None,
+            blocked=number % 10 == 0,
+            expires=500.0 if number % 5 == 1 else None,
+            created_at=float(1000 - number // 2),
+            updated_at=float(number),
+        )
+        keys.append(made)
+        await store.add_key(made)
+    return keys
+
+
+@pytest_twisted.ensureDeferred
+async def test_listing_pages_cover_all_once_and_in_order(store: Store) -> None:
+    keys = await fill(store, 57)
+    for sort_by in SORT_FIELDS:
+        for descending in (True, False):
+            seen: list[VirtualKey] = []
+            for page_number in range(7):
+                query = KeyQuery(offset=10 * page_number, sort_by=sort_by, descending=descending)  # type: ignore[arg-type]
+                page = await store.list_keys(query)
+                assert page.total == 57
+                seen += page.keys
+            assert sorted(each.token for each in seen) == sorted(each.token for each in keys)
+            values = [getattr(each, sort_by) for each in seen if getattr(each, sort_by) is not None]
+            assert values == sorted(values, reverse=descending)
+            assert None not in [getattr(each, sort_by) for each in seen[: len(values)]]
+    newest = await store.list_keys(KeyQuery(limit=1))
+    assert newest.keys[0] == max(keys, key=lambda each: (each.created_at, each.token))
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"user_id": "user-2"},
+        {"team_id": "Team-A"},
+        {"team_id": "team-a"},
+        {"key_alias": "alias 004"},
+        {"key_alias": "alias"},
+        {"key_alias": "alias 004", "user_id": "user-1"},
+        {"token": hash_key("key-003")},
+        {"token": hash_key("key-003"), "team_id": "nobody"},
+        {"token": "nobody"},
+        {"search": "ALIAS 01"},
+        {"search": "team-a"},
+        {"search": hash_key("key-005")},
+        {"search": "nowhere"},
+        {"status": "blocked"},
+        {"status": "expired"},
+        {"status": "active", "team_id": "Team-A", "sort_by": "updated_at"},
+        {"aliased": True, "sort_by": "key_alias", "descending": False},
+        {"sort_by": "updated_at", "offset": 500},
+        {"offset": 500},
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_listing_filters(store: Store, query: dict[str, Any]) -> None:
+    keys = await fill(store, 31)
+    wanted = KeyQuery(**query, limit=100, now=500.0)
+    page = await store.list_keys(wanted)
+    expected = [each for each in keys if wanted.matches(each)]
+    assert page.total == len(expected)
+    assert {each.token for each in page.keys} == ({each.token for each in expected} if not wanted.offset else set())
+    assert all(each in keys for each in page.keys)
+
+
+def test_what_a_listing_matches() -> None:
+    found = attrs.evolve(key("one", "Équipe Rouge"), user_id="u", expires=10.0)
+    table: list[tuple[dict[str, Any], bool]] = [
+        ({}, True),
+        ({"search": "équipe"}, True),
+        ({"search": "sk-...one"}, True),
+        ({"search": found.token}, True),
+        ({"search": found.token[:10]}, False),
+        ({"user_id": "U"}, False),
+        ({"status": "active", "now": 9.9}, True),
+        ({"status": "active", "now": 10.0}, False),
+        ({"status": "expired", "now": 10.0}, True),
+        ({"aliased": True}, True),
+    ]
+    assert [KeyQuery(**query).matches(found) for query, _ in table] == [expected for _, expected in table]
+    assert not KeyQuery(aliased=True).matches(key("two"))
+
+
+@pytest_twisted.ensureDeferred
+async def test_listing_follows_changes(store: Store) -> None:
+    await store.add_key(key("one"))
+    await store.add_key(key("two"))
+    await store.update_key(hash_key("one"), lambda found: attrs.evolve(found, created_at=99.0, user_id="u"))
+    page = await store.list_keys(KeyQuery())
+    assert [each.token for each in page.keys] == [hash_key("one"), hash_key("two")]
+    assert (await store.list_keys(KeyQuery(user_id="u"))).total == 1
+    await store.delete_keys([hash_key("one")])
+    for query in (KeyQuery(), KeyQuery(sort_by="updated_at")):
+        assert [each.token for each in (await store.list_keys(query)).keys] == [hash_key("two")]
+    await store.delete_keys([hash_key("two")])
+    assert await store.list_keys(KeyQuery()) == KeyPage((), 0)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_listing_of_many(store: Store) -> None:
+    many = tuple(attrs.evolve(key(f"k{number}"), updated_at=float(number)) for number in range(1500))
+    await store.change_keys([each.token for each in many], lambda found: Writes(put=many))
+    page = await store.list_keys(KeyQuery(sort_by="updated_at", limit=2))
+    assert (page.total, page.keys) == (1500, (many[1499], many[1498]))
+
+
 async def assert_unavailable(store: Store) -> None:
     for call in (
         store.ping(),
@@ -273,6 +528,12 @@ async def assert_unavailable(store: Store) -> None:
         store.find_aliases([]),
         store.delete_keys([hash_key("one")]),
         store.delete_keys([]),
+        store.update_key(hash_key("one"), lambda key: key),
+        store.change_keys([], lambda _: Writes()),
+        store.list_keys(KeyQuery()),
+        store.list_keys(KeyQuery(search="a")),
+        store.add_audit(entry(1)),
+        store.list_audit(10),
     ):
         with pytest.raises(StoreUnavailable):
             await call
@@ -300,6 +561,9 @@ virtual_keys = st.builds(
     updated_at=times,
     created_by=st.none() | names,
     updated_by=st.none() | names,
+    key_type=st.sampled_from(sorted(KEY_TYPES)),
+    allowed_routes=st.lists(st.sampled_from(["/v1/chat", "/*", "info", "/key/list"]), max_size=3).map(tuple),
+    granted_by_master=st.booleans(),
 )
 
 
@@ -311,7 +575,19 @@ def test_rows_round_trip(value: VirtualKey) -> None:
     assert load_row(row.encode()) == value
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "{}", '{"token":"t"}', '{"token":"t","key_name":"n","max":1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "3",
+        "{}",
+        '{"token":"t"}',
+        '{"token":"t","key_name":"n","max":1}',
+        '{"token":"t","key_name":"n","key_type":"newer"}',
+        '{"token":"t","key_name":"n","allowed_routes":["newer"]}',
+    ],
+)
 def test_anything_else_is_no_row(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         load_row(text)

@@ -1,9 +1,11 @@
 """The Redis store against servers that refuse, stall, die and come back, and over TLS."""
 
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
+import attrs
 import pytest
 import pytest_twisted
 import trustme
@@ -18,6 +20,7 @@ from twisted.protocols.portforward import ProxyFactory
 
 from vllmproxy.keys.key import VirtualKey, hash_key
 from vllmproxy.store.interface import CannotOpenStore, StoreUnavailable
+from vllmproxy.store.listing import KeyQuery
 from vllmproxy.store.redis import RedisStore
 
 CANARY = "canary-s3cret"
@@ -176,9 +179,10 @@ async def test_another_schema_version_is_refused_and_left_alone(server: RedisSer
 @pytest_twisted.ensureDeferred
 async def test_the_layout(server: RedisServer, store: RedisStore) -> None:
     await store.add_key(KEY)
-    assert server.command("GET", "vllmproxy:schema") == b"$1\r\n1\r\n"
+    assert server.command("GET", "vllmproxy:schema") == b"$1\r\n2\r\n"
     assert server.command("GET", "vllmproxy:alias:one").endswith(KEY.token.encode() + b"\r\n")
     assert server.command("TTL", f"vllmproxy:{{{KEY.token}}}:key") == b":-1\r\n"
+    assert server.command("ZSCORE", "vllmproxy:keys", KEY.token) == b"$1\r\n0\r\n"
     await store.delete_keys([KEY.token])
     assert server.command("DBSIZE") == b":1\r\n"
 
@@ -293,7 +297,7 @@ async def test_an_add_that_runs_after_its_time_adds_nothing(server: RedisServer,
     wire.offset -= 3600  # as if the script had been on its way for an hour
     with pytest.raises(StoreUnavailable, match="late"):
         await store.add_key(KEY)
-    assert b"calls=1," in server.command("INFO", "commandstats").partition(b"cmdstat_eval:")[2][:20]
+    assert b"calls=2," in server.command("INFO", "commandstats").partition(b"cmdstat_eval:")[2][:20]
     assert server.command("DBSIZE") == b":1\r\n"
     wire.offset += 3600
     await store.add_key(KEY)
@@ -316,7 +320,7 @@ async def test_a_killed_server_fails_fast_and_a_new_one_is_found(
     assert await store.get_key(KEY.token) is None  # this server keeps nothing
     await store.add_key(KEY)
     assert await store.get_key(KEY.token) == KEY
-    assert server.command("GET", "vllmproxy:schema") == b"$1\r\n1\r\n"
+    assert server.command("GET", "vllmproxy:schema") == b"$1\r\n2\r\n"
 
 
 @pytest_twisted.ensureDeferred
@@ -393,3 +397,79 @@ async def test_tls_refuses_whom_it_cannot_verify(guarded: RedisServer, tmp_path:
     assert "missing.pem" in await tls_refusal(guarded, good, f"?ca={tmp_path}/missing.pem")
     assert "damaged" in await tls_refusal(guarded, good, f"?ca={broken}")
     assert "no PEM" in await tls_refusal(guarded, good, f"?ca={empty}")
+
+
+@pytest_twisted.ensureDeferred
+async def test_version_1_is_brought_up(server: RedisServer) -> None:
+    """As the first release wrote it: no index, no audit trail, rows without the newer fields."""
+    server.command("SET", "vllmproxy:schema", "1")
+    for number in range(700):
+        token = hash_key(f"k{number}")
+        fields = {"token": token, "key_name": f"k{number}", "key_alias": f"a{number}"}
+        odd = {"created_at": 7, "lone": "\ud800", "text": '"created_at":7'}
+        rest = {"metadata": odd, "tags": ["t"], "blocked": True, "created_at": 1000.5 + number}
+        row = json.dumps({**fields, **rest, "created_by": '"created_at":7'}, separators=(",", ":"))
+        server.command("HSET", f"vllmproxy:{{{token}}}:key", "row", row, "alias", f"a{number}")
+        server.command("SET", f"vllmproxy:alias:a{number}", token)
+    server.command("HSET", "vllmproxy:{broken}:key", "row", "no json")
+    stores = [RedisStore(server.url, reactor) for _ in range(3)]
+    await DeferredList([Deferred.fromCoroutine(store.open()) for store in stores], fireOnOneErrback=True)
+    assert server.command("GET", "vllmproxy:schema") == b"$1\r\n2\r\n"
+    assert server.command("ZCARD", "vllmproxy:keys") == b":701\r\n"
+    first = stores[0]
+    page = await first.list_keys(KeyQuery(limit=3))
+    assert ([key.key_name for key in page.keys], page.total) == (["k699", "k698", "k697"], 701)
+    key = await first.get_key(hash_key("k7"))
+    assert key is not None
+    assert (key.blocked, key.tags, key.created_at, key.key_type, key.allowed_routes) == (
+        True,
+        ("t",),
+        1007.5,
+        "default",
+        (),
+    )
+    changed = await first.update_key(key.token, lambda old: attrs.evolve(old, key_alias="new", metadata={}))
+    assert await stores[1].get_key(key.token) == changed
+    assert await stores[2].find_aliases(["a7", "new"]) == {"new": key.token}
+    await first.delete_keys([key.token])
+    assert server.command("ZCARD", "vllmproxy:keys") == b":700\r\n"
+    for store in stores:
+        await store.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_interrupted_migration_is_begun_again(server: RedisServer) -> None:
+    server.command("SET", "vllmproxy:schema", "1")
+    row = json.dumps({"token": "t", "key_name": "n", "created_at": 5}, separators=(",", ":"))
+    server.command("HSET", "vllmproxy:{t}:key", "row", row)
+    server.command("ZADD", "vllmproxy:keys", "1", "t")  # as far as somebody had come
+    store = RedisStore(server.url, reactor)
+    await store.open()
+    assert server.command("ZSCORE", "vllmproxy:keys", "t") == b"$1\r\n5\r\n"
+    await store.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_another_version_keeps_of_a_key_is_not_overwritten(server: RedisServer, store: RedisStore) -> None:
+    row = json.dumps({"token": KEY.token, "key_name": "n", "newer": [1]})
+    server.command("HSET", f"vllmproxy:{{{KEY.token}}}:key", "row", row, "beside", "it")
+    with pytest.raises(StoreUnavailable, match="newer"):
+        await store.update_key(KEY.token, lambda key: attrs.evolve(key, blocked=True))
+    assert row.encode() in server.command("HGET", f"vllmproxy:{{{KEY.token}}}:key", "row")
+
+
+@pytest_twisted.ensureDeferred
+async def test_updates_from_two_proxies_lose_nothing(server: RedisServer, store: RedisStore) -> None:
+    other = RedisStore(server.url, reactor)
+    await other.open()
+    await store.add_key(KEY)
+
+    def set_field(number: int) -> Callable[[VirtualKey], VirtualKey]:
+        return lambda key: attrs.evolve(key, metadata={**key.metadata, str(number): number})
+
+    calls = [(store, other)[number % 2].update_key(KEY.token, set_field(number)) for number in range(40)]
+    await DeferredList([Deferred.fromCoroutine(call) for call in calls], fireOnOneErrback=True)
+    key = await store.get_key(KEY.token)
+    assert key is not None
+    assert sorted(key.metadata.values()) == list(range(40))
+    await other.close()

@@ -83,6 +83,13 @@ class MethodNotAllowed(ApiError):
     status = 405
 
 
+class RateLimited(ApiError):
+    """The key has used up a limit for now; ``retry-after`` says when there is room again."""
+
+    status = 429
+    type = "rate_limit_error"
+
+
 class StoreDown(ApiError):
     """Keys cannot be looked up just now; nobody is let in and nobody is called a stranger."""
 

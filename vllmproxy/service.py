@@ -29,6 +29,7 @@ from vllmproxy.observers.jsonlines import open_access_log
 from vllmproxy.observers.metrics import MetricsObserver
 from vllmproxy.observers.record import RequestRecord
 from vllmproxy.relay.headers import TrustedProxies, fresh_id
+from vllmproxy.relay.quotas import Quotas
 from vllmproxy.relay.refuse import wire_refusal
 from vllmproxy.relay.relay import Relay
 from vllmproxy.relay.targets import is_under_prefix
@@ -68,7 +69,8 @@ class Proxy:
             write_timeout=settings.write_timeout,
             limits=limits,
         )
-        self.relay = Relay(reactor, gate, server, self.observer, trusted, settings.first_byte_timeout)
+        quotas = Quotas(self.store.limiter(reactor), reactor)
+        self.relay = Relay(reactor, gate, server, self.observer, trusted, quotas, settings.first_byte_timeout)
         api = Api(
             gate,
             self.store,

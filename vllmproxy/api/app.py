@@ -11,9 +11,11 @@ from twisted.web.resource import IResource, Resource
 from twisted.web.server import Request, Site
 from werkzeug.exceptions import HTTPException
 
+from vllmproxy.api.audit import AuditApi
 from vllmproxy.api.errors import answer_error, answer_json, error_of
 from vllmproxy.api.health import HealthApi
 from vllmproxy.api.keys import KeyApi
+from vllmproxy.api.keyviews import KeyViewApi
 from vllmproxy.api.metrics import MetricsApi
 from vllmproxy.errors import BadRequest
 from vllmproxy.keys.gate import Gate
@@ -46,6 +48,8 @@ class Api:
         app.url_map.merge_slashes = app.url_map.strict_slashes = False
         app.route("/", methods=["GET"])(self.index)
         KeyApi(gate, store, clock).register(app)
+        KeyViewApi(gate, store, clock).register(app)
+        AuditApi(gate, store).register(app)
         HealthApi(store, version).register(app)
         MetricsApi(gate, metrics_text, open_metrics).register(app)
         app.handle_errors(Exception)(_explain)

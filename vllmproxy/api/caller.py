@@ -12,6 +12,8 @@ from vllmproxy.keys.credentials import CREDENTIAL_HEADERS, read_credential
 from vllmproxy.keys.gate import Caller, Gate
 from vllmproxy.relay.headers import FORWARDED
 
+_NOT_ALLOWED = "Virtual key is not allowed to call this route."
+
 
 class ICaller(Interface):
     """The component of a request that says who sent it, once that is known."""
@@ -35,12 +37,33 @@ async def holder_of(gate: Gate, request: IRequest) -> Caller:
     return caller
 
 
-async def manager_of(gate: Gate, request: IRequest) -> Caller:
-    """Return the caller if it may manage keys, else raise :class:`Forbidden`."""
+async def reader_of(gate: Gate, request: IRequest, endpoint: str) -> Caller:
+    """Return the caller if it may use ``endpoint`` (``/key/info``) about itself, else raise :class:`Forbidden`."""
+    caller = await holder_of(gate, request)
+    if caller.key is not None and not caller.key.policy.may_read(endpoint):
+        raise Forbidden(f"{_NOT_ALLOWED} Its key_type or its allowed_routes leave this one out.")
+    return caller
+
+
+async def manager_of(gate: Gate, request: IRequest, endpoint: str) -> Caller:
+    """Return the caller if it may use ``endpoint`` about any key, else raise :class:`Forbidden`."""
+    caller = await holder_of(gate, request)
+    if not manages(caller, endpoint):
+        raise Forbidden(f"{_NOT_ALLOWED} Only the master key and keys of the type management manage keys.")
+    return caller
+
+
+async def master_of(gate: Gate, request: IRequest) -> Caller:
+    """Return the caller if it is the master key, else raise :class:`Forbidden`."""
     caller = await holder_of(gate, request)
     if not caller.is_master:
-        raise Forbidden("Virtual key is not allowed to call this route. Only the master key manages keys.")
+        raise Forbidden(f"{_NOT_ALLOWED} It is for the master key.")
     return caller
+
+
+def manages(caller: Caller, endpoint: str) -> bool:
+    """Tell whether ``caller`` may use ``endpoint`` about any key."""
+    return caller.is_master or (caller.key is not None and caller.key.policy.may_manage(endpoint))
 
 
 def is_local(request: IRequest) -> bool:

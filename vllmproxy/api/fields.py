@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -11,9 +11,12 @@ from attrs import field, frozen
 from vllmproxy.errors import BadRequest
 from vllmproxy.keys.durations import seconds_of
 from vllmproxy.keys.key import VirtualKey, hash_key
+from vllmproxy.keys.policy import KEY_TYPES, ROUTE_GROUPS, parse_route
+from vllmproxy.limits.values import MAX_AMOUNT
 
 MINIMUM_CUSTOM_KEY: Final = 16
 _MAXIMUM_TEXT: Final = 255
+_MAXIMUM_ROUTES: Final = 128
 _CUSTOM_KEY: Final = re.compile(r"sk-[\x21-\x7e]{13,252}")
 _TOKEN: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -24,16 +27,13 @@ _NOT_ENFORCED: Final[dict[str, Any]] = {
     "aliases": {},
     "config": {},
     "permissions": {},
-    "allowed_routes": [],
     "allowed_cache_controls": [],
     "spend": 0.0,
     "max_budget": None,
     "soft_budget": None,
     "budget_duration": None,
     "budget_id": None,
-    "rpm_limit": None,
     "tpm_limit": None,
-    "max_parallel_requests": None,
     "model_max_budget": {},
     "model_rpm_limit": None,
     "model_tpm_limit": None,
@@ -62,19 +62,6 @@ _NOT_ENFORCED_NOR_ANSWERED: Final[dict[str, Any]] = {
 }
 _UNSUPPORTED: Final = _NOT_ENFORCED | _NOT_ENFORCED_NOR_ANSWERED
 
-_GENERATE: Final = frozenset(
-    {
-        "blocked",
-        "duration",
-        "key",
-        "key_alias",
-        "key_type",
-        "metadata",
-        "tags",
-        "team_id",
-        "user_id",
-    }
-)
 _DELETE: Final = frozenset({"keys", "key_aliases"})
 
 
@@ -84,18 +71,12 @@ class GenerateKey:
 
     :ivar key: a custom key, ``None``: make one.
     :ivar duration: as sent.
-    :ivar lasts: the same in seconds, ``None``: for ever.
+    :ivar fields: those of :class:`VirtualKey` that are given.
     """
 
     key: str | None = field(repr=False)
-    key_alias: str | None
-    user_id: str | None
-    team_id: str | None
-    metadata: dict[str, Any]
-    tags: tuple[str, ...]
-    blocked: bool
     duration: str | None
-    lasts: int | None
+    fields: Mapping[str, Any]
 
 
 @frozen(kw_only=True)
@@ -112,8 +93,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
-        # Lone surrogates cannot be stored or hashed; this is the cheapest way to find one anywhere inside.
-        json.dumps(value, ensure_ascii=False).encode()
+        # Lone surrogates and numbers too large for a double cannot be stored; this finds them anywhere inside.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         raise BadRequest("The body is not valid JSON.") from None
     if not isinstance(value, dict):
@@ -121,58 +102,66 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def parse_generate(body: Mapping[str, Any], now: float) -> GenerateKey:
-    """Return what ``body`` asks for. Raises :class:`BadRequest` with the field's name as ``param``."""
-    _refuse_unknown(body, _GENERATE | _UNSUPPORTED.keys())
+def parse_fields(body: Mapping[str, Any], now: float) -> dict[str, Any]:
+    """Return the fields of :class:`VirtualKey` that ``body`` gives; null is what a field is without being given.
+
+    :param now: what a ``duration`` counts from, seconds since the epoch.
+    :raises BadRequest: with the field's name as ``param``.
+    """
+    refuse_unknown(body, _FIELDS.keys() | _UNSUPPORTED.keys() | {"duration"})
     for name, unset in _UNSUPPORTED.items():
         if not _is_unset(body.get(name), unset):
             raise BadRequest(f"{name} is not enforced by this version; leave it out.", param=name)
-    if body.get("key_type") not in (None, "default"):
-        raise BadRequest('key_type can only be "default" in this version; leave it out.', param="key_type")
-    duration = _text(body, "duration")
+    fields = {name: parse(body, name) for name, parse in _FIELDS.items() if name in body}
+    if "duration" in body:
+        lasts = parse_duration(body, "duration", now)
+        fields["expires"] = None if lasts is None else now + lasts
+    return fields
+
+
+def parse_duration(body: Mapping[str, Any], name: str, now: float) -> int | None:
+    """Return the seconds of a duration, ``None`` for one without end. Raises :class:`BadRequest`."""
     try:
-        lasts = seconds_of(duration, now)
+        return seconds_of(typed(body, name, str, "a string"), now)
     except ValueError as error:
-        raise BadRequest(f"duration: {error}.", param="duration") from None
-    return GenerateKey(
-        key=_custom_key(body),
-        key_alias=_text(body, "key_alias"),
-        user_id=_text(body, "user_id"),
-        team_id=_text(body, "team_id"),
-        metadata=_typed(body, "metadata", dict, "an object") or {},
-        tags=_texts(body, "tags"),
-        blocked=_typed(body, "blocked", bool, "true or false") or False,
-        duration=duration,
-        lasts=lasts,
-    )
+        raise BadRequest(f"{name}: {error}.", param=name) from None
+
+
+def parse_generate(body: Mapping[str, Any], now: float) -> GenerateKey:
+    """Return what ``body`` asks for. Raises :class:`BadRequest` with the field's name as ``param``."""
+    given = {name: value for name, value in body.items() if name != "key" and (name, value) != ("duration", "")}
+    fields = parse_fields(given, now)
+    return GenerateKey(key=custom_key(body, "key"), duration=body.get("duration") or None, fields=fields)
 
 
 def parse_delete(body: Mapping[str, Any]) -> DeleteKeys:
     """Return what ``body`` asks for. Raises :class:`BadRequest`."""
-    _refuse_unknown(body, _DELETE)
-    wanted = DeleteKeys(keys=_texts(body, "keys"), aliases=_texts(body, "key_aliases"))
+    refuse_unknown(body, _DELETE)
+    wanted = DeleteKeys(keys=texts(body, "keys"), aliases=texts(body, "key_aliases"))
     if not wanted.keys and not wanted.aliases:
         raise BadRequest("Name the keys to delete: keys (keys or their hashes) or key_aliases.", param="keys")
     return wanted
 
 
-def new_key(wanted: GenerateKey, key: str, now: float, created_by: str | None) -> VirtualKey:
+def new_key(
+    wanted: GenerateKey, key: str, now: float, created_by: str | None, *, granted_by_master: bool = False
+) -> VirtualKey:
     """Return the row for ``key``, which is made at ``now`` (epoch seconds)."""
     return VirtualKey(
         token=hash_key(key),
-        key_name=f"sk-...{key[-4:]}",
-        key_alias=wanted.key_alias,
-        user_id=wanted.user_id,
-        team_id=wanted.team_id,
-        metadata=wanted.metadata,
-        tags=wanted.tags,
-        blocked=wanted.blocked,
-        expires=None if wanted.lasts is None else now + wanted.lasts,
+        key_name=name_of(key),
         created_at=now,
         updated_at=now,
         created_by=created_by,
         updated_by=created_by,
+        granted_by_master=granted_by_master,
+        **wanted.fields,
     )
+
+
+def name_of(key: str) -> str:
+    """Return what people recognise ``key`` by."""
+    return f"sk-...{key[-4:]}"
 
 
 def row_of(key: VirtualKey) -> dict[str, Any]:
@@ -180,12 +169,15 @@ def row_of(key: VirtualKey) -> dict[str, Any]:
     return {
         "key_name": key.key_name,
         "key_alias": key.key_alias,
-        "key_type": "default",
+        "key_type": key.key_type,
+        "allowed_routes": list(key.allowed_routes),
         "user_id": key.user_id,
         "team_id": key.team_id,
         "metadata": key.metadata,
         "tags": list(key.tags),
         "blocked": key.blocked,
+        "rpm_limit": key.rpm_limit,
+        "max_parallel_requests": key.max_parallel_requests,
         "expires": None if key.expires is None else _iso(key.expires),
         "created_at": _iso(key.created_at),
         "updated_at": _iso(key.updated_at),
@@ -208,7 +200,8 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _refuse_unknown(body: Mapping[str, Any], known: frozenset[str]) -> None:
+def refuse_unknown(body: Mapping[str, Any], known: Set[str]) -> None:
+    """Raise :class:`BadRequest` for a field that is not in ``known``."""
     for name in body:
         if name not in known:
             # The name is the caller's own text: cut, so that an answer stays a sentence.
@@ -220,37 +213,94 @@ def _is_unset(value: Any, unset: Any) -> bool:
     return value is None or value in ("", [], {}) or (unset is not None and value == unset)
 
 
-def _typed(body: Mapping[str, Any], name: str, kind: type, description: str) -> Any:
+def typed(body: Mapping[str, Any], name: str, kind: type, description: str) -> Any:
+    """Return a field that is of ``kind``, or is not there, or is null. Raises :class:`BadRequest`."""
     value = body.get(name)
     if value is not None and not isinstance(value, kind):
         raise BadRequest(f"{name} must be {description}.", param=name)
     return value
 
 
-def _text(body: Mapping[str, Any], name: str) -> str | None:
-    value = _typed(body, name, str, "a string")
+def text(body: Mapping[str, Any], name: str) -> str | None:
+    """Return a text, ``None`` where it is not there or empty. Raises :class:`BadRequest`."""
+    value = typed(body, name, str, "a string")
     return _checked(value, name) if value else None
 
 
-def _texts(body: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    values = _typed(body, name, list, "a list of strings") or []
+def texts(body: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """Return a list of texts, each once. Raises :class:`BadRequest`."""
+    values = typed(body, name, list, "a list of strings") or []
     if not all(isinstance(value, str) and value for value in values):
         raise BadRequest(f"{name} must be a list of strings, none of them empty.", param=name)
     return tuple(dict.fromkeys(_checked(value, name) for value in values))
 
 
-def _checked(text: str, name: str) -> str:
-    if len(text) > _MAXIMUM_TEXT or not text.isprintable():
+def _checked(value: str, name: str) -> str:
+    if len(value) > _MAXIMUM_TEXT or not value.isprintable():
         raise BadRequest(f"{name} must be at most {_MAXIMUM_TEXT} characters without control characters.", param=name)
-    return text
+    return value
 
 
-def _custom_key(body: Mapping[str, Any]) -> str | None:
-    key: str | None = _typed(body, "key", str, "a string") or None
+def _metadata(body: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return typed(body, name, dict, "an object") or {}
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    return typed(body, name, bool, "true or false") or False
+
+
+def _limit(body: Mapping[str, Any], name: str) -> int | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_AMOUNT:
+        raise BadRequest(f"{name} must be a whole number from 0 to {MAX_AMOUNT}.", param=name)
+    return value
+
+
+def _key_type(body: Mapping[str, Any], name: str) -> str:
+    key_type = text(body, name) or "default"
+    if key_type not in KEY_TYPES:
+        raise BadRequest(f"{name} must be one of {', '.join(KEY_TYPES)}.", param=name)
+    return key_type
+
+
+def _routes(body: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    entries = texts(body, name)
+    if len(entries) > _MAXIMUM_ROUTES:
+        raise BadRequest(f"{name} may have {_MAXIMUM_ROUTES} entries.", param=name)
+    for entry in entries:
+        try:
+            if entry not in ROUTE_GROUPS:
+                parse_route(entry)
+        except ValueError as error:
+            groups = ", ".join(ROUTE_GROUPS)
+            message = f"{name}: {entry[:64]!r} is no path ({error}), and no group either: {groups}."
+            raise BadRequest(message, param=name) from None
+    return entries
+
+
+def custom_key(body: Mapping[str, Any], name: str) -> str | None:
+    """Return a key of the caller's own making, ``None``: make one. Raises :class:`BadRequest`."""
+    key: str | None = typed(body, name, str, "a string") or None
     if key is not None and not _CUSTOM_KEY.fullmatch(key):
         raise BadRequest(
             f"A custom key starts with sk- and has at least {MINIMUM_CUSTOM_KEY} (at most {_MAXIMUM_TEXT}) "
             "characters: letters, digits and signs, no spaces.",
-            param="key",
+            param=name,
         )
     return key
+
+
+_FIELDS: Final[dict[str, Callable[[Mapping[str, Any], str], Any]]] = {
+    "allowed_routes": _routes,
+    "blocked": _flag,
+    "key_alias": text,
+    "key_type": _key_type,
+    "max_parallel_requests": _limit,
+    "metadata": _metadata,
+    "rpm_limit": _limit,
+    "tags": texts,
+    "team_id": text,
+    "user_id": text,
+}

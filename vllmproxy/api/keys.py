@@ -1,25 +1,37 @@
-"""``/key/generate``, ``/key/info`` and ``/key/delete``, as LiteLLM's users know them."""
+"""``/key/generate``, ``/key/update``, ``/key/delete`` …: what changes keys, as LiteLLM's users know it."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
-from urllib.parse import parse_qs
 
 from klein import Klein
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.web.iweb import IRequest
 
-from vllmproxy.api.caller import holder_of, manager_of
+from vllmproxy.api.caller import manager_of
 from vllmproxy.api.errors import answer_json
 from vllmproxy.api.fields import new_key, parse_delete, parse_generate, parse_object, row_of, token_of
-from vllmproxy.errors import BadRequest, Forbidden, NotFound
-from vllmproxy.keys.gate import Caller, Gate
-from vllmproxy.keys.key import VirtualKey
-from vllmproxy.store.interface import AliasTaken, Store, TokenTaken
+from vllmproxy.api.management import KEY_NOT_FOUND, ManagementCall, request_id_of
+from vllmproxy.api.patches import (
+    KeyName,
+    KeyPatch,
+    parse_block,
+    parse_bulk,
+    parse_name,
+    parse_regenerate,
+    parse_update,
+)
+from vllmproxy.errors import ApiError, BadRequest, NotFound
+from vllmproxy.keys.gate import Gate
+from vllmproxy.keys.key import VirtualKey, hash_key
+from vllmproxy.store.interface import AliasTaken, Decide, Store, StoreUnavailable, TokenTaken, Writes
 
 _log = Logger()
-_NOT_FOUND = "Key not found in database"
+
+Found = Mapping[str, VirtualKey]
+Work = Callable[[ManagementCall, dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
 class KeyApi:
@@ -32,98 +44,195 @@ class KeyApi:
 
     def register(self, app: Klein) -> None:
         """Add the routes to ``app``."""
-        app.route("/key/generate", methods=["POST"])(self.generate)
-        app.route("/key/info", methods=["GET"])(self.info)
-        app.route("/key/delete", methods=["POST"])(self.delete)
+        works: dict[str, Work] = {
+            "/key/generate": self.generate,
+            "/key/update": self.update,
+            "/key/bulk_update": self.bulk_update,
+            "/key/block": partial(self.block, blocked=True),
+            "/key/unblock": partial(self.block, blocked=False),
+            "/key/regenerate": self.regenerate,
+            "/key/delete": self.delete,
+        }
+        for endpoint, work in works.items():
+            app.route(endpoint, methods=["POST"], endpoint=endpoint)(self._handler(endpoint, work))
+        named = "/key/<key>/regenerate"
+        app.route(named, methods=["POST"], endpoint=named)(self._handler("/key/regenerate", self.regenerate))
 
-    async def generate(self, request: IRequest) -> bytes:
+    def _handler(self, endpoint: str, work: Work) -> Callable[..., Awaitable[bytes]]:
+        """Return the handler that does ``work`` for those who may, and writes down what was refused to them."""
+
+        async def handler(request: IRequest, **named: str) -> bytes:
+            caller = await manager_of(self._gate, request, endpoint)
+            call = ManagementCall(caller, endpoint, self._clock.seconds(), request_id_of(request))
+            try:
+                return answer_json(request, await work(call, {**_object_of(request), **named}))
+            except ApiError as error:
+                await self._refused(call, error)
+                raise
+
+        return handler
+
+    async def generate(self, call: ManagementCall, body: dict[str, Any]) -> dict[str, Any]:
         """Make a key, and show it this once."""
-        manager = await manager_of(self._gate, request)
-        now = self._clock.seconds()
-        wanted = parse_generate(_object_of(request), now)
-        key = wanted.key or f"sk-{secrets.token_urlsafe(32)}"
-        row = new_key(wanted, key, now, manager.key_id)
-        await self._add(row)
-        _log.info("Key {key_id} ({key_alias}) was made", key_id=row.token, key_alias=row.key_alias)
-        shown = {"key": key, "token": row.token, "token_id": row.token, "duration": wanted.duration}
-        return answer_json(request, {**shown, **row_of(row)})
+        wanted = parse_generate(body, call.time)
+        key = wanted.key or _fresh_key()
+        row = new_key(wanted, key, call.time, call.actor, granted_by_master=call.caller.is_master)
+        call.check(row)
 
-    async def info(self, request: IRequest) -> bytes:
-        """Show a key's row: any to the master key, its own to a virtual key."""
-        caller = await holder_of(self._gate, request)
-        asked = _query_value(request, "key")
-        token = _token_to_show(caller, asked)
-        row = await self._store.get_key(token)
-        if row is None:
-            raise NotFound(f"{_NOT_FOUND}.", param="key")
-        return answer_json(request, {"key": asked or token, "info": row_of(row)})
+        def add(found: Found) -> Writes:
+            if found:
+                raise TokenTaken
+            return Writes(put=(row,), audit=(call.changed(None, row),))
 
-    async def delete(self, request: IRequest) -> bytes:
+        await self._change(call, [row.token], add, made=row.token, alias=row.key_alias)
+        return {"key": key, "token": row.token, "token_id": row.token, "duration": wanted.duration, **row_of(row)}
+
+    async def update(self, call: ManagementCall, body: dict[str, Any]) -> dict[str, Any]:
+        """Change what a merge patch names: absent fields stay, null clears."""
+        name, patch = parse_update(body, call.time)
+        row = await self._patch(call, name, patch)
+        return {"key": name.key or row.token, "token": row.token, **row_of(row)}
+
+    async def block(self, call: ManagementCall, body: dict[str, Any], *, blocked: bool) -> dict[str, Any]:
+        """Block a key, or let it work again; answer with its row."""
+        row = await self._patch(call, parse_block(body), KeyPatch(fields={"blocked": blocked}))
+        return {"token": row.token, **row_of(row)}
+
+    async def bulk_update(self, call: ManagementCall, body: dict[str, Any]) -> dict[str, Any]:
+        """Make several updates, each by itself; what fails is told and leaves the others alone."""
+        updates = parse_bulk(body)
+        done: list[dict[str, Any]] = []
+        failed: list[dict[str, Any]] = []
+        outage: StoreUnavailable | None = None
+        for update in updates:
+            name = update.get("key") or update.get("key_alias")
+            try:
+                if outage is not None:
+                    raise outage
+                row = await self.update(call, update)
+                done.append({"key": name, "key_info": row})
+            except StoreUnavailable as error:
+                outage = error
+                failed.append({"key": name, "key_info": None, "failed_reason": "The store did not answer."})
+            except ApiError as error:
+                await self._refused(call, error)
+                failed.append({"key": name, "key_info": None, "failed_reason": error.message})
+        return {"total_requested": len(updates), "successful_updates": done, "failed_updates": failed}
+
+    async def regenerate(self, call: ManagementCall, body: dict[str, Any]) -> dict[str, Any]:
+        """Put a new key in the place of one that there is, and show it this once."""
+        name, wanted = parse_name(body, alias=False), parse_regenerate(body, call.time)
+        new = wanted.new_key or _fresh_key()
+        old, token = await self._token_of(name), hash_key(new)
+        if token == old:
+            raise BadRequest("new_key is the key that there is.", param="new_key")
+
+        alias = wanted.patch.fields.get("key_alias")
+
+        def replace(found: Found) -> Writes:
+            before = call.find(found, old)
+            if token in found:
+                raise TokenTaken
+            after = wanted.replace(before, new, call.time, call.actor, is_master=call.caller.is_master)
+            call.check(after)
+            kept = wanted.retire(before, call.time, call.actor)
+            audit = (call.changed(before, after),)
+            return Writes((after,), (old,), audit) if kept is None else Writes((after, kept), audit=audit)
+
+        row = (await self._change(call, [old, token], replace, made=token, param="new_key", alias=alias)).put[0]
+        return {"key": new, "token": token, "token_id": token, "duration": wanted.duration, **row_of(row)}
+
+    async def delete(self, call: ManagementCall, body: dict[str, Any]) -> dict[str, Any]:
         """Delete keys by themselves, their hashes or their aliases, and answer with those names.
 
         Names of nothing are answered in ``not_found`` (ours), or with 404 when nothing at all was deleted.
         """
-        await manager_of(self._gate, request)
-        wanted = parse_delete(_object_of(request))
+        wanted = parse_delete(body)
         tokens = {key: token_of(key) for key in wanted.keys}
-        if wanted.aliases:
-            tokens |= await self._store.find_aliases(wanted.aliases)
-        deleted = await self._delete(sorted(set(tokens.values())))
-        names = (*wanted.keys, *wanted.aliases)
-        gone = [name for name in names if tokens.get(name) in deleted]
-        if not gone:
-            raise NotFound(f"{_NOT_FOUND}: nothing was deleted.", param="keys" if wanted.keys else "key_aliases")
-        answer: dict[str, Any] = {"deleted_keys": gone}
-        if len(gone) < len(names):
-            answer["not_found"] = [name for name in names if tokens.get(name) not in deleted]
-        return answer_json(request, answer)
+        aliased = await self._store.find_aliases(wanted.aliases) if wanted.aliases else {}
+        by_alias = {token: alias for alias, token in aliased.items() if token not in tokens.values()}
 
-    async def _add(self, row: VirtualKey) -> None:
-        taken = BadRequest("That key exists already; leave key out to have a fresh one made.", param="key")
-        if self._gate.is_master_token(row.token):
+        def remove(found: Found) -> Writes:
+            # An alias may have moved to another key since it was looked up.
+            gone = [key for token, key in found.items() if by_alias.get(token, key.key_alias) == key.key_alias]
+            for key in gone:
+                call.check(key)
+            return Writes(remove=tuple(key.token for key in gone), audit=tuple(call.changed(key, None) for key in gone))
+
+        tokens |= aliased
+        removed = (await self._change(call, sorted(set(tokens.values())), remove)).remove
+        names = (*wanted.keys, *wanted.aliases)
+        gone = [name for name in names if tokens.get(name) in removed]
+        if not gone:
+            raise NotFound(f"{KEY_NOT_FOUND}: nothing was deleted.", param="keys" if wanted.keys else "key_aliases")
+        missing = [name for name in names if tokens.get(name) not in removed]
+        return {"deleted_keys": gone, **({"not_found": missing} if missing else {})}
+
+    async def _patch(self, call: ManagementCall, name: KeyName, patch: KeyPatch) -> VirtualKey:
+        token = await self._token_of(name)
+
+        def change(found: Found) -> Writes:
+            before = call.find(found, token, name.alias)
+            after = patch.apply(before, call.time, call.actor, is_master=call.caller.is_master)
+            call.check(after)
+            return Writes(put=(after,), audit=(call.changed(before, after),))
+
+        return (await self._change(call, [token], change, alias=patch.fields.get("key_alias"))).put[0]
+
+    async def _token_of(self, name: KeyName) -> str:
+        if name.token is not None:
+            return name.token
+        token = (await self._store.find_aliases([name.alias or ""])).get(name.alias or "")
+        if token is None:
+            raise NotFound(f"{KEY_NOT_FOUND}.", param="key_alias")
+        return token
+
+    async def _change(
+        self,
+        call: ManagementCall,
+        tokens: Sequence[str],
+        decide: Decide,
+        *,
+        made: str | None = None,
+        param: str = "key",
+        alias: str | None = None,
+    ) -> Writes:
+        """Do it, and let it take effect here at once.
+
+        :param made: the token of a key that must not be there yet, nor be the master key's.
+        :param param: the field that gave it.
+        :param alias: what some key is to be called.
+        """
+        taken = BadRequest(f"That key exists already; leave {param} out to have a fresh one made.", param=param)
+        if made is not None and self._gate.is_master_token(made):
             raise taken
         try:
-            await self._store.add_key(row)
+            writes = await self._store.change_keys(tokens, decide)
         except TokenTaken:
             raise taken from None
         except AliasTaken:
-            message = f"Key alias {row.key_alias!r} is taken by another key; aliases are unique."
+            message = f"Key alias {alias!r} is taken by another key; aliases are unique."
             raise BadRequest(message, param="key_alias") from None
-        self._gate.invalidate(row.token)
-
-    async def _delete(self, tokens: Sequence[str]) -> set[str]:
-        try:
-            deleted = await self._store.delete_keys(tokens)
         finally:
-            # Also when the store did not answer in time: it may have deleted them all the same.
+            # Also when the store did not answer in time: it may have been done all the same.
             for token in tokens:
                 self._gate.invalidate(token)
-        for token in deleted:
-            _log.info("Key {key_id} was deleted", key_id=token)
-        return set(deleted)
+        for entry in writes.audit:
+            what = "made" if entry.before is None else "deleted" if entry.after is None else "changed"
+            _log.info("Key {key_id} was {what} by {actor}", key_id=entry.target, what=what, actor=entry.actor)
+        return writes
+
+    async def _refused(self, call: ManagementCall, error: ApiError) -> None:
+        try:
+            await self._store.add_audit(call.refused(error.status))
+        except StoreUnavailable:
+            _log.warn("A refused {endpoint} is not in the audit trail: the store is away", endpoint=call.endpoint)
+
+
+def _fresh_key() -> str:
+    return f"sk-{secrets.token_urlsafe(32)}"
 
 
 def _object_of(request: IRequest) -> dict[str, Any]:
     request.content.seek(0)
     return parse_object(request.content.read())
-
-
-def _query_value(request: IRequest, name: str) -> str | None:
-    query = request.uri.partition(b"?")[2].decode("latin-1")
-    try:
-        values = parse_qs(query, max_num_fields=16, errors="strict").get(name, [])
-    except ValueError:
-        raise BadRequest("The query cannot be read.", param=name) from None
-    if len(values) > 1:
-        raise BadRequest(f"Give {name} once.", param=name)
-    return values[0] if values else None
-
-
-def _token_to_show(caller: Caller, asked: str | None) -> str:
-    """Return the id of the key that ``caller`` may see. Raises :class:`NotFound`, :class:`Forbidden`."""
-    token = caller.key_id if asked is None else token_of(asked)
-    if token is None or (caller.is_master and asked is None):
-        raise NotFound(f"{_NOT_FOUND}: the master key has no row; ask for one with ?key=.", param="key")
-    if not caller.is_master and token != caller.key_id:
-        raise Forbidden("You are not allowed to access this key's info: a virtual key may only see its own.")
-    return token

@@ -13,6 +13,7 @@ from vllmproxy.keys.cache import KeyCache
 from vllmproxy.keys.credentials import Credential
 from vllmproxy.keys.key import VirtualKey, hash_key
 from vllmproxy.keys.masterkey import MasterKey
+from vllmproxy.keys.policy import Policy, compile_policy
 from vllmproxy.keys.routes import Group
 from vllmproxy.store.interface import Store, StoreUnavailable
 
@@ -31,9 +32,10 @@ _UNKNOWN = "Authentication Error, Invalid proxy server token passed. There is no
 _BLOCKED = "Authentication Error, Key is blocked. Whoever holds the master key can give you another one."
 _REFUSED = "Virtual key is not allowed to call this route. "
 _WHY: Final[dict[str, str]] = {
-    "admin": "It changes the server for everybody: only the master key may call it.",
-    "unknown": "Only the master key may call paths that this proxy does not know.",
+    "admin": "It changes the server for everybody: only the master key may call it, and keys that it gave this route.",
+    "unknown": "Only the master key may call paths that this proxy does not know, and keys that it gave them.",
 }
+_RESTRICTED = "Its key_type or its allowed_routes leave this one out."
 _AUTH_IS_OFF = " Authentication is off: start with --master-key-file and use the master key."
 
 
@@ -53,6 +55,9 @@ class Caller:
 #: Everybody, while authentication is off.
 ANONYMOUS: Final = Caller(None)
 MASTER: Final = Caller("master", is_master=True)
+
+#: What is open to everybody while authentication is off.
+_ANYBODY: Final[Policy] = compile_policy("default", (), granted_by_master=False)
 
 
 def store_down() -> StoreDown:
@@ -92,11 +97,20 @@ class Gate:
             return self._admit(key)
         return self._look_up(token)
 
-    def check_route(self, caller: Caller, group: Group) -> None:
-        """Return if ``caller`` may call routes of ``group``, else raise :class:`Forbidden`."""
-        if group in ("inference", "info") or caller.is_master:
+    def check_route(self, caller: Caller, group: Group, path: bytes | None = None, base: bytes = b"") -> None:
+        """Return if ``caller`` may call this route of vLLM, else raise :class:`Forbidden`.
+
+        :param group: what :func:`~vllmproxy.keys.routes.group_for` says of ``path`` and ``base``.
+        :param path: the forwarded path, raw, without the query. Left out, nothing opens that depends on it.
+        :param base: the path of the upstream's URL.
+        """
+        if caller.is_master:
             return
-        raise Forbidden(_REFUSED + _WHY[group] + ("" if caller.key_id else _AUTH_IS_OFF))
+        policy = _ANYBODY if caller.key is None else caller.key.policy
+        if policy.opens(group, path, base):
+            return
+        why = _WHY.get(group, _RESTRICTED)
+        raise Forbidden(_REFUSED + why + ("" if caller.key_id else _AUTH_IS_OFF))
 
     def is_master_token(self, token: str) -> bool:
         """Tell whether ``token`` is the master key's sha256 hex: no virtual key may be made of it."""

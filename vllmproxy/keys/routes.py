@@ -131,12 +131,28 @@ def group_for(path: bytes, base: bytes) -> Group:
 
 def is_anthropic(path: bytes) -> bool:
     """Tell whether ``path`` is ``/v1/messages`` or below it, where errors take Anthropic's shape."""
-    text = _decode(path)
+    text = plain_path(path)
     return text is not None and (text == "/v1/messages" or text.startswith("/v1/messages/"))
 
 
+def plain_path(path: bytes) -> str | None:
+    """Return ``path`` decoded once and without its trailing slash, ``None`` where two readers could differ."""
+    if not path.startswith(b"/") or not path.isascii() or _BAD_ESCAPE.search(path):
+        return None
+    try:
+        text = unquote_to_bytes(path).decode()
+    except UnicodeDecodeError:
+        return None
+    return None if _UNSAFE.search(text) else text.removesuffix("/")
+
+
+def only_prefixes(text: str) -> bool:
+    """Tell whether ``text`` is nothing but what stands in front of inference routes: ``/v1``, ``/inference/v1``."""
+    return all(segment in _PREFIXES for segment in text.strip("/").split("/"))
+
+
 def _judge(path: bytes) -> Group:
-    text = _decode(path)
+    text = plain_path(path)
     if text is None:
         return "unknown"
     if _is_admin(text.lower()):
@@ -151,17 +167,6 @@ def _is_admin(text: str) -> bool:
     segments = text[1:].split("/")
     first = next((segment for segment in segments if segment not in _PREFIXES), "")
     return first in _ADMIN or first.startswith(("adapters", "reset_")) or "weight" in first
-
-
-def _decode(path: bytes) -> str | None:
-    """Return ``path`` decoded and without its trailing slash, ``None`` where two readers could differ."""
-    if not path.startswith(b"/") or not path.isascii() or _BAD_ESCAPE.search(path):
-        return None
-    try:
-        text = unquote_to_bytes(path).decode()
-    except UnicodeDecodeError:
-        return None
-    return None if _UNSAFE.search(text) else text.removesuffix("/")
 
 
 _KNOWN_GROUPS: Final[dict[bytes, Group]] = {route: _judge(route) for route in KNOWN_ROUTES}

@@ -20,6 +20,7 @@ from vllmproxy.keys.gate import Caller
 from vllmproxy.keys.routes import Group, group_for, is_anthropic
 from vllmproxy.observers.record import Ended, RequestRecord
 from vllmproxy.relay.headers import answer_lines, request_id, request_lines
+from vllmproxy.relay.quotas import Reservation
 from vllmproxy.relay.refuse import refuse, refuse_body
 from vllmproxy.relay.targets import is_unsafe, split_target, upstream_path
 from vllmproxy.relay.tunnel import Tunnel
@@ -52,7 +53,8 @@ class State(Enum):
 class Event(Enum):
     """What can happen to an exchange from outside."""
 
-    ADMITTED = "the caller is known and may do this"
+    ADMITTED = "the caller is known"
+    RESERVED = "the key's limits have room for this"
     REFUSED = "the proxy answers itself"
     ANSWERED = "the head of vLLM's answer is here"
     NO_ANSWER = "there will be none"
@@ -72,6 +74,9 @@ class Exchange:
         self._state = State.ADMITTING
         self._began = relay.clock.seconds()
         self._target = stream.head.target
+        self._path = b""
+        self._reservation: Reservation | None = None
+        self._forwarded = False
         self._body: StreamedBody | None = None
         self._sending: Deferred[Any] | None = None
         self._answer: Answer | None = None
@@ -100,7 +105,7 @@ class Exchange:
         try:
             if is_unsafe(path):
                 raise BadRequest(_UNSAFE_PATH)
-            self._target = forwarded + query
+            self._path, self._target = forwarded, forwarded + query
             group = group_for(forwarded, upstream.base_path)
             if _is_preflight(stream, group):
                 self._send()
@@ -110,7 +115,7 @@ class Exchange:
             self._feed(Event.REFUSED, error)
             return
         if isinstance(caller, Deferred):
-            caller.addCallbacks(self._identified, self._not_identified, callbackArgs=(group,))
+            caller.addCallbacks(self._identified, self._not_admitted, callbackArgs=(group,))
             caller.addErrback(_unexpected)
         else:
             self._feed(Event.ADMITTED, caller, group)
@@ -118,22 +123,38 @@ class Exchange:
     def _identified(self, caller: Caller, group: Group) -> None:
         self._feed(Event.ADMITTED, caller, group)
 
-    def _not_identified(self, reason: Failure) -> None:
+    def _not_admitted(self, reason: Failure) -> None:
         error = reason.value
         if not isinstance(error, ApiError):
-            _log.failure("Looking up a key failed", reason)
-            error = Internal("The proxy failed to look up the key. Its log says why.")
+            _log.failure("Admitting a request failed", reason)
+            error = Internal("The proxy failed to look up the key or its limits. Its log says why.")
         self._feed(Event.REFUSED, error)
 
     def _admitted(self, caller: Caller, group: Group) -> None:
         self._record.key_id = caller.key_id
         self._record.key_alias = caller.key_alias
+        relay = self._relay
         try:
-            self._relay.gate.check_route(caller, group)
+            relay.gate.check_route(caller, group, self._path, relay.server.upstream.base_path)
+            reserved = None if caller.key is None else relay.quotas.reserve(caller.key)
         except ApiError as error:
             self._refused(error)
+            return
+        if isinstance(reserved, Deferred):
+            reserved.addCallbacks(self._got_reservation, self._not_admitted)
+            reserved.addErrback(_unexpected)
         else:
-            self._send()
+            self._reserved(reserved)
+
+    def _got_reservation(self, reservation: Reservation) -> None:
+        if self._state is State.ADMITTING:
+            self._feed(Event.RESERVED, reservation)
+        else:  # the client left meanwhile
+            self._relay.quotas.settle(reservation, forwarded=False)
+
+    def _reserved(self, reservation: Reservation | None) -> None:
+        self._reservation = reservation
+        self._send()
 
     def _refused(self, error: ApiError) -> None:
         self._explain(error, "refused")
@@ -153,6 +174,7 @@ class Exchange:
 
     def _send(self) -> None:
         self._state = State.WAITING
+        self._forwarded = True
         stream, server = self._stream, self._relay.server
         head = stream.head
         lines = request_lines(
@@ -194,6 +216,8 @@ class Exchange:
             self._stream.inform(head.status, head.reason, lines)
 
     def _no_answer(self, reason: Failure) -> None:
+        if reason.check(ConnectFailed):
+            self._forwarded = False  # nothing was sent: it costs nothing
         self._explain(_error_of(reason), "upstream_failed")
 
     def late(self) -> None:
@@ -219,6 +243,8 @@ class Exchange:
         if self._body is not None:
             self._body.forget()
         lines = answer_lines(head, self._id, relay.server.upstream)
+        if self._reservation is not None:
+            lines += self._reservation.lines
         if head.status == 101:
             self._state = State.TUNNELLING
             Tunnel(stream, answer, self._settle).begin(answer, head.reason, lines)
@@ -317,6 +343,8 @@ class Exchange:
         self._state = State.OVER
         relay, record, stream = self._relay, self._record, self._stream
         relay.first_byte_deadlines.clear(self)
+        if self._reservation is not None:
+            relay.quotas.settle(self._reservation, forwarded=self._forwarded)
         record.ended = why
         record.error = error
         record.status = stream.status
@@ -381,6 +409,7 @@ def _unexpected(reason: Failure) -> None:
 
 _TABLE: dict[tuple[State, Event], Callable[..., None]] = {
     (State.ADMITTING, Event.ADMITTED): Exchange._admitted,
+    (State.ADMITTING, Event.RESERVED): Exchange._reserved,
     (State.ADMITTING, Event.REFUSED): Exchange._refused,
     (State.ADMITTING, Event.UPLOAD_FAILED): Exchange._upload_failed,
     (State.ADMITTING, Event.CLIENT_GONE): Exchange._client_gone,

@@ -9,6 +9,7 @@ from vllmproxy.keys.gate import Gate
 from vllmproxy.observers.record import Observer
 from vllmproxy.relay.exchange import Exchange
 from vllmproxy.relay.headers import Client, TrustedProxies
+from vllmproxy.relay.quotas import Quotas
 from vllmproxy.upstreams.server import Server
 
 
@@ -24,6 +25,7 @@ class Relay:
     server: Server
     observer: Observer
     trusted: TrustedProxies
+    quotas: Quotas
     first_byte_timeout: float = 600.0
     first_byte_deadlines: Deadlines[Exchange] = field(init=False)
 
@@ -42,4 +44,5 @@ class Relay:
     def close(self) -> None:
         """End the waits and the connections to vLLM."""
         self.first_byte_deadlines.close()
+        self.quotas.close()
         self.server.agent.close()

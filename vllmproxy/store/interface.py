@@ -1,12 +1,17 @@
 """What the proxy asks of a store; memory, SQLite and Redis are its three twins."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from attrs import frozen
+from twisted.internet.interfaces import IReactorTime
 
 from vllmproxy.keys.key import VirtualKey
+from vllmproxy.limits.interface import Limiter
+from vllmproxy.store.listing import KeyPage, KeyQuery
 
-#: The layout of what is stored. A store that finds another version than this one refuses to open.
-SCHEMA_VERSION = 1
+#: The layout of what is stored. An older one is brought up to this; a store with a newer one is not opened.
+SCHEMA_VERSION = 2
 
 
 class AliasTaken(Exception):
@@ -25,11 +30,71 @@ class CannotOpenStore(Exception):
     """The store cannot be used at all (unreadable file, wrong schema version, refused connection): do not start."""
 
 
+@frozen(kw_only=True)
+class AuditEntry:
+    """One management call, for ever. Holds no secret.
+
+    :ivar time: seconds since the epoch.
+    :ivar actor: the id of the key that called, or ``master``.
+    :ivar action: the endpoint, ``/key/update``.
+    :ivar target: the id of the key that it was about, ``None`` where that is not known.
+    :ivar before: its row before, ``None``: there was none.
+    :ivar after: its row afterwards, ``None``: there is none.
+    :ivar request_id: the caller's ``x-request-id``.
+    :ivar status: the HTTP status; other than 200 nothing was changed.
+    """
+
+    time: float
+    actor: str
+    action: str
+    target: str | None = None
+    before: Mapping[str, Any] | None = None
+    after: Mapping[str, Any] | None = None
+    request_id: str | None = None
+    status: int = 200
+
+
+@frozen
+class StoredEntry:
+    """An audit entry as it is kept.
+
+    :ivar id: its place, newer ones after older ones; only ``list_audit`` of the same store can read it.
+    :ivar fields: those of :class:`AuditEntry`, and whatever another version wrote besides.
+    """
+
+    id: str
+    fields: Mapping[str, Any]
+
+
+@frozen
+class Writes:
+    """What one change does, all of it or nothing.
+
+    :ivar put: keys that are written, new or over what there is.
+    :ivar remove: tokens of keys that are deleted.
+    :ivar audit: what is written down about it.
+    """
+
+    put: tuple[VirtualKey, ...] = ()
+    remove: tuple[str, ...] = ()
+    audit: tuple[AuditEntry, ...] = ()
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The tokens of all keys that it touches."""
+        return (*self.remove, *(key.token for key in self.put))
+
+
+#: Says what to write, from those of the keys asked for that exist. Pure: a store may call it in a thread, and more
+#: than once. Whatever it raises reaches the caller, and nothing is written.
+Decide = Callable[[Mapping[str, VirtualKey]], Writes]
+
+
 class Store(Protocol):
     """Keeps virtual keys. Every method may raise :class:`StoreUnavailable` and ends within its own deadline."""
 
     async def open(self) -> None:
-        """Connect, and create or check the schema. Raises :class:`CannotOpenStore`."""
+        """Connect, and create, migrate or check the schema. Raises :class:`CannotOpenStore`."""
 
     async def close(self) -> None:
         """Let go of everything; pending calls fail with :class:`StoreUnavailable`. Idempotent."""
@@ -37,8 +102,8 @@ class Store(Protocol):
     async def ping(self) -> None:
         """Return when the store answers."""
 
-    async def add_key(self, key: VirtualKey) -> None:
-        """Keep a new key, whole or not at all. Raises :class:`AliasTaken`, :class:`TokenTaken`."""
+    def limiter(self, clock: IReactorTime) -> Limiter:
+        """Return what counts requests where this store keeps keys; ``docs/limits.rst`` says what it guarantees."""
 
     async def get_key(self, token: str) -> VirtualKey | None:
         """Return the key with that id (sha256 hex), ``None`` when there is none."""
@@ -46,5 +111,29 @@ class Store(Protocol):
     async def find_aliases(self, aliases: Sequence[str]) -> dict[str, str]:
         """Return alias → token for those of ``aliases`` that exist."""
 
+    async def change_keys(self, tokens: Sequence[str], decide: Decide) -> Writes:
+        """Read the keys ``tokens``, and write what ``decide`` makes of them; nobody writes them in between.
+
+        Nobody sees half of it either. ``decide`` may write these tokens only. Aliases are free for the keys of the
+        same change as soon as it takes them from others.
+
+        :raises AliasTaken: a key that this does not touch has an alias that it would give.
+        """
+
+    async def add_key(self, key: VirtualKey) -> None:
+        """Keep a new key, whole or not at all. Raises :class:`AliasTaken`, :class:`TokenTaken`."""
+
+    async def update_key(self, token: str, change: Callable[[VirtualKey], VirtualKey]) -> VirtualKey | None:
+        """Replace a key by what ``change`` makes of it, and return that; ``None`` when there is none."""
+
     async def delete_keys(self, tokens: Sequence[str]) -> list[str]:
         """Delete those that exist, their aliases with them, and return the tokens that were deleted."""
+
+    async def list_keys(self, query: KeyQuery) -> KeyPage:
+        """Return a part of the keys that ``query`` asks for, and how many there are."""
+
+    async def add_audit(self, entry: AuditEntry) -> None:
+        """Write down a call that changed nothing."""
+
+    async def list_audit(self, limit: int, before: str | None = None) -> list[StoredEntry]:
+        """Return at most ``limit`` entries, the newest first, older than the one with the id ``before``."""

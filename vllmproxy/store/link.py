@@ -22,6 +22,7 @@ from txredisapi import RedisError, RedisProtocol
 
 from vllmproxy.store.address import RedisAddress
 from vllmproxy.store.interface import SCHEMA_VERSION, StoreUnavailable
+from vllmproxy.store.redis_schema import SCHEMA_KEY, migrate
 
 _log = Logger()
 
@@ -31,8 +32,6 @@ _CONNECT_SECONDS = 5.0
 _PAUSE_SECONDS = 0.5
 #: Seconds of silence, with calls unanswered, after which a connection is given up.
 _MUTE_SECONDS = 1.0
-
-_SCHEMA_KEY = b"vllmproxy:schema"
 
 #: Why connecting may fail without a fault of ours; ValueError is a host name or a CA file that is none.
 _EXPECTED = (
@@ -157,10 +156,13 @@ class Link:
                 await wire.auth(self._address.password, self._address.username)
             if self._address.database:
                 await wire.select(self._address.database)
-            version = await wire.get(_SCHEMA_KEY)
+            version = await wire.get(SCHEMA_KEY)
             if version is None:
-                await wire.setnx(_SCHEMA_KEY, SCHEMA_VERSION)
-                version = await wire.get(_SCHEMA_KEY)
+                await wire.setnx(SCHEMA_KEY, SCHEMA_VERSION)
+                version = await wire.get(SCHEMA_KEY)
+            if version == b"1":
+                await migrate(wire)
+                version = await wire.get(SCHEMA_KEY)
             seconds, microseconds = await wire.execute_command("TIME")
         except RedisError as error:
             # "from None": what it says has been cleaned, the original has not.

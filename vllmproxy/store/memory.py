@@ -2,12 +2,18 @@
 
 from collections.abc import Sequence
 
+from twisted.internet.interfaces import IReactorTime
+
 from vllmproxy.keys.key import VirtualKey
-from vllmproxy.store.interface import AliasTaken, StoreUnavailable, TokenTaken
-from vllmproxy.store.rows import dump_row, load_row
+from vllmproxy.limits.interface import Limiter
+from vllmproxy.store.changes import Changes, alias_changes
+from vllmproxy.store.interface import AliasTaken, Decide, StoredEntry, StoreUnavailable, Writes
+from vllmproxy.store.limits_memory import MemoryLimiter
+from vllmproxy.store.listing import KeyPage, KeyQuery, Selection
+from vllmproxy.store.rows import dump_entry, dump_row, load_entry, load_row
 
 
-class MemoryStore:
+class MemoryStore(Changes):
     """The :class:`~vllmproxy.store.interface.Store` in memory. Nothing in it waits: all is atomic."""
 
     def __init__(self) -> None:
@@ -15,6 +21,7 @@ class MemoryStore:
         #: Rows, not keys: what a caller does to the ``metadata`` it gave or got changes nothing here.
         self._rows: dict[str, str] = {}
         self._aliases: dict[str, str] = {}
+        self._audit: list[str] = []
 
     async def open(self) -> None:
         self._open = True
@@ -23,19 +30,13 @@ class MemoryStore:
         self._open = False
         self._rows.clear()
         self._aliases.clear()
+        self._audit.clear()
+
+    def limiter(self, clock: IReactorTime) -> Limiter:
+        return MemoryLimiter(clock)
 
     async def ping(self) -> None:
         self._check_open()
-
-    async def add_key(self, key: VirtualKey) -> None:
-        self._check_open()
-        if key.token in self._rows:
-            raise TokenTaken
-        if key.key_alias in self._aliases:
-            raise AliasTaken
-        self._rows[key.token] = dump_row(key)
-        if key.key_alias is not None:
-            self._aliases[key.key_alias] = key.token
 
     async def get_key(self, token: str) -> VirtualKey | None:
         self._check_open()
@@ -46,18 +47,34 @@ class MemoryStore:
         self._check_open()
         return {alias: self._aliases[alias] for alias in aliases if alias in self._aliases}
 
-    async def delete_keys(self, tokens: Sequence[str]) -> list[str]:
+    async def change_keys(self, tokens: Sequence[str], decide: Decide) -> Writes:
         self._check_open()
-        return [token for token in tokens if self._delete(token)]
-
-    def _delete(self, token: str) -> bool:
-        row = self._rows.pop(token, None)
-        if row is None:
-            return False
-        alias = load_row(row).key_alias
-        if alias is not None:
+        found = {token: load_row(self._rows[token]) for token in tokens if token in self._rows}
+        writes = decide(found)
+        rows = {key.token: dump_row(key) for key in writes.put}
+        aliases = alias_changes(found, writes)
+        if any(alias in self._aliases for alias in aliases.taken):
+            raise AliasTaken
+        # From here on nothing fails.
+        for alias in aliases.freed:
             del self._aliases[alias]
-        return True
+        self._aliases.update(aliases.given)
+        for token in writes.remove:
+            self._rows.pop(token, None)
+        self._rows.update(rows)
+        self._audit += [dump_entry(entry) for entry in writes.audit]
+        return writes
+
+    async def list_audit(self, limit: int, before: str | None = None) -> list[StoredEntry]:
+        self._check_open()
+        end = len(self._audit) if before is None else min(int(before.partition("-")[0]), len(self._audit))
+        return [StoredEntry(str(id), load_entry(self._audit[id])) for id in range(end - 1, max(end - limit, 0) - 1, -1)]
+
+    async def _list(self, query: KeyQuery) -> KeyPage:
+        self._check_open()
+        selection = Selection(query)
+        selection.add(map(load_row, self._rows.values()))
+        return KeyPage(tuple(load_row(self._rows[token]) for token in selection.page()), len(selection))
 
     def _check_open(self) -> None:
         if not self._open:

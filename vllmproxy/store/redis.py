@@ -1,58 +1,87 @@
 """The shared store: several processes or machines meet in one Redis (6.2 or newer) or Valkey.
 
-What is kept, and all that an ACL user needs (``~vllmproxy:*``, and the commands named in this module and the
-next)::
-
-    vllmproxy:schema            the version of this layout
-    vllmproxy:{TOKEN}:key       a hash: row (JSON), alias (where there is one)
-    vllmproxy:alias:ALIAS       the token
-
-The braces give whatever belongs to one key one hash tag. Nothing has a time to live: an expired key must
-still be known, so that its owner is told that it has expired.
+What is kept is said in :mod:`vllmproxy.store.redis_schema`. An ACL user needs ``~vllmproxy:*``, and the commands
+named there, here and in :mod:`vllmproxy.store.link`. The braces give whatever belongs to one key one hash tag.
+Nothing has a time to live: an expired key must still be known, so that its owner is told that it has expired.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
 from txredisapi import RedisError
 
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.store.address import parse_redis_url
 from vllmproxy.store.calls import Calls
-from vllmproxy.store.interface import AliasTaken, CannotOpenStore, StoreUnavailable, TokenTaken
+from vllmproxy.store.changes import LIST_SECONDS, AliasChanges, Changes, alias_changes
+from vllmproxy.store.interface import AliasTaken, CannotOpenStore, Decide, StoredEntry, StoreUnavailable, Writes
+from vllmproxy.store.limits_redis import RedisLimiter
 from vllmproxy.store.link import Link, Wire
-from vllmproxy.store.rows import dump_row, load_row, name_bytes, name_text
+from vllmproxy.store.listing import KeyPage, KeyQuery, Selection
+from vllmproxy.store.redis_schema import AUDIT_KEY, INDEX_KEY, alias_name, key_name
+from vllmproxy.store.rows import dump_entry, dump_row, load_entry, load_row, name_bytes, name_text
 
 # A script sent to a Redis that was stopped runs when it goes on, after the caller was told that it failed.
-# Hence ARGV[1], the time on the server's clock after which nobody waits for the key any more.
-_ADD = """
+# Hence ARGV[1], the time on the server's clock after which nobody waits for the change any more. Then come, counted
+# in ARGV[2..5]: the rows that the decision was made from ('' for none), each with what becomes of it ('' for nothing,
+# 'remove', or a new row) and its place in the index; aliases that are freed, are given, must be nobody's; entries.
+_CHANGE = """
 local now = redis.call('TIME')
 if now[1] + now[2] / 1000000 > tonumber(ARGV[1]) then return 'late' end
-if redis.call('EXISTS', KEYS[1]) == 1 then return 'token' end
-if KEYS[2] then
-  if redis.call('EXISTS', KEYS[2]) == 1 then return 'alias' end
-  redis.call('SET', KEYS[2], ARGV[3])
-  redis.call('HSET', KEYS[1], 'alias', ARGV[4])
+local keys, freed, given, taken = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local name, arg = 2, 5
+for place = 1, keys do
+  if (redis.call('HGET', KEYS[name + place], 'row') or '') ~= ARGV[arg + 4 * place - 3] then return 'changed' end
 end
-redis.call('HSET', KEYS[1], 'row', ARGV[2])
-return 'added'
-"""
-
-_DELETE = """
-local deleted = {}
-for place, name in ipairs(KEYS) do
-  local alias = redis.call('HGET', name, 'alias')
-  if redis.call('DEL', name) == 1 then
-    deleted[#deleted + 1] = place
-    if alias then redis.call('DEL', 'vllmproxy:alias:' .. alias) end
+local aliases = name + keys
+for place = aliases + freed + given + 1, aliases + freed + given + taken do
+  if redis.call('EXISTS', KEYS[place]) == 1 then return 'alias' end
+end
+for place = 1, keys do
+  local row, token, score = ARGV[arg + 4 * place - 2], ARGV[arg + 4 * place - 1], ARGV[arg + 4 * place]
+  if row == 'remove' then
+    redis.call('DEL', KEYS[name + place])
+    redis.call('ZREM', KEYS[1], token)
+  elseif row ~= '' then
+    redis.call('HSET', KEYS[name + place], 'row', row)
+    redis.call('ZADD', KEYS[1], score, token)
   end
 end
-return deleted
+arg = arg + 4 * keys
+for place = aliases + 1, aliases + freed do redis.call('DEL', KEYS[place]) end
+for place = 1, given do redis.call('SET', KEYS[aliases + freed + place], ARGV[arg + place]) end
+for place = arg + given + 1, #ARGV do redis.call('XADD', KEYS[2], '*', 'entry', ARGV[place]) end
+return 'done'
+"""
+
+_ROWS = """
+local rows = {}
+for place, name in ipairs(KEYS) do rows[place] = redis.call('HGET', name, 'row') end
+return rows
 """
 
 
-class RedisStore:
+# A page of the index, and its length, as of one moment.
+_PAGE = """
+local rows = {}
+for place, token in ipairs(redis.call(ARGV[1], KEYS[1], ARGV[2], ARGV[3])) do
+  rows[place] = redis.call('HGET', 'vllmproxy:{' .. token .. '}:key', 'row')
+end
+return {redis.call('ZCARD', KEYS[1]), rows}
+"""
+
+_SCAN = """
+local rows, scanned = {}, redis.call('ZSCAN', KEYS[1], ARGV[1], 'COUNT', 200)
+for place = 1, #scanned[2], 2 do
+  rows[#rows + 1] = redis.call('HGET', 'vllmproxy:{' .. scanned[2][place] .. '}:key', 'row')
+end
+return {scanned[1], rows}
+"""
+
+
+class RedisStore(Changes):
     """The :class:`~vllmproxy.store.interface.Store` in Redis, over one connection that comes back by itself.
 
     :param url: see :func:`~vllmproxy.store.address.parse_redis_url`.
@@ -69,6 +98,12 @@ class RedisStore:
         self._lookup_timeout = lookup_timeout
         self._link = Link(self._address, reactor)
         self._calls = Calls(reactor)
+        self._limiters: list[RedisLimiter] = []
+
+    def limiter(self, clock: IReactorTime) -> RedisLimiter:
+        limiter = RedisLimiter(self._link, clock)
+        self._limiters.append(limiter)
+        return limiter
 
     async def open(self) -> None:
         self._link.open()
@@ -84,51 +119,92 @@ class RedisStore:
 
     async def close(self) -> None:
         self._calls.end()
+        for limiter in self._limiters:
+            limiter.close()
         await self._link.close()
 
     async def ping(self) -> None:
         await self._ask(self._timeout, Wire.ping)
 
-    async def add_key(self, key: VirtualKey) -> None:
-        not_after = self._clock.seconds() + self._timeout
-        token, row = name_bytes(key.token), dump_row(key)
-        names, values = [_key(token)], [row, token]
-        if key.key_alias is not None:
-            alias = name_bytes(key.key_alias)
-            names.append(_alias(alias))
-            values.append(alias)
-
-        def limited(wire: Wire) -> list[Any]:
-            return [f"{not_after + wire.offset:.6f}", *values]
-
-        answer = await self._ask(self._timeout, lambda wire: wire.eval(_ADD, names, limited(wire)))
-        if answer == b"token":
-            raise TokenTaken
-        if answer == b"alias":
-            raise AliasTaken
-        if answer != b"added":
-            raise StoreUnavailable(f"{self._address} answered too late, or a clock was set")
-
     async def get_key(self, token: str) -> VirtualKey | None:
-        name = _key(name_bytes(token))
+        name = key_name(name_bytes(token))
         row = await self._ask(self._lookup_timeout, lambda wire: wire.execute_command("HGET", name, "row"))
-        try:
-            return None if row is None else load_row(row)
-        except ValueError as error:
-            raise StoreUnavailable(f"{self._address} holds something else than a key's row: {error}") from error
+        return None if row is None else self._load(row)
 
     async def find_aliases(self, aliases: Sequence[str]) -> dict[str, str]:
-        names = [_alias(name_bytes(alias)) for alias in aliases]
+        names = [alias_name(name_bytes(alias)) for alias in aliases]
         if not names:
             await self.ping()
             return {}
         tokens = await self._ask(self._timeout, lambda wire: wire.mget(names))
         return {alias: name_text(token) for alias, token in zip(aliases, tokens, strict=True) if token is not None}
 
-    async def delete_keys(self, tokens: Sequence[str]) -> list[str]:
-        names = [_key(name_bytes(token)) for token in tokens]
-        places = await self._ask(self._timeout, lambda wire: wire.eval(_DELETE, names))
-        return [tokens[place - 1] for place in places]
+    async def change_keys(self, tokens: Sequence[str], decide: Decide) -> Writes:
+        tokens = tuple(dict.fromkeys(tokens))
+        not_after = self._clock.seconds() + self._timeout
+        while True:
+            rows = await self._rows(tokens, not_after - self._clock.seconds())
+            found = {token: self._load(row) for token, row in rows.items()}
+            writes = decide(found)
+            names, values = _arguments(tokens, rows, writes, alias_changes(found, writes))
+            answer = await self._write(names, values, not_after)
+            if answer == b"done":
+                return writes
+            if answer == b"alias":
+                raise AliasTaken
+            # Changed by somebody else in between: decide again, as long as there is time.
+            if answer != b"changed" or self._clock.seconds() >= not_after:
+                raise StoreUnavailable(f"{self._address} answered too late, or a clock was set")
+
+    async def list_audit(self, limit: int, before: str | None = None) -> list[StoredEntry]:
+        command = ("XREVRANGE", AUDIT_KEY, "+" if before is None else f"({before}", "-", "COUNT", limit)
+        entries = await self._ask(self._timeout, lambda wire: wire.execute_command(*command))
+        try:
+            return [StoredEntry(id.decode("ascii"), load_entry(fields[1])) for id, fields in entries]
+        except ValueError as error:
+            raise StoreUnavailable(f"{self._address} holds something else than an audit entry: {error}") from error
+
+    async def _list(self, query: KeyQuery) -> KeyPage:
+        if query.is_plain:
+            span = ["ZREVRANGE" if query.descending else "ZRANGE", query.offset, query.offset + query.limit - 1]
+            total, rows = await self._ask(self._timeout, lambda wire: wire.eval(_PAGE, [INDEX_KEY], span))
+            return KeyPage(self._load_all(rows), total)
+        not_after = self._clock.seconds() + LIST_SECONDS
+        selection, cursor = Selection(query), b"0"
+        while True:
+            cursor, rows = await self._scan(cursor)
+            selection.add(self._load_all(rows))
+            if cursor == b"0":
+                break
+            if self._clock.seconds() > not_after:
+                raise StoreUnavailable(f"{self._address} has too many keys to look at in {LIST_SECONDS:g} s")
+        page = await self._rows(selection.page(), self._timeout)
+        return KeyPage(self._load_all(page.values()), len(selection))
+
+    async def _scan(self, cursor: bytes) -> Any:
+        return await self._ask(self._timeout, lambda wire: wire.eval(_SCAN, [INDEX_KEY], [cursor]))
+
+    def _load_all(self, rows: Iterable[bytes | None]) -> tuple[VirtualKey, ...]:
+        """Return those of the keys that are there; an index may name one that an older version has deleted."""
+        return tuple(self._load(row) for row in rows if row is not None)
+
+    async def _rows(self, tokens: Sequence[str], seconds: float) -> dict[str, bytes]:
+        names = [key_name(name_bytes(token)) for token in tokens]
+        rows = await self._ask(seconds, lambda wire: wire.eval(_ROWS, names, []))
+        return {token: row for token, row in zip(tokens, rows, strict=True) if row is not None}
+
+    async def _write(self, names: list[bytes], values: list[Any], not_after: float) -> Any:
+        def limited(wire: Wire) -> list[Any]:
+            return [f"{not_after + wire.offset:.6f}", *values]
+
+        seconds = not_after - self._clock.seconds()
+        return await self._ask(seconds, lambda wire: wire.eval(_CHANGE, names, limited(wire)))
+
+    def _load(self, row: bytes) -> VirtualKey:
+        try:
+            return load_row(row)
+        except ValueError as error:
+            raise StoreUnavailable(f"{self._address} holds something else than a key's row: {error}") from error
 
     async def _ask(self, seconds: float, command: Callable[[Wire], Deferred[Any]]) -> Any:
         """Return Redis's reply. A call that is cancelled or late leaves its place in the queue of replies."""
@@ -149,9 +225,17 @@ class RedisStore:
             raise StoreUnavailable(f"{self._address}: {error}") from error
 
 
-def _key(token: bytes) -> bytes:
-    return b"vllmproxy:{%b}:key" % token
-
-
-def _alias(alias: bytes) -> bytes:
-    return b"vllmproxy:alias:" + alias
+def _arguments(
+    tokens: Sequence[str], rows: Mapping[str, bytes], writes: Writes, aliases: AliasChanges
+) -> tuple[list[bytes], list[Any]]:
+    """Return the names and the values, but the first, that :data:`_CHANGE` wants."""
+    new = dict.fromkeys(writes.remove, ("remove", 0.0))
+    new |= {key.token: (dump_row(key), key.created_at) for key in writes.put}
+    names = [INDEX_KEY, AUDIT_KEY, *(key_name(name_bytes(token)) for token in tokens)]
+    names += [alias_name(name_bytes(alias)) for alias in (*aliases.freed, *aliases.given, *aliases.taken)]
+    values: list[Any] = [len(tokens), len(aliases.freed), len(aliases.given), len(aliases.taken)]
+    for token in tokens:
+        row, created = new.get(token, ("", 0.0))
+        values += [rows.get(token, b""), row, name_bytes(token), repr(float(created))]
+    values += [name_bytes(token) for token in aliases.given.values()]
+    return names, values + [dump_entry(entry) for entry in writes.audit]

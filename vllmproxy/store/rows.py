@@ -6,6 +6,7 @@ from typing import Any
 import attrs
 
 from vllmproxy.keys.key import VirtualKey
+from vllmproxy.store.interface import AuditEntry
 
 
 def dump_row(key: VirtualKey) -> str:
@@ -14,21 +15,41 @@ def dump_row(key: VirtualKey) -> str:
     ASCII, because ``metadata`` may hold anything that JSON can say, lone surrogates among it, which neither
     SQLite nor a UTF-8 connection would take.
     """
-    return json.dumps(attrs.asdict(key, recurse=False), separators=(",", ":"))
+    return _dump(attrs.asdict(key, recurse=False))
 
 
 def load_row(text: str | bytes) -> VirtualKey:
-    """Return the key that :func:`dump_row` wrote as ``text``.
+    """Return the key that :func:`dump_row` wrote as ``text``, in this version or an older one.
 
-    A field that is not known here is an error, not a thing to leave out: it may be what restricts the key.
+    A field that is not known here is an error, not a thing to leave out: it may be what restricts the key, and
+    it would be lost with the next change. So is a key type or a route that is not known.
 
     :raises ValueError: the text is not such a row.
     """
     fields: Any = json.loads(text)
     try:
-        return VirtualKey(**{**fields, "tags": tuple(fields.get("tags", ()))})
-    except (AttributeError, TypeError) as error:
+        lists = {name: tuple(fields.get(name, ())) for name in ("tags", "allowed_routes")}
+        key = VirtualKey(**{**fields, **lists})
+        key.policy  # noqa: B018  # compiled here, so that a key which cannot be judged is never in anybody's hands
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"not a row of a virtual key: {error}") from error
+    return key
+
+
+def dump_entry(entry: AuditEntry) -> str:
+    """Return an audit entry as one line of ASCII JSON."""
+    return _dump(attrs.asdict(entry, recurse=False))
+
+
+def load_entry(text: str | bytes) -> dict[str, Any]:
+    """Return the fields that :func:`dump_entry` wrote, and any others.
+
+    :raises ValueError: the text is not an entry.
+    """
+    fields: Any = json.loads(text)
+    if not isinstance(fields, dict):
+        raise ValueError("not an audit entry")
+    return fields
 
 
 def name_bytes(name: str) -> bytes:
@@ -39,3 +60,7 @@ def name_bytes(name: str) -> bytes:
 def name_text(name: bytes) -> str:
     """Return what :func:`name_bytes` was given."""
     return name.decode("utf-8", "surrogatepass")
+
+
+def _dump(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, separators=(",", ":"))

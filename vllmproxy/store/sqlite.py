@@ -1,38 +1,32 @@
 """The embedded store: one SQLite file, which outlives the process, a kill -9 and a power cut."""
 
-import os
 import sqlite3
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from twisted.enterprise.adbapi import ConnectionPool, Transaction
+from twisted.internet.interfaces import IReactorTime
 from twisted.internet.threads import deferToThreadPool
 
 from vllmproxy.keys.key import VirtualKey
+from vllmproxy.limits.interface import Limiter
 from vllmproxy.store.calls import Calls
-from vllmproxy.store.interface import (
-    SCHEMA_VERSION,
-    AliasTaken,
-    CannotOpenStore,
-    StoreUnavailable,
-    TokenTaken,
-)
-from vllmproxy.store.rows import dump_row, load_row, name_bytes, name_text
+from vllmproxy.store.changes import LIST_SECONDS, Changes
+from vllmproxy.store.interface import AliasTaken, CannotOpenStore, Decide, StoredEntry, StoreUnavailable, Writes
+from vllmproxy.store.limits_memory import MemoryLimiter
+from vllmproxy.store.listing import KeyPage, KeyQuery, Selection
+from vllmproxy.store.rows import dump_entry, dump_row, load_entry, load_row, name_bytes, name_text
+from vllmproxy.store.sqlite_schema import BUSY_SECONDS, prepare
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Seconds that a thread waits for another process's write; shorter than a call's deadline, so that a thread
-#: is free again by the time its caller has given up, and closing never waits longer than this.
-_BUSY_SECONDS = 1.0
-
-#: Names are BLOBs holding UTF-8, because TEXT cannot hold every Python string.
-_TABLE = "CREATE TABLE keys (token BLOB PRIMARY KEY, alias BLOB UNIQUE, row TEXT NOT NULL) WITHOUT ROWID"
+_INSERT = "INSERT INTO keys (token, alias, row, created) VALUES (?, ?, ?, ?)"
+_MAXIMUM_ID = 2**63 - 1
 
 
-class SqliteStore:
+class SqliteStore(Changes):
     """The :class:`~vllmproxy.store.interface.Store` in one file.
 
     :param path: the file; it is created with mode 0600, its directory with 0700, where they do not exist.
@@ -55,7 +49,7 @@ class SqliteStore:
         pool = ConnectionPool(
             "sqlite3",
             str(self._path),
-            timeout=_BUSY_SECONDS,
+            timeout=BUSY_SECONDS,
             isolation_level="IMMEDIATE",
             check_same_thread=False,  # adbapi closes its threads' connections from the reactor's
             cp_reactor=self._reactor,
@@ -78,18 +72,20 @@ class SqliteStore:
         if pool is not None:
             pool.close()
 
+    def limiter(self, clock: IReactorTime) -> Limiter:
+        return MemoryLimiter(clock)
+
     async def ping(self) -> None:
         await self._run(_ping)
 
-    async def add_key(self, key: VirtualKey) -> None:
-        alias = None if key.key_alias is None else name_bytes(key.key_alias)
+    async def change_keys(self, tokens: Sequence[str], decide: Decide) -> Writes:
         not_after = self._reactor.seconds() + self._timeout
         pool = self._pool
 
         def late() -> bool:
             return self._pool is not pool or self._reactor.seconds() > not_after
 
-        await self._run(_add, (name_bytes(key.token), alias, dump_row(key)), late)
+        return await self._run(_change, tuple(tokens), decide, late)
 
     async def get_key(self, token: str) -> VirtualKey | None:
         return await self._run(_get, token)
@@ -97,75 +93,27 @@ class SqliteStore:
     async def find_aliases(self, aliases: Sequence[str]) -> dict[str, str]:
         return await self._run(_find_aliases, tuple(aliases))
 
-    async def delete_keys(self, tokens: Sequence[str]) -> list[str]:
-        return await self._run(_delete, tuple(tokens))
+    async def list_audit(self, limit: int, before: str | None = None) -> list[StoredEntry]:
+        return await self._run(_list_audit, limit, before)
+
+    async def _list(self, query: KeyQuery) -> KeyPage:
+        return await self._run_within(LIST_SECONDS, _list_keys, query)
 
     async def _run(self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return what ``work`` returns in a thread, inside one transaction."""
+        return await self._run_within(self._timeout, work, *args, **kwargs)
+
+    async def _run_within(
+        self, seconds: float, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         if self._pool is None:
             raise StoreUnavailable("the store is closed")
         call = self._pool.runInteraction(work, *args, **kwargs)
         try:
-            result: T = await self._calls.run(call, self._timeout)
+            result: T = await self._calls.run(call, seconds)
         except (sqlite3.Error, ValueError) as error:
             raise StoreUnavailable(f"{self._path}: {error}") from error
         return result
-
-
-def prepare(path: Path) -> None:
-    """Create the file and its schema where there are none, and check them where there are. Blocks.
-
-    :raises CannotOpenStore: says what is wrong with the file.
-    """
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not path.exists():
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    except OSError as error:
-        raise CannotOpenStore(f"{path} cannot be created: {error.strerror}") from error
-    if path.is_dir():
-        raise CannotOpenStore(f"{path} is a directory: name a file with --store sqlite:PATH")
-    try:
-        _prepare_patiently(path)
-    except sqlite3.Error as error:
-        raise CannotOpenStore(f"{path} cannot be used as the key store: {error}") from error
-
-
-def _prepare_patiently(path: Path) -> None:
-    """Check the file; changing the journal's mode does not by itself wait for others that just do the same."""
-    give_up = time.monotonic() + _BUSY_SECONDS
-    while True:
-        connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
-        try:
-            _check(path, connection)
-            # Lookups never wait for a writer. The mode is kept in the file.
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
-                raise
-        finally:
-            connection.close()
-        time.sleep(0.02)
-
-
-def _check(path: Path, connection: sqlite3.Connection) -> None:
-    connection.execute("BEGIN IMMEDIATE")  # of several processes that start at once, one makes the table
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if (version, tables) == (0, 0):
-        connection.execute(_TABLE)
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        version = SCHEMA_VERSION
-    if version != SCHEMA_VERSION:
-        raise CannotOpenStore(
-            f"{path} has schema version {version}, and this vllmproxy reads version {SCHEMA_VERSION}: "
-            "name another file with --store sqlite:PATH, or run the vllmproxy that wrote this one"
-        )
-    (state,) = connection.execute("PRAGMA quick_check('keys')").fetchone()
-    if state != "ok":
-        raise CannotOpenStore(f"{path} is damaged ({state}): move it away or bring back a copy of it")
-    connection.execute("COMMIT")
 
 
 def _configure(connection: sqlite3.Connection) -> None:
@@ -178,15 +126,24 @@ def _ping(transaction: Transaction) -> None:
     transaction.execute("SELECT 1 FROM keys LIMIT 1")
 
 
-def _add(transaction: Transaction, values: tuple[bytes, bytes | None, str], late: Callable[[], bool]) -> None:
-    try:
-        transaction.execute("INSERT INTO keys VALUES (?, ?, ?)", values)
-    except sqlite3.IntegrityError as error:
-        transaction.execute("SELECT 1 FROM keys WHERE token = ?", values[:1])
-        raise (AliasTaken if transaction.fetchone() is None else TokenTaken) from error
+def _change(transaction: Transaction, tokens: Sequence[str], decide: Decide, late: Callable[[], bool]) -> Writes:
+    transaction.execute("BEGIN IMMEDIATE")  # not with the first write: nobody else writes after the keys were read
+    found = {token: key for token in tokens if (key := _get(transaction, token)) is not None}
+    writes = decide(found)
+    for token in writes.tokens:
+        transaction.execute("DELETE FROM keys WHERE token = ?", (name_bytes(token),))
+    for key in writes.put:
+        alias = None if key.key_alias is None else name_bytes(key.key_alias)
+        try:
+            transaction.execute(_INSERT, (name_bytes(key.token), alias, dump_row(key), key.created_at))
+        except sqlite3.IntegrityError as error:
+            raise AliasTaken from error
+    for entry in writes.audit:
+        transaction.execute("INSERT INTO audit (entry) VALUES (?)", (dump_entry(entry),))
     if late():
         # Rolled back: the caller has been told that this failed, so nobody was given the key.
         raise StoreUnavailable("the store was closed or too slow")
+    return writes
 
 
 def _get(transaction: Transaction, token: str) -> VirtualKey | None:
@@ -204,10 +161,23 @@ def _find_aliases(transaction: Transaction, aliases: Sequence[str]) -> dict[str,
     return found
 
 
-def _delete(transaction: Transaction, tokens: Sequence[str]) -> list[str]:
-    deleted = []
-    for token in tokens:
-        transaction.execute("DELETE FROM keys WHERE token = ?", (name_bytes(token),))
-        if transaction.rowcount:
-            deleted.append(token)
-    return deleted
+def _list_keys(transaction: Transaction, query: KeyQuery) -> KeyPage:
+    transaction.execute("BEGIN")  # one view of the file for all that follows
+    if query.is_plain:
+        transaction.execute("SELECT count(*) FROM keys")
+        (total,) = transaction.fetchone()
+        direction = "DESC" if query.descending else "ASC"
+        order = f"ORDER BY created {direction}, token {direction} LIMIT ? OFFSET ?"
+        transaction.execute(f"SELECT row FROM keys {order}", (query.limit, query.offset))
+        return KeyPage(tuple(load_row(row) for (row,) in transaction.fetchall()), total)
+    selection = Selection(query)
+    transaction.execute("SELECT row FROM keys")
+    selection.add(load_row(row) for (row,) in iter(transaction.fetchone, None))
+    keys = (_get(transaction, token) for token in selection.page())
+    return KeyPage(tuple(key for key in keys if key is not None), len(selection))
+
+
+def _list_audit(transaction: Transaction, limit: int, before: str | None) -> list[StoredEntry]:
+    end = _MAXIMUM_ID if before is None else min(int(before.partition("-")[0]), _MAXIMUM_ID)
+    transaction.execute("SELECT id, entry FROM audit WHERE id < ? ORDER BY id DESC LIMIT ?", (end, limit))
+    return [StoredEntry(str(id), load_entry(entry)) for id, entry in transaction.fetchall()]

@@ -1,0 +1,113 @@
+"""Managing keys through a real proxy process and each of the three stores."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _asking import ask, make_key, until
+from _redis import RedisServer, redis_server
+from _service import MASTER_KEY, Twistd, start_proxy
+
+MODELS = "/vllm/v1/models"
+Start = Callable[..., Twistd]
+
+
+@pytest.fixture
+def start(sim: Twistd, tmp_path: Path) -> Iterator[Start]:
+    """Start proxies, each in its own directory, and stop them all at the end."""
+    started: list[Twistd] = []
+
+    def begin(*arguments: str) -> Twistd:
+        started.append(start_proxy(tmp_path / str(len(started)), sim.url, *arguments))
+        return started[-1]
+
+    yield begin
+    for service in started:
+        service.stop()
+        assert "Traceback" not in service.log
+
+
+@pytest.fixture
+def redis() -> Iterator[RedisServer]:
+    with redis_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["memory:", "sqlite:keys.sqlite3", "redis"])
+def stored(request: pytest.FixtureRequest, start: Start) -> Twistd:
+    """A proxy with each of the stores."""
+    url = request.getfixturevalue("redis").url if request.param == "redis" else request.param
+    return start("--store", url)
+
+
+def manage(service: Twistd, path: str, body: Any, status: int = 200, **headers: str) -> Any:
+    reply = ask(
+        service, "POST", path, body, key=MASTER_KEY, headers={k.replace("_", "-"): v for k, v in headers.items()}
+    )
+    assert reply.status == status, reply.body
+    return reply.json()
+
+
+def show(service: Twistd, target: str) -> Any:
+    reply = ask(service, "GET", target, key=MASTER_KEY)
+    assert reply.status == 200, reply.body
+    return reply.json()
+
+
+def test_a_key_is_changed_replaced_listed_and_written_down(stored: Twistd) -> None:
+    made = make_key(stored, key_alias="alice", metadata={"team": "blue"})
+    key = made["key"]
+    assert ask(stored, "GET", MODELS, key=key).status == 200
+
+    manage(stored, "/key/block", {"key": key})
+    assert ask(stored, "GET", MODELS, key=key).error["message"].startswith("Authentication Error, Key is blocked.")
+    manage(stored, "/key/unblock", {"key": key})
+    assert ask(stored, "GET", MODELS, key=key).status == 200
+
+    manage(stored, "/key/update", {"key_alias": "alice", "key_type": "management"})
+    refused = ask(stored, "GET", MODELS, key=key)
+    assert (refused.status, refused.error["type"]) == (403, "auth_error")
+    assert refused.error["message"].startswith("Virtual key is not allowed to call this route.")
+    manage(stored, "/key/update", {"key": key, "key_type": None, "duration": "1d"})
+    assert ask(stored, "GET", MODELS, key=key).status == 200
+
+    new = manage(stored, "/key/regenerate", {"key": key, "grace_period": "1h"}, X_Request_Id="the-renewal")
+    newest = manage(stored, f"/key/{new['token']}/regenerate", {})
+    assert ask(stored, "GET", MODELS, key=key).status == 200
+    assert ask(stored, "GET", MODELS, key=new["key"]).status == 401
+    assert ask(stored, "GET", MODELS, key=newest["key"]).status == 200
+    assert (newest["key_alias"], newest["metadata"]) == ("alice", {"team": "blue"})
+
+    listed = show(stored, "/key/list?return_full_object=true&sort_by=updated_at&sort_order=asc")
+    assert {each["token"] for each in listed["keys"]} == {made["token"], newest["token"]}
+    assert show(stored, "/key/list")["total_count"] == 2
+    assert show(stored, "/key/aliases")["aliases"] == ["alice"]
+
+    trail = show(stored, "/audit?limit=100")["entries"]
+    actions = ["generate", "block", "unblock", "update", "update", "regenerate", "regenerate"]
+    assert [each["action"].removeprefix("/key/") for each in reversed(trail)] == actions
+    assert [each["request_id"] for each in trail if each["request_id"]] == ["the-renewal"]
+    older = show(stored, f"/audit?limit=3&before={trail[3]['id']}")
+    assert [each["id"] for each in older["entries"]] == [each["id"] for each in trail[4:]]
+
+
+def test_updates_through_two_proxies_at_once_all_survive(start: Start, redis: RedisServer) -> None:
+    proxies = [start("--store", redis.url, "--key-cache-ttl", "0.1") for _ in range(2)]
+    made = make_key(proxies[0])
+    bodies: list[dict[str, Any]] = [{"user_id": "u"}, {"team_id": "t"}, {"tags": ["t"]}, {"key_alias": "a"}]
+    bodies += [{"metadata": {"x": 1}}, {"blocked": True}]
+    threads = [
+        threading.Thread(target=manage, args=(proxies[number % 2], "/key/update", {"key": made["token"], **body}))
+        for number, body in enumerate(bodies)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    info = show(proxies[0], f"/key/info?key={made['token']}")["info"]
+    assert {**info, **{name: value for body in bodies for name, value in body.items()}} == info
+    assert len(show(proxies[1], "/audit")["entries"]) == 7
+    for proxy in proxies:
+        until(lambda proxy=proxy: ask(proxy, "GET", MODELS, key=made["key"]).status == 401)  # type: ignore[misc]

@@ -1,0 +1,305 @@
+"""The Redis limiter in real time: shared, stopped, killed, cancelled, late; and what it leaves behind."""
+
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import pytest_twisted
+from _limits import TOKEN, close_link, make_link, parallel, requests, tokens
+from _redis import RedisServer, redis_server
+from twisted.internet import reactor
+from twisted.internet.defer import CancelledError, Deferred, gatherResults
+from twisted.internet.task import Clock, deferLater
+
+from vllmproxy.limits.values import Ask, Denied, Granted, Rule
+from vllmproxy.store.interface import StoreUnavailable
+from vllmproxy.store.limits_lua import LATE, RENEW, RESERVE, SETTLE
+from vllmproxy.store.limits_memory import MemoryLimiter
+from vllmproxy.store.limits_redis import RedisLimiter
+from vllmproxy.store.link import Link
+
+RULES = requests(10), tokens(1000, 100), parallel(10)
+FIRST = Granted((9, 900, 9))
+
+#: Seconds after which a call has hung, on however busy a machine; its deadline is 0.25.
+HUNG = 20.0
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    with redis_server() as started:
+        yield started
+
+
+@pytest_twisted.async_yield_fixture
+async def links(server: RedisServer) -> AsyncIterator[list[Link]]:
+    """Two connections, as two proxies have them."""
+    made = [make_link(server), make_link(server)]
+    for link in made:
+        await link.get()
+    yield made
+    for link in made:
+        await close_link(link)
+
+
+def ask(request_id: str, *rules: Rule) -> Ask:
+    return Ask(TOKEN, request_id, rules or RULES)
+
+
+async def eventually(limiter: RedisLimiter, name: str) -> Granted | Denied:
+    """Ask until Redis answers, every time for another request."""
+    give_up = time.monotonic() + HUNG
+    for number in range(10_000):
+        started = time.monotonic()
+        try:
+            return await limiter.reserve(ask(f"{name}-{number}"))
+        except StoreUnavailable:
+            assert time.monotonic() - started < HUNG
+            assert time.monotonic() < give_up
+            await deferLater(reactor, 0.02)
+    raise AssertionError
+
+
+def left_behind(server: RedisServer) -> dict[str, int]:
+    """Return the milliseconds that every key has to live, -1 for ever; the schema's version aside."""
+    names = [word for word in server.command("KEYS", "*").decode().split("\r\n") if word.startswith("vllmproxy")]
+    assert "vllmproxy:schema" in names
+    names.remove("vllmproxy:schema")
+    return {name: int(server.command("PTTL", name)[1:]) for name in names}
+
+
+@pytest_twisted.ensureDeferred
+async def test_everything_has_a_time_to_live_and_one_hash_tag(server: RedisServer, links: list[Link]) -> None:
+    limiter = RedisLimiter(links[0], reactor)
+    full = (*RULES, requests(9, scope="m"), tokens(9, 1, "m"), parallel(9, "m"))
+    for name in ("open", "settled", "renewed"):
+        assert isinstance(await limiter.reserve(ask(name, *full)), Granted)
+    assert isinstance(await limiter.reserve(ask("refused", requests(1))), Denied)
+    await limiter.settle(TOKEN, "settled", (None, 5000, None, 0, 0))
+    assert await limiter.renew(TOKEN, ["renewed", "settled", "unknown"]) == ["settled", "unknown"]
+    kept = left_behind(server)
+    counters = [f"{kind}:{scope}" for kind in ("requests", "tokens", "max_parallel_requests") for scope in ("", "m")]
+    held = ["clock", *counters, *(f"request:{name}" for name in ("open", "settled", "renewed"))]
+    assert sorted(kept) == sorted(f"vllmproxy:{{{TOKEN}}}:{name}" for name in held)
+    assert all(0 < milliseconds <= 62_000 for milliseconds in kept.values())
+    # Nothing is let go of before it has left the window, and a settled request soon after.
+    assert all(kept[f"vllmproxy:{{{TOKEN}}}:{name}"] > 60_476 - HUNG * 1000 for name in ("clock", *counters))
+    assert kept[f"vllmproxy:{{{TOKEN}}}:request:settled"] <= 5000
+
+
+@pytest_twisted.ensureDeferred
+async def test_settling_and_renewing_revive_nothing(server: RedisServer, links: list[Link]) -> None:
+    """What Redis has let go of stays away: a counter without a time to live would count for ever."""
+    limiter = RedisLimiter(links[0], reactor)
+    assert await limiter.reserve(ask("one")) == FIRST
+    for kind in ("requests", "tokens", "max_parallel_requests"):
+        server.command("DEL", f"vllmproxy:{{{TOKEN}}}:{kind}:")
+    assert await limiter.renew(TOKEN, ["one"]) == ["one"]
+    await limiter.settle(TOKEN, "one", (0, 5000))
+    assert set(left_behind(server)) == {f"vllmproxy:{{{TOKEN}}}:{name}" for name in ("clock", "request:one")}
+    assert await limiter.reserve(ask("two")) == FIRST
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_stopped_redis_costs_the_deadline_and_takes_nothing(server: RedisServer, links: list[Link]) -> None:
+    """What was asked while it was stopped is run late, hence not at all."""
+    limiter = RedisLimiter(links[0], reactor)
+    await limiter.reserve(ask("before", requests(10)))
+    server.stall()
+    try:
+        started = time.monotonic()
+        pending = [limiter.reserve(ask(f"late-{number}")) for number in range(20)]
+        for call in pending:
+            with pytest.raises(StoreUnavailable, match=r"0\.25 s"):
+                await call
+        assert 0.2 < time.monotonic() - started < HUNG
+        with pytest.raises(StoreUnavailable):
+            await limiter.settle(TOKEN, "before", (0,))
+        with pytest.raises(StoreUnavailable):
+            await limiter.renew(TOKEN, ["before"])
+    finally:
+        server.resume()
+    answer = await eventually(limiter, "after")
+    assert answer == Granted((8, 900, 9))  # "before" was not settled either
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_was_taken_unheard_is_given_back(server: RedisServer, links: list[Link]) -> None:
+    """Redis ran it in time, by the clocks, and its answer came late."""
+    limiter = RedisLimiter(links[0], reactor)
+    await limiter.settle(TOKEN, "unknown", ())
+    wire = await links[0].get()
+    server.stall()
+    try:
+        wire.offset += 3600  # the not-after time is in an hour
+        with pytest.raises(StoreUnavailable):
+            await limiter.reserve(ask("unheard"))
+    finally:
+        server.resume()
+    assert await eventually(limiter, "after") == FIRST
+    # It did run: its id is known, as settled.
+    assert server.command("GET", f"vllmproxy:{{{TOKEN}}}:request:unheard") == b"$0\r\n\r\n"
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_cancelled_reservation_is_given_back(server: RedisServer, links: list[Link]) -> None:
+    limiter = RedisLimiter(links[0], reactor)
+    await limiter.settle(TOKEN, "unknown", ())
+    for number in range(5):
+        call = limiter.reserve(ask(f"gone-{number}"))
+        call.cancel()
+        with pytest.raises(CancelledError):
+            await call
+    await (await links[0].get()).ping()  # whatever text of a script had to be sent first has been sent
+    assert await limiter.reserve(ask("next")) == FIRST
+    assert server.command("GET", f"vllmproxy:{{{TOKEN}}}:request:gone-4") == b"$0\r\n\r\n"
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_late_script_does_nothing(server: RedisServer, links: list[Link]) -> None:
+    limiter = RedisLimiter(links[0], reactor)
+    await limiter.reserve(ask("one"))
+    wire = await links[0].get()
+    before = server.command("GET", f"vllmproxy:{{{TOKEN}}}:request:one")
+    name = f"vllmproxy:{{{TOKEN}}}:request:one"
+    late = round((time.time() - 0.001) * 1e6)
+    words = [60_000_000, 476_191, 45_000_000, 1_000_000, 61_000]
+    calls = [
+        (RESERVE, ["clock", "fresh", "counter"], [late, "fresh", *words, "requests", 10, 1]),
+        (SETTLE, [name], [late, "one", 5000, 0, 0]),
+        (RENEW, ["clock", name], [late, 45_000_000, 61_000, "one"]),
+    ]
+    for script, names, arguments in calls:
+        what, told = await wire.eval(script, names, arguments)
+        assert what == LATE
+        assert abs(told / 1e6 - time.time()) < HUNG
+    assert server.command("EXISTS", "clock", "fresh", "counter") == b":0\r\n"
+    assert server.command("GET", name) == before
+    assert await limiter.reserve(ask("two")) == Granted((8, 800, 8))
+
+
+@pytest.mark.parametrize("error", [-3600.0, -0.3, 0.3, 3600.0])
+@pytest_twisted.ensureDeferred
+async def test_a_clock_that_was_set_is_noticed(links: list[Link], error: float) -> None:
+    """Neither is everything late from then on, nor nothing any more."""
+    limiter = RedisLimiter(links[0], reactor)
+    wire = await links[0].get()
+    true = wire.offset
+    wire.offset += error
+    assert await limiter.reserve(ask("one")) == FIRST
+    assert abs(wire.offset - true) < 0.25
+    assert await limiter.reserve(ask("two")) == Granted((8, 800, 8))
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_redis_that_died_is_used_again(server: RedisServer, links: list[Link]) -> None:
+    limiter = RedisLimiter(links[0], reactor)
+    assert await limiter.reserve(ask("one")) == FIRST
+    server.kill()
+    for number in range(5):
+        with pytest.raises(StoreUnavailable):
+            await limiter.reserve(ask(f"dead-{number}"))
+    with pytest.raises(StoreUnavailable):
+        await limiter.settle(TOKEN, "one", ())
+    server.start()
+    assert await eventually(limiter, "after") == FIRST  # it came back without its data
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_redis_that_forgot_the_scripts_is_told_again(server: RedisServer, links: list[Link]) -> None:
+    limiter = RedisLimiter(links[0], reactor)
+    for number in range(3):
+        assert await limiter.reserve(ask(f"r{number}")) == Granted((9 - number, 900 - 100 * number, 9 - number))
+        server.command("SCRIPT", "FLUSH")
+    await limiter.settle(TOKEN, "r1", (0, 0))
+    server.command("SCRIPT", "FLUSH")
+    assert await limiter.renew(TOKEN, ["r0", "r1"]) == ["r1"]
+    assert await limiter.reserve(ask("last")) == Granted((7, 700, 7))
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_refusing_redis_is_unavailable_and_lets_nobody_in(server: RedisServer, links: list[Link]) -> None:
+    limiter = RedisLimiter(links[0], reactor)
+    name = f"vllmproxy:{{{TOKEN}}}:requests:"
+    server.command("SET", name, "something else")
+    with pytest.raises(StoreUnavailable, match="WRONGTYPE"):
+        await limiter.reserve(ask("one"))
+    server.command("DEL", name)
+    server.command("REPLICAOF", "127.0.0.1", "1")
+    with pytest.raises(StoreUnavailable):
+        await limiter.reserve(ask("two"))
+    server.command("REPLICAOF", "NO", "ONE")
+    assert await eventually(limiter, "after") == FIRST
+
+
+@pytest_twisted.ensureDeferred
+async def test_closing_fails_what_is_pending(server: RedisServer, links: list[Link]) -> None:
+    limiter = RedisLimiter(links[0], reactor)
+    pending = limiter.reserve(ask("one"))
+    limiter.close()
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await pending
+
+
+@pytest_twisted.ensureDeferred
+async def test_leases_end_when_a_proxy_vanishes(links: list[Link]) -> None:
+    vanishing = RedisLimiter(links[0], reactor, lease=0.4)
+    other = RedisLimiter(links[1], reactor, lease=0.4)
+    taken = time.monotonic()
+    for number in range(3):
+        assert isinstance(await vanishing.reserve(ask(f"held-{number}", parallel(3))), Granted)
+    last = time.monotonic()
+    await close_link(links[0])
+    number = 0
+    while isinstance(await other.reserve(ask(f"next-{number}", parallel(3))), Denied):
+        number += 1
+        assert time.monotonic() - last < HUNG
+        await deferLater(reactor, 0.01)
+    assert time.monotonic() - taken >= 0.4
+
+
+@pytest_twisted.ensureDeferred
+async def test_many_askers_on_two_proxies_get_the_limit_and_no_more(links: list[Link]) -> None:
+    """64 askers, a window of 1 s: in no such second are more than the limit admitted, and nearly all of it is."""
+    limit, window, windows = 300, 1.0, 5
+    limiters = [RedisLimiter(link, reactor, window=window, timeout=HUNG) for link in links]
+    granted: list[tuple[float, float]] = []
+    ends = time.monotonic() + windows * window
+
+    async def keep_asking(number: int) -> None:
+        count = 0
+        while time.monotonic() < ends:
+            count += 1
+            sent = time.monotonic()
+            call = limiters[number % 2].reserve(ask(f"{number}-{count}", requests(limit), tokens(limit * 7, 7)))
+            answer = await call
+            if isinstance(answer, Granted):
+                granted.append((sent, time.monotonic()))
+            else:
+                await deferLater(reactor, min(answer.retry_after, 0.02))
+
+    await gatherResults([Deferred.fromCoroutine(keep_asking(number)) for number in range(64)])
+    # A request was admitted between its asking and its answer: those that were surely within a second are counted.
+    for start, _ in granted:
+        assert sum(start <= sent and heard < start + window for sent, heard in granted) <= limit
+    assert len(granted) <= limit * (windows + 1)
+    # 99 % of it in virtual time (test_limits_contract); here askers also come late, on a machine that is busy.
+    assert len(granted) >= 0.8 * limit * windows
+
+
+def test_memory_of_idle_keys_is_let_go() -> None:
+    clock = Clock()
+    limiter = MemoryLimiter(clock)
+    for number in range(1000):
+        limiter.reserve(Ask(f"key-{number}", f"r{number}", RULES))
+        clock.advance(0.1)
+    assert 600 <= len(limiter) <= 610
+    for _ in range(10):
+        clock.advance(15)
+        assert limiter.renew("key-999", ["r999"]) == []
+    assert len(limiter) == 1
+    for number in range(500):
+        assert limiter.reserve(Ask(f"none-{number}", f"n{number}", (requests(0),))) != Granted((0,))
+    assert len(limiter) == 1
+    clock.advance(61)
+    assert len(limiter) == 0

@@ -1,0 +1,86 @@
+"""A call that manages keys: who makes it, how far it may go, and what is written down about it."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from attrs import frozen
+from twisted.web.iweb import IRequest
+
+from vllmproxy.api.fields import row_of
+from vllmproxy.errors import Forbidden, NotFound
+from vllmproxy.keys.gate import Caller
+from vllmproxy.keys.key import VirtualKey
+from vllmproxy.keys.policy import compile_policy
+from vllmproxy.store.interface import AuditEntry
+
+KEY_NOT_FOUND: Final = "Key not found in database"
+_SANE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+@frozen
+class ManagementCall:
+    """One call.
+
+    :ivar endpoint: its path, with names for what varies in it.
+    :ivar time: when it came, seconds since the epoch.
+    :ivar request_id: the caller's own, where it is a sane one.
+    """
+
+    caller: Caller
+    endpoint: str
+    time: float
+    request_id: str | None
+
+    @property
+    def actor(self) -> str:
+        """Who makes it: a key's id, or ``master``."""
+        return self.caller.key_id or ""
+
+    def check(self, key: VirtualKey) -> None:
+        """Raise :class:`Forbidden` if ``key``, as it is or is to be, opens what only the master key can give."""
+        if self.caller.is_master:
+            return
+        as_if = compile_policy(key.key_type, key.allowed_routes, granted_by_master=True)
+        if key.policy.is_elevated or as_if.is_elevated:
+            raise Forbidden(
+                "Only the master key may manage keys that manage keys, or that open admin routes or routes "
+                "which this proxy does not know."
+            )
+
+    def find(self, found: Mapping[str, VirtualKey], token: str, alias: str | None = None) -> VirtualKey:
+        """Return a key that this call may change. Raises :class:`NotFound`, :class:`Forbidden`.
+
+        :param alias: what it was found by; it may have moved to another key since.
+        """
+        key = found.get(token)
+        if key is None or (alias is not None and key.key_alias != alias):
+            raise NotFound(f"{KEY_NOT_FOUND}.", param="key")
+        self.check(key)
+        return key
+
+    def changed(self, before: VirtualKey | None, after: VirtualKey | None) -> AuditEntry:
+        """Return what is written down when a key changes."""
+        target = before or after
+        return self._entry(
+            target=None if target is None else target.token,
+            before=None if before is None else _audited(before),
+            after=None if after is None else _audited(after),
+        )
+
+    def refused(self, status: int) -> AuditEntry:
+        """Return what is written down when nothing comes of it."""
+        return self._entry(status=status)
+
+    def _entry(self, **fields: Any) -> AuditEntry:
+        return AuditEntry(time=self.time, actor=self.actor, action=self.endpoint, request_id=self.request_id, **fields)
+
+
+def request_id_of(request: IRequest) -> str | None:
+    """Return the caller's ``x-request-id`` if it is a sane token."""
+    given = request.requestHeaders.getRawHeaders("x-request-id", ())
+    return given[0] if len(given) == 1 and _SANE_ID.fullmatch(given[0]) else None
+
+
+def _audited(key: VirtualKey) -> dict[str, Any]:
+    return {"token": key.token, **row_of(key)}

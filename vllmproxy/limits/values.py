@@ -1,0 +1,84 @@
+"""What is asked of the limits and what they answer."""
+
+from typing import Final, Literal
+
+from attrs import Attribute, field, frozen
+from attrs.validators import ge, le
+
+Kind = Literal["requests", "tokens", "max_parallel_requests"]
+
+#: The largest limit and cost. Thousands of them add up exactly in the doubles that Redis's Lua counts with.
+MAX_AMOUNT: Final = 2**40
+
+#: Seconds after which to try again when all places of ``max_parallel_requests`` are taken: nobody knows when one
+#: of those requests ends.
+BUSY_RETRY_AFTER: Final = 1.0
+
+
+class DuplicateRequest(Exception):
+    """That request id has been used already: nothing was taken. Ids are the proxy's own, never the client's."""
+
+
+@frozen
+class Rule:
+    """One limit, and what one request takes of it.
+
+    :ivar kind: ``requests`` and ``tokens`` are counted in the sliding window, ``max_parallel_requests`` while they run.
+    :ivar scope: ``""`` for the whole key, else the model that the limit is for.
+    :ivar limit: how much there is.
+    :ivar cost: how much this request takes: 1, or for tokens what it is expected to use.
+    """
+
+    kind: Kind
+    scope: str
+    limit: int = field(validator=[ge(0), le(MAX_AMOUNT)])
+    cost: int = field(validator=[ge(0), le(MAX_AMOUNT)])
+
+    def __attrs_post_init__(self) -> None:
+        if self.kind == "max_parallel_requests" and self.cost != 1:
+            raise ValueError("a request takes one place of max_parallel_requests")
+
+
+@frozen
+class Ask:
+    """All that one request takes, of one key's limits.
+
+    :ivar key: the key's token (sha256 hex).
+    :ivar request_id: names the request ever after; unique, and made by the proxy.
+    :ivar rules: at most one for each kind and scope.
+    """
+
+    key: str
+    request_id: str
+    rules: tuple[Rule, ...] = field()
+
+    @rules.validator
+    def _each_once(self, _: "Attribute[tuple[Rule, ...]]", rules: tuple[Rule, ...]) -> None:
+        if len({(rule.kind, rule.scope) for rule in rules}) != len(rules):
+            raise ValueError("two rules of one ask are for the same limit")
+
+
+@frozen
+class Granted:
+    """All was taken.
+
+    :ivar remaining: for each rule of the ask, what is left of it now; never negative.
+    """
+
+    remaining: tuple[int, ...]
+
+
+@frozen
+class Denied:
+    """Nothing was taken.
+
+    :ivar rule: which rule of the ask (its place): of those that refuse, the one that takes the longest to have room.
+    :ivar retry_after: seconds until that rule has room, if nobody takes or gives back meanwhile.
+    :ivar reset_at: when that is, in seconds since the epoch on the clock of the store.
+    :ivar never: the request costs more than the limit is; waiting does not help.
+    """
+
+    rule: int
+    retry_after: float
+    reset_at: float
+    never: bool = False

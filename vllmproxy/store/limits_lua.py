@@ -1,0 +1,184 @@
+"""The limits as Redis does them: what :mod:`vllmproxy.limits.window` and :mod:`vllmproxy.limits.leases` do, in Lua.
+
+A window is a hash: ``head`` and ``tail``, the numbers of the oldest and the newest bucket, ``start``, when the newest
+began, ``total``, and for each bucket N ``tN``, when it took something last, and ``aN``, its amount. Places are a sorted
+set of request ids by the end of their lease. A reservation is what was taken for one request, empty once it is settled.
+All times are microseconds. Every script starts with ARGV[1], the time on the server's clock after which it must not do
+anything, as nobody waits for it any more. Every answer starts with what happened, and the time on the server's clock.
+"""
+
+from typing import Final
+
+#: What happened: LATE and DUPLICATE are nothing, as is REFUSED.
+REFUSED: Final = 0
+GRANTED: Final = 1
+LATE: Final = -1
+DUPLICATE: Final = -2
+
+
+_PUNCTUAL = """
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+if now > tonumber(ARGV[1]) then return {-1, now} end
+"""
+
+# See vllmproxy.limits.steady. 'steady' is what everything but the answer goes by.
+_STEADY = """
+local function steady_time(name, now, kept)
+  local latest, offset = string.match(redis.call('GET', name) or '', '(%S+) (%S+)')
+  local steady = math.max(now + tonumber(offset or 0), tonumber(latest or 0))
+  redis.call('SET', name, string.format('%.0f %.0f', steady, steady - now), 'PX', kept)
+  return steady
+end
+"""
+
+_WINDOW = """
+local function load(name, length, width, now)
+  local fields = redis.call('HMGET', name, 'head', 'tail', 'start', 'total')
+  -- A new window's buckets have higher numbers than those of one that was here before.
+  local head = tonumber(fields[1]) or math.floor(now / width)
+  local window = {name = name, head = head, tail = tonumber(fields[2]) or head - 1,
+                  start = tonumber(fields[3]) or 0, total = tonumber(fields[4]) or 0}
+  local first = head
+  while window.head <= window.tail do
+    local bucket = redis.call('HMGET', name, 't' .. window.head, 'a' .. window.head)
+    if bucket[1] + length > now then break end
+    window.total = window.total - bucket[2]
+    redis.call('HDEL', name, 't' .. window.head, 'a' .. window.head)
+    window.head = window.head + 1
+  end
+  if window.head > first then redis.call('HSET', name, 'head', window.head, 'total', window.total) end
+  return window
+end
+
+local function wait(window, length, now, limit, cost)
+  local excess, leaves, number = window.total + cost - limit, now, window.head
+  while excess > 0 do
+    local bucket = redis.call('HMGET', window.name, 't' .. number, 'a' .. number)
+    excess, leaves, number = excess - bucket[2], bucket[1] + length, number + 1
+  end
+  return leaves - now
+end
+
+local function take(window, width, now, cost)
+  if window.head > window.tail or now >= window.start + width then
+    window.tail, window.start = window.tail + 1, now
+  end
+  window.total = window.total + cost
+  redis.call('HSET', window.name, 'head', window.head, 'tail', window.tail, 'start', window.start,
+             'total', window.total, 't' .. window.tail, now)
+  redis.call('HINCRBY', window.name, 'a' .. window.tail, cost)
+  return window.tail
+end
+"""
+
+#: KEYS: the key's clock, the reservation, each rule's counter. ARGV: not after, the request id, the lengths of window,
+#: bucket, lease and pause, milliseconds to keep things; of each rule its kind, limit and cost.
+#: Answers GRANTED, now, what remains of each; or REFUSED, now, which rule (from 0), wait, 1 if that is for ever.
+RESERVE: Final = (
+    _PUNCTUAL
+    + _STEADY
+    + _WINDOW
+    + """
+local id, kept = ARGV[2], ARGV[7]
+local length, width, lease, pause = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+if redis.call('EXISTS', KEYS[2]) == 1 then return {-2, now} end
+local steady = steady_time(KEYS[1], now, kept)
+
+local rules, longest, refusing = {}, 0, nil
+for place = 3, #KEYS do
+  local from = 8 + (place - 3) * 3
+  local rule = {name = KEYS[place], kind = ARGV[from], limit = tonumber(ARGV[from + 1]),
+                cost = tonumber(ARGV[from + 2])}
+  local delay = 0
+  if rule.cost > rule.limit then
+    delay = math.huge
+  elseif rule.kind == 'max_parallel_requests' then
+    redis.call('ZREMRANGEBYSCORE', rule.name, '-inf', steady)
+    rule.used = redis.call('ZCARD', rule.name)
+    if rule.used >= rule.limit then delay = pause end
+  else
+    rule.window = load(rule.name, length, width, steady)
+    delay = wait(rule.window, length, steady, rule.limit, rule.cost)
+  end
+  if delay > longest then longest, refusing = delay, place - 3 end
+  rules[#rules + 1] = rule
+end
+if refusing then
+  if longest == math.huge then return {0, now, refusing, length, 1} end
+  return {0, now, refusing, longest, 0}
+end
+
+local taken, answer = {}, {1, now}
+for place, rule in ipairs(rules) do
+  local bucket, used = false, nil
+  if rule.window then
+    bucket = take(rule.window, width, steady, rule.cost)
+    used = rule.window.total
+  else
+    redis.call('ZADD', rule.name, steady + lease, id)
+    used = rule.used + 1
+  end
+  redis.call('PEXPIRE', rule.name, kept)
+  taken[place] = {rule.name, bucket, rule.cost}
+  answer[place + 2] = math.max(0, rule.limit - used)
+end
+redis.call('SET', KEYS[2], cmsgpack.pack(taken), 'PX', kept)
+return answer
+"""
+)
+
+#: KEYS: the reservation. ARGV: not after, the request id, milliseconds to remember that it is settled; of each rule
+#: what was used, or nothing where all was.
+SETTLE: Final = (
+    _PUNCTUAL
+    + """
+local reservation = redis.call('GET', KEYS[1])
+if not reservation or reservation == '' then return {0, now} end
+redis.call('SET', KEYS[1], '', 'PX', ARGV[3])
+for place, rule in ipairs(cmsgpack.unpack(reservation)) do
+  local name, bucket, cost = rule[1], rule[2], rule[3]
+  local used = tonumber(ARGV[3 + place] or '')
+  if not bucket then
+    redis.call('ZREM', name, ARGV[2])
+  elseif used and redis.call('HEXISTS', name, 'a' .. bucket) == 1 then
+    redis.call('HINCRBY', name, 'a' .. bucket, used - cost)
+    redis.call('HINCRBY', name, 'total', used - cost)
+  end
+end
+return {1, now}
+"""
+)
+
+#: KEYS: the key's clock, the reservations. ARGV: not after, the length of a lease, milliseconds to keep things, the
+#: request ids. Answers GRANTED, now, those (from 0) that have no lease any more.
+RENEW: Final = (
+    _PUNCTUAL
+    + _STEADY
+    + """
+local lease, kept = tonumber(ARGV[2]), ARGV[3]
+local steady = steady_time(KEYS[1], now, kept)
+local answer = {1, now}
+for place = 2, #KEYS do
+  local id, lost = ARGV[place + 2], true
+  local reservation = redis.call('GET', KEYS[place])
+  if reservation and reservation ~= '' then
+    for _, rule in ipairs(cmsgpack.unpack(reservation)) do
+      local name, bucket = rule[1], rule[2]
+      local ends = not bucket and redis.call('ZSCORE', name, id)
+      if ends and tonumber(ends) > steady then
+        redis.call('ZADD', name, steady + lease, id)
+        redis.call('PEXPIRE', name, kept)
+        lost = false
+      end
+    end
+  end
+  if lost then
+    answer[#answer + 1] = place - 2
+  else
+    redis.call('PEXPIRE', KEYS[place], kept)
+  end
+end
+return answer
+"""
+)

@@ -1,0 +1,158 @@
+"""The limits of one process, in its memory; also those of a proxy whose keys are in SQLite."""
+
+from collections.abc import Sequence
+
+from twisted.internet.interfaces import IReactorTime
+
+from vllmproxy.limits.leases import Leases
+from vllmproxy.limits.spans import Spans, micros
+from vllmproxy.limits.steady import Steady
+from vllmproxy.limits.values import BUSY_RETRY_AFTER, MAX_AMOUNT, Ask, Denied, DuplicateRequest, Granted, Rule
+from vllmproxy.limits.window import Window
+
+
+class MemoryLimiter:
+    """The :class:`~vllmproxy.limits.interface.Limiter` that answers at once and is gone with the process.
+
+    What is kept of a key goes when nothing of it counts any more: when it has not been used for a window or a lease.
+
+    :param window: seconds of the sliding window.
+    :param lease: seconds of a lease; renew it three times as often.
+    """
+
+    def __init__(self, clock: IReactorTime, *, window: float = 60.0, lease: float = 45.0) -> None:
+        self._clock = clock
+        self._spans = Spans.of(window, lease)
+        self._steady = Steady()
+        self._keys: Leases[_Counters] = Leases(self._spans.kept)
+
+    def __len__(self) -> int:
+        """The number of keys that something is kept of."""
+        return self._keys.count(self._now())
+
+    def reserve(self, ask: Ask) -> Granted | Denied:
+        if not ask.rules:
+            return Granted(())
+        now = self._now()
+        self._keys.count(now)
+        counters = self._keys.get(now, ask.key) or _Counters(self._spans)
+        denied = counters.check(now, ask, micros(self._clock.seconds()))
+        if denied is not None:
+            return denied
+        self._keys.take(now, ask.key, counters)
+        return Granted(counters.take(now, ask))
+
+    def settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> None:
+        now = self._now()
+        counters = self._keys.get(now, key)
+        if counters is not None and counters.settle(now, request_id, costs):
+            self._keys.renew(now, key)
+
+    def renew(self, key: str, request_ids: Sequence[str]) -> list[str]:
+        now = self._now()
+        counters = self._keys.get(now, key)
+        if counters is None:
+            return list(request_ids)
+        lost = [request_id for request_id in request_ids if not counters.renew(now, request_id)]
+        if len(lost) < len(request_ids):
+            self._keys.renew(now, key)
+        return lost
+
+    def _now(self) -> int:
+        return self._steady.at(micros(self._clock.seconds()))
+
+
+class _Counters:
+    """What is kept of one key."""
+
+    def __init__(self, spans: Spans) -> None:
+        self._spans = spans
+        self._windows: dict[tuple[str, str], Window] = {}
+        self._places: dict[str, Leases[Ask]] = {}
+        #: The requests that are not settled, and in which bucket each of their rules was taken.
+        self._reserved: Leases[tuple[Ask, list[int]]] = Leases(spans.kept)
+        self._settled: Leases[bool] = Leases(spans.memory)
+
+    def check(self, now: int, ask: Ask, shown: int) -> Denied | None:
+        """Return the refusal of the rule that takes the longest, ``None`` if there is room for all.
+
+        :param shown: what the clock shows, while ``now`` is steady time.
+        """
+        if self._reserved.get(now, ask.request_id) or self._settled.get(now, ask.request_id):
+            raise DuplicateRequest
+        waits = [self._wait(now, rule) for rule in ask.rules]
+        longest = max(waits)
+        if longest <= 0:
+            return None
+        never = longest == _NEVER
+        wait = self._spans.window if never else longest
+        return Denied(waits.index(longest), wait / 1e6, (shown + wait) / 1e6, never=never)
+
+    def take(self, now: int, ask: Ask) -> tuple[int, ...]:
+        """Take all of it, and return what remains of each rule's limit."""
+        buckets, remaining = [], []
+        for rule in ask.rules:
+            bucket = 0
+            if rule.kind == "max_parallel_requests":
+                places = self._places_of(rule)
+                places.take(now, ask.request_id, ask)
+                used = places.count(now)
+            else:
+                window = self._window_of(rule)
+                bucket = window.take(now, rule.cost)
+                used = window.total
+            buckets.append(bucket)
+            remaining.append(max(0, rule.limit - used))
+        self._reserved.take(now, ask.request_id, (ask, buckets))
+        self._reserved.count(now)
+        return tuple(remaining)
+
+    def settle(self, now: int, request_id: str, costs: tuple[int | None, ...]) -> bool:
+        """See :class:`~vllmproxy.limits.interface.Limiter`; false if there is nothing to settle."""
+        reserved = self._reserved.get(now, request_id)
+        if reserved is None:
+            return False
+        self._reserved.end(request_id)
+        self._settled.take(now, request_id, True)
+        self._settled.count(now)
+        ask, buckets = reserved
+        for rule, bucket, used in zip(ask.rules, buckets, costs + (None,) * len(buckets), strict=False):
+            if rule.kind == "max_parallel_requests":
+                self._places_of(rule).end(request_id)
+            elif used is not None:
+                self._window_of(rule).settle(bucket, min(max(used, 0), MAX_AMOUNT) - rule.cost)
+        return True
+
+    def renew(self, now: int, request_id: str) -> bool:
+        """Renew the leases of a request; false if it has none."""
+        reserved = self._reserved.get(now, request_id)
+        if reserved is None:
+            return False
+        held = [self._places_of(rule) for rule in reserved[0].rules if rule.kind == "max_parallel_requests"]
+        renewed = [places.renew(now, request_id) for places in held]
+        return any(renewed) and self._reserved.renew(now, request_id)
+
+    def _wait(self, now: int, rule: Rule) -> int:
+        """Return how long it takes until there is room, in microseconds, or ``_NEVER``."""
+        if rule.kind != "max_parallel_requests":
+            wait = self._window_of(rule).wait(now, rule.limit, rule.cost)
+            return _NEVER if wait is None else wait
+        if rule.limit == 0:
+            return _NEVER
+        return 0 if self._places_of(rule).count(now) < rule.limit else micros(BUSY_RETRY_AFTER)
+
+    def _window_of(self, rule: Rule) -> Window:
+        found = self._windows.get((rule.kind, rule.scope))
+        if found is None:
+            found = self._windows[rule.kind, rule.scope] = Window(self._spans.window)
+        return found
+
+    def _places_of(self, rule: Rule) -> Leases[Ask]:
+        found = self._places.get(rule.scope)
+        if found is None:
+            found = self._places[rule.scope] = Leases(self._spans.lease)
+        return found
+
+
+#: Longer than any wait.
+_NEVER = 2**62

@@ -1,0 +1,104 @@
+"""The SQLite store's file: made where there is none, brought up to this version, checked. All of it blocks."""
+
+import os
+import sqlite3
+import time
+from pathlib import Path
+from typing import Final
+
+from vllmproxy.store.interface import SCHEMA_VERSION, CannotOpenStore
+from vllmproxy.store.rows import load_row
+
+#: Seconds that a thread waits for another process's write; shorter than a call's deadline, so that a thread
+#: is free again by the time its caller has given up, and closing never waits longer than this.
+BUSY_SECONDS: Final = 1.0
+
+#: Version 1. Names are BLOBs holding UTF-8, because TEXT cannot hold every Python string.
+_KEYS: Final = "CREATE TABLE keys (token BLOB PRIMARY KEY, alias BLOB UNIQUE, row TEXT NOT NULL) WITHOUT ROWID"
+
+#: Version 2: listings have an index by ``created_at``, and management calls are written down.
+_SECOND: Final = (
+    "ALTER TABLE keys ADD COLUMN created REAL NOT NULL DEFAULT 0",
+    "CREATE INDEX keys_by_time ON keys (created, token)",
+    "CREATE TABLE audit (id INTEGER PRIMARY KEY AUTOINCREMENT, entry TEXT NOT NULL)",
+    "CREATE TRIGGER audit_is_not_changed BEFORE UPDATE ON audit "
+    "BEGIN SELECT RAISE(ABORT, 'the audit trail is append-only'); END",
+    "CREATE TRIGGER audit_is_not_shortened BEFORE DELETE ON audit "
+    "BEGIN SELECT RAISE(ABORT, 'the audit trail is append-only'); END",
+)
+
+
+def prepare(path: Path) -> None:
+    """Create the file and its schema where there are none, and check them where there are. Blocks.
+
+    :raises CannotOpenStore: says what is wrong with the file.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise CannotOpenStore(f"{path} cannot be created: {error.strerror}") from error
+    if path.is_dir():
+        raise CannotOpenStore(f"{path} is a directory: name a file with --store sqlite:PATH")
+    try:
+        _prepare_patiently(path)
+    except sqlite3.Error as error:
+        raise CannotOpenStore(f"{path} cannot be used as the key store: {error}") from error
+
+
+def _prepare_patiently(path: Path) -> None:
+    """Check the file; changing the journal's mode does not by itself wait for others that just do the same."""
+    give_up = time.monotonic() + BUSY_SECONDS
+    while True:
+        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+        try:
+            _check(path, connection)
+            # Lookups never wait for a writer. The mode is kept in the file.
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
+                raise
+        finally:
+            connection.close()
+        time.sleep(0.02)
+
+
+def _check(path: Path, connection: sqlite3.Connection) -> None:
+    connection.execute("BEGIN IMMEDIATE")  # of several processes that start at once, one makes the tables
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if (version, tables) == (0, 0):
+        connection.execute(_KEYS)
+        version = 1
+    if version == 1:
+        _check_damage(path, connection)
+        version = _migrate(connection)
+    if version != SCHEMA_VERSION:
+        raise CannotOpenStore(
+            f"{path} has schema version {version}, and this vllmproxy reads version {SCHEMA_VERSION}: "
+            "name another file with --store sqlite:PATH, or run the vllmproxy that wrote this one"
+        )
+    _check_damage(path, connection)
+    connection.execute("COMMIT")
+
+
+def _check_damage(path: Path, connection: sqlite3.Connection) -> None:
+    (state,) = connection.execute("PRAGMA quick_check('keys')").fetchone()
+    if state != "ok":
+        raise CannotOpenStore(f"{path} is damaged ({state}): move it away or bring back a copy of it")
+
+
+def _migrate(connection: sqlite3.Connection) -> int:
+    """Bring version 1 up to 2, rows as they are: fields that they lack have their defaults."""
+    for statement in _SECOND:
+        connection.execute(statement)
+    for token, row in connection.execute("SELECT token, row FROM keys").fetchall():
+        try:
+            created = load_row(row).created_at
+        except ValueError:
+            continue  # unreadable before and after; what reads it says so
+        connection.execute("UPDATE keys SET created = ? WHERE token = ?", (created, token))
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    return SCHEMA_VERSION
