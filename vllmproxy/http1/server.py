@@ -83,7 +83,6 @@ class ServerChannel(Protocol):
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         self._mode = "closed"
-        self.factory.forget(self)
         self._unwatch()
         self._queue.clear()
         active, self._active = self._active, None
@@ -92,6 +91,7 @@ class ServerChannel(Protocol):
             active.over = True
             assert active.receiver is not None
             active.receiver.client_gone(reason)
+        self.factory.forget(self)  # last: whoever waits for the last connection's end wants its request settled
 
     def readConnectionLost(self) -> None:
         """The client sends no more. As at uvicorn, that is the end, except in a tunnel (RFC 9112 §9.6)."""
