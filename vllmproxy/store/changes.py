@@ -24,7 +24,7 @@ class Changes(Protocol):
 
     async def _list(self, query: KeyQuery) -> KeyPage:
         """List where only looking at every key, or an index by time, can tell which are meant."""
-        raise NotImplementedError
+        ...
 
     async def add_key(self, key: VirtualKey) -> None:
         def add(found: Mapping[str, VirtualKey]) -> Writes:
