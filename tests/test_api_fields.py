@@ -176,3 +176,15 @@ def test_a_key_is_named_by_itself_or_by_its_hash() -> None:
     assert token_of(CUSTOM) == hash_key(CUSTOM)
     assert token_of(hash_key(CUSTOM)) == hash_key(CUSTOM)
     assert token_of("é") == hash_key("é")
+
+
+@pytest.mark.parametrize("metadata", [{"a": "x" * 20_000}, {"a": [[[[[[]]]]]] * 5_000}])
+def test_metadata_is_bounded(metadata: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match="metadata"):
+        parse_generate({"metadata": metadata}, NOW)
+
+
+@pytest.mark.parametrize("body", [b"[" * 100 + b"]" * 100, b'{"metadata":' + b'{"a":' * 40 + b"1" + b"}" * 41])
+def test_deep_nesting_is_refused(body: bytes) -> None:
+    with pytest.raises(BadRequest):
+        parse_object(body)

@@ -1,5 +1,6 @@
 """Limits of virtual keys where their holders meet them: at the proxy's door."""
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -114,3 +115,50 @@ def test_two_proxies_on_one_redis_count_together(sim: Twistd, tmp_path: Path) ->
             for proxy in proxies:
                 proxy.stop()
         assert all("Traceback" not in proxy.log for proxy in proxies)
+
+
+def test_the_place_is_free_for_the_request_behind(limited: Twistd) -> None:
+    """The next one may be waiting on the same connection, or be sent as soon as the answer is read."""
+    key = make_key(limited, max_parallel_requests=1)["key"]
+    one = f"GET {MODELS} HTTP/1.1\r\nHost: a\r\nx-api-key: {key}\r\n"
+    with limited.connect() as client:
+        client.sendall((f"{one}\r\n" * 5 + f"{one}Connection: close\r\n\r\n").encode())
+        received = b""
+        while piece := client.recv(65536):
+            received += piece
+    assert received.count(b"HTTP/1.1 200 ") == 6
+
+
+def test_a_settlement_that_redis_did_not_hear_is_told_again(sim: Twistd, tmp_path: Path) -> None:
+    with redis_server() as redis:
+        proxy = start_proxy(tmp_path, sim.url, "--store", redis.url)
+        try:
+            key = make_key(proxy, max_parallel_requests=1)["key"]
+            with ThreadPoolExecutor(1) as pool:
+                slow = {"X-Vllmsim": "bytes; length=10; delay=1.5"}
+                running = pool.submit(ask, proxy, "GET", MODELS, key=key, headers=slow)
+                time.sleep(0.5)  # it is admitted
+                redis.stall()
+                assert running.result().status == 200
+                time.sleep(0.5)  # its settlement is over time
+                redis.resume()
+            until(lambda: ask(proxy, "GET", MODELS, key=key).status == 200)
+        finally:
+            proxy.stop()
+
+
+def test_a_proxy_that_stops_frees_the_places_of_its_streams(sim: Twistd, tmp_path: Path) -> None:
+    with redis_server() as redis:
+        one, two = (start_proxy(tmp_path / name, sim.url, "--store", redis.url) for name in ("one", "two"))
+        try:
+            key = make_key(one, max_parallel_requests=1)["key"]
+            with one.connect() as client:
+                head = f"GET {MODELS} HTTP/1.1\r\nHost: a\r\nx-api-key: {key}\r\nX-Vllmsim: stall; after=10\r\n\r\n"
+                client.sendall(head.encode())
+                assert client.recv(100)
+                assert ask(two, "GET", MODELS, key=key).status == 429
+                one.stop()
+            until(lambda: ask(two, "GET", MODELS, key=key).status == 200)
+        finally:
+            one.stop()
+            two.stop()

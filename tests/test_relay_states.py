@@ -8,6 +8,7 @@ from _memory import OK, House
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_relay_exchange import GET, POST, STREAM, SWITCH, WEBSOCKET
+from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from vllmproxy.errors import AuthError
@@ -196,6 +197,6 @@ def test_one_record_whatever_happens_in_whatever_order(words: list[str], first: 
     house.clock.advance(4)  # idle connections to the upstream expire; the others are gone with their client
     house.turn()
     assert all(wire.lost for wire in house.wires)
-    house.relay.close()
+    Deferred.fromCoroutine(house.relay.close())
     house.factory.close()
     assert not house.clock.getDelayedCalls()

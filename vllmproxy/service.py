@@ -121,7 +121,7 @@ class Proxy:
     async def close(self) -> None:
         """Reset what is connected and let go of everything."""
         await self.factory.close()
-        self.relay.close()
+        await self.relay.close()
         self.hangups.close()
         self.access_log.close()
         await self.store.close()

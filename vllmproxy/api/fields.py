@@ -16,6 +16,10 @@ from vllmproxy.limits.values import MAX_AMOUNT
 
 MINIMUM_CUSTOM_KEY: Final = 16
 _MAXIMUM_TEXT: Final = 255
+#: Bytes: every change of a key writes it twice into the audit trail.
+_MAXIMUM_METADATA: Final = 16_384
+#: Levels of nesting in a body; Python's own readers and writers of JSON give up, each at another depth.
+_DEEPEST: Final = 32
 _MAXIMUM_ROUTES: Final = 128
 _CUSTOM_KEY: Final = re.compile(r"sk-[\x21-\x7e]{13,252}")
 _TOKEN: Final = re.compile(r"[0-9a-f]{64}")
@@ -99,7 +103,23 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise BadRequest("The body is not valid JSON.") from None
     if not isinstance(value, dict):
         raise BadRequest("The body must be a JSON object.")
+    if _is_deep(value):
+        raise BadRequest(f"The body is nested more than {_DEEPEST} deep.")
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def parse_fields(body: Mapping[str, Any], now: float) -> dict[str, Any]:
@@ -242,7 +262,10 @@ def _checked(value: str, name: str) -> str:
 
 
 def _metadata(body: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return typed(body, name, dict, "an object") or {}
+    value: dict[str, Any] = typed(body, name, dict, "an object") or {}
+    if len(json.dumps(value)) > _MAXIMUM_METADATA:
+        raise BadRequest(f"{name} must be at most {_MAXIMUM_METADATA} bytes of JSON.", param=name)
+    return value
 
 
 def _flag(body: Mapping[str, Any], name: str) -> bool:

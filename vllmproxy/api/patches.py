@@ -49,8 +49,15 @@ class KeyPatch:
 
     def apply(self, key: VirtualKey, now: float, updated_by: str, *, is_master: bool) -> VirtualKey:
         """Return ``key`` changed at ``now`` (epoch seconds) by ``updated_by``."""
-        granted = is_master if _POWERS & self.fields.keys() else key.granted_by_master
+        granted = self._grants(key, is_master)
         return evolve(key, **self.fields, updated_at=now, updated_by=updated_by, granted_by_master=granted)
+
+    def _grants(self, key: VirtualKey, is_master: bool) -> bool:
+        """Whether the master key stands behind what the key opens from now on: behind all of it. Routes that somebody
+        else put there are not granted by a later change of the type alone."""
+        if not _POWERS & self.fields.keys():
+            return key.granted_by_master
+        return is_master and ("allowed_routes" in self.fields or not key.allowed_routes or key.granted_by_master)
 
 
 @frozen(kw_only=True)

@@ -162,6 +162,7 @@ class Exchange:
     def _explain(self, error: ApiError, why: Ended) -> None:
         """Answer with ``error``, and settle."""
         self._state = State.OVER
+        self._release()
         refuse(self._stream, error, self._id, anthropic=self._is_anthropic())
         self._settle(why, error.type)
 
@@ -279,6 +280,7 @@ class Exchange:
 
     def _body_ended(self, data: bytes = b"") -> None:
         self._state = State.OVER
+        self._release()
         if data:
             self._stream.write(data, last=True)
         else:
@@ -316,6 +318,7 @@ class Exchange:
 
     def _upload_failed(self, error: WireError) -> None:
         self._cancel()
+        self._release()
         refuse_body(self._stream, error, self._id, anthropic=self._is_anthropic())
         self._settle("refused", "malformed_request")
 
@@ -338,13 +341,19 @@ class Exchange:
 
     # the end
 
+    def _release(self) -> None:
+        """Give back what was reserved and not used. Before the client can know that its request is over: its next one
+        may be waiting on the same connection for the place."""
+        reservation, self._reservation = self._reservation, None
+        if reservation is not None:
+            self._relay.quotas.settle(reservation, forwarded=self._forwarded)
+
     def _settle(self, why: Ended, error: str | None = None) -> None:
         """Report, once: every way out ends here, after the stream was told."""
         self._state = State.OVER
         relay, record, stream = self._relay, self._record, self._stream
         relay.first_byte_deadlines.clear(self)
-        if self._reservation is not None:
-            relay.quotas.settle(self._reservation, forwarded=self._forwarded)
+        self._release()
         record.ended = why
         record.error = error
         record.status = stream.status

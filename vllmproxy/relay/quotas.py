@@ -4,7 +4,7 @@ import math
 from datetime import UTC, datetime
 
 from attrs import frozen
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
@@ -24,6 +24,20 @@ _log = Logger()
 RENEWAL = 15.0
 #: Leases renewed in one call.
 _BATCH = 500
+#: Seconds between tries to settle while the store is away, for how long it matters, and how many are kept.
+RETRY = 1.0
+WINDOW = 60.0
+_MOST_DEBTS = 10_000
+
+
+@frozen
+class _Debt:
+    """A settlement that the store has not heard yet; ``until``: when it no longer matters."""
+
+    key: str
+    request_id: str
+    costs: tuple[int | None, ...]
+    until: float
 
 
 @frozen
@@ -56,6 +70,12 @@ class Quotas:
         self._leases: dict[str, set[str]] = {}
         self._renewing = LoopingCall(self._renew)
         self._renewing.clock = clock
+        self._clock = clock
+        self._closed = False
+        self._telling: set[Deferred[None]] = set()
+        self._debts: list[_Debt] = []
+        self._retrying = LoopingCall(self._retry)
+        self._retrying.clock = clock
 
     def reserve(self, key: VirtualKey) -> Reservation | Deferred[Reservation] | None:
         """Take what one request of ``key`` costs; ``None`` where the key has no limits.
@@ -89,9 +109,30 @@ class Quotas:
             if not held:
                 del self._leases[ask.key]
         costs = tuple(None if forwarded else 0 for _ in ask.rules)
-        settled = self._limiter.settle(ask.key, ask.request_id, costs)
+        self._tell(_Debt(ask.key, ask.request_id, costs, self._clock.seconds() + WINDOW))
+
+    def _tell(self, debt: "_Debt") -> None:
+        settled = self._limiter.settle(debt.key, debt.request_id, debt.costs)
         if settled is not None:
-            settled.addErrback(_not_told)
+            self._telling.add(settled)
+            settled.addErrback(self._not_told, debt)
+            settled.addBoth(lambda _: self._telling.discard(settled))
+
+    def _not_told(self, reason: Failure, debt: "_Debt") -> None:
+        """The store is away: tell it again soon, as long as it matters. Only the first time counts."""
+        if reason.check(StoreUnavailable) is None:
+            _log.failure("Settling a reservation failed", reason)
+        elif not self._closed and len(self._debts) < _MOST_DEBTS and debt.until > self._clock.seconds():
+            self._debts.append(debt)
+            if not self._retrying.running:
+                self._retrying.start(RETRY, now=False)
+
+    def _retry(self) -> None:
+        debts, self._debts = self._debts, []
+        for debt in debts:
+            self._tell(debt)
+        if not debts:
+            self._retrying.stop()
 
     def _renew(self) -> None:
         if not self._leases:
@@ -101,12 +142,15 @@ class Quotas:
             for start in range(0, len(ids), _BATCH):
                 lost = self._limiter.renew(key, ids[start : start + _BATCH])
                 if isinstance(lost, Deferred):
-                    lost.addErrback(_not_told)
+                    lost.addErrback(_not_renewed)
 
-    def close(self) -> None:
-        """Renew no more; what is left ends by itself."""
-        if self._renewing.running:
-            self._renewing.stop()
+    async def close(self) -> None:
+        """Renew no more, and let what is being settled arrive; what is left ends by itself."""
+        self._closed = True
+        for loop in (self._renewing, self._retrying):
+            if loop.running:
+                loop.stop()
+        await DeferredList(list(self._telling))
 
 
 def _refusal(denied: Denied, ask: Ask) -> RateLimited:
@@ -129,7 +173,7 @@ def _cannot_count(reason: Failure) -> Failure:
     return reason
 
 
-def _not_told(reason: Failure) -> None:
-    """The store is away: what was taken leaves with its window, a lease with its time."""
+def _not_renewed(reason: Failure) -> None:
+    """The store is away; there are two more tries before a lease ends."""
     if reason.check(StoreUnavailable) is None:
-        _log.failure("Settling a reservation failed", reason)
+        _log.failure("Renewing leases failed", reason)

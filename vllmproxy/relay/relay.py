@@ -41,8 +41,8 @@ class Relay:
         """Return who is at the other end of ``stream``."""
         return self.trusted.client(getattr(stream.peer, "host", ""), stream.head)
 
-    def close(self) -> None:
-        """End the waits and the connections to vLLM."""
+    async def close(self) -> None:
+        """End the waits and the connections to vLLM, and settle what is left."""
         self.first_byte_deadlines.close()
-        self.quotas.close()
         self.server.agent.close()
+        await self.quotas.close()
