@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from attrs import frozen
+from attrs import field, frozen
 from twisted.internet.interfaces import IReactorTime
 
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.limits.interface import Limiter
 from vllmproxy.store.listing import KeyPage, KeyQuery
+from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
 
 #: The layout of what is stored. An older one is brought up to this; a store with a newer one is not opened.
 SCHEMA_VERSION = 2
@@ -73,11 +75,14 @@ class Writes:
     :ivar put: keys that are written, new or over what there is.
     :ivar remove: tokens of keys that are deleted.
     :ivar audit: what is written down about it.
+    :ivar inherits: token of a key in ``put`` → token of the key whose account it takes over as it stands: a key that is
+        regenerated has spent what it had. The account of a key that is removed goes with it.
     """
 
     put: tuple[VirtualKey, ...] = ()
     remove: tuple[str, ...] = ()
     audit: tuple[AuditEntry, ...] = ()
+    inherits: Mapping[str, str] = field(factory=dict)
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -137,3 +142,28 @@ class Store(Protocol):
 
     async def list_audit(self, limit: int, before: str | None = None) -> list[StoredEntry]:
         """Return at most ``limit`` entries, the newest first, older than the one with the id ``before``."""
+
+    async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
+        """Add events to the sums and to the accounts of virtual keys, each exactly once, all of them or none.
+
+        An account whose period is older than an event's begins anew with it; an event of an older period is added to
+        the sums only. With ``requests`` = 0 an event counts nowhere in the sums.
+
+        :param writer: names a journal; its events are numbered 1, 2, 3 … and come in that order.
+        :param first: the number of the first of ``events``. Those up to the last number that was added are left out.
+        """
+
+    async def last_usage(self, writer: str) -> int:
+        """Return the number of the last event that was added of ``writer``, 0: none."""
+
+    async def forget_writer(self, writer: str) -> None:
+        """The writer's journal is gone: its events will not come again."""
+
+    async def read_usage(self, query: UsageQuery) -> list[UsageSum]:
+        """Return the sums that ``query`` asks for, one for each group that there is, in the order of the groups."""
+
+    async def read_account(self, token: str) -> Account:
+        """Return what the key with that id has spent; nothing where nothing was added yet."""
+
+    async def set_account(self, token: str, account: Account, audit: Sequence[AuditEntry] = ()) -> None:
+        """Say what a key has spent, whatever it had; what requests under way hold stays held."""
