@@ -13,6 +13,7 @@ _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    422: "invalid_request_error",
     413: "request_too_large",
     429: "rate_limit_error",
 }
@@ -28,7 +29,7 @@ class ApiError(Exception):
     :ivar headers: extra response header lines.
     """
 
-    status: ClassVar[int] = 400
+    status: int = 400
     type: ClassVar[str] = "bad_request_error"
     default_param: ClassVar[str] = "None"
 
@@ -88,6 +89,33 @@ class RateLimited(ApiError):
 
     status = 429
     type = "rate_limit_error"
+
+
+class BudgetExceeded(ApiError):
+    """What is left of the key's budget is less than the request may cost.
+
+    :param status: the operator's choice (``--budget-status``).
+    """
+
+    type = "budget_exceeded"
+
+    def __init__(self, message: str, *, status: int, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__(message, headers=headers)
+        self.status = status
+
+
+class ModelDenied(ApiError):
+    """The key does not open this model, or the request does not say plainly which one it is for."""
+
+    status = 403
+    type = "key_model_access_denied"
+    default_param = "model"
+
+
+class TooLarge(ApiError):
+    """The body has to be read before it is forwarded, and is longer than may be held."""
+
+    status = 413
 
 
 class StoreDown(ApiError):

@@ -4,11 +4,13 @@ import json
 import re
 from collections.abc import Callable, Mapping, Set
 from datetime import UTC, datetime
+from decimal import ROUND_CEILING, Decimal
 from typing import Any, Final
 
 from attrs import field, frozen
 
 from vllmproxy.errors import BadRequest
+from vllmproxy.keys.budget import Budget
 from vllmproxy.keys.durations import seconds_of
 from vllmproxy.keys.key import VirtualKey, hash_key
 from vllmproxy.keys.policy import KEY_TYPES, ROUTE_GROUPS, parse_route
@@ -21,26 +23,20 @@ _MAXIMUM_METADATA: Final = 16_384
 #: Levels of nesting in a body; Python's own readers and writers of JSON give up, each at another depth.
 _DEEPEST: Final = 32
 _MAXIMUM_ROUTES: Final = 128
+_MAXIMUM_MODELS: Final = 128
+#: LiteLLM's words for models that depend on what this proxy does not have: teams.
+_NO_MODELS: Final = frozenset({"all-team-models", "no-default-models"})
 _CUSTOM_KEY: Final = re.compile(r"sk-[\x21-\x7e]{13,252}")
 _TOKEN: Final = re.compile(r"[0-9a-f]{64}")
 
 #: LiteLLM's row fields for restrictions that are not enforced yet, with what it answers where they are not
 #: set. Given with any other value they are refused: a limit that is taken and not kept is worse than none.
 _NOT_ENFORCED: Final[dict[str, Any]] = {
-    "models": [],
-    "aliases": {},
     "config": {},
     "permissions": {},
     "allowed_cache_controls": [],
-    "spend": 0.0,
-    "max_budget": None,
-    "soft_budget": None,
-    "budget_duration": None,
     "budget_id": None,
-    "tpm_limit": None,
     "model_max_budget": {},
-    "model_rpm_limit": None,
-    "model_tpm_limit": None,
     "guardrails": None,
     "policies": None,
     "prompts": None,
@@ -76,11 +72,13 @@ class GenerateKey:
     :ivar key: a custom key, ``None``: make one.
     :ivar duration: as sent.
     :ivar fields: those of :class:`VirtualKey` that are given.
+    :ivar spend: what the key has spent already, in micro-units.
     """
 
     key: str | None = field(repr=False)
     duration: str | None
     fields: Mapping[str, Any]
+    spend: int | None = None
 
 
 @frozen(kw_only=True)
@@ -128,7 +126,7 @@ def parse_fields(body: Mapping[str, Any], now: float) -> dict[str, Any]:
     :param now: what a ``duration`` counts from, seconds since the epoch.
     :raises BadRequest: with the field's name as ``param``.
     """
-    refuse_unknown(body, _FIELDS.keys() | _UNSUPPORTED.keys() | {"duration"})
+    refuse_unknown(body, _FIELDS.keys() | _UNSUPPORTED.keys() | {"duration", "budget_duration"})
     for name, unset in _UNSUPPORTED.items():
         if not _is_unset(body.get(name), unset):
             raise BadRequest(f"{name} is not enforced by this version; leave it out.", param=name)
@@ -136,6 +134,10 @@ def parse_fields(body: Mapping[str, Any], now: float) -> dict[str, Any]:
     if "duration" in body:
         lasts = parse_duration(body, "duration", now)
         fields["expires"] = None if lasts is None else now + lasts
+    if "budget_duration" in body:
+        parse_duration(body, "budget_duration", now)
+        given = body["budget_duration"]
+        fields["budget_duration"] = None if given == "-1" else given
     return fields
 
 
@@ -149,9 +151,15 @@ def parse_duration(body: Mapping[str, Any], name: str, now: float) -> int | None
 
 def parse_generate(body: Mapping[str, Any], now: float) -> GenerateKey:
     """Return what ``body`` asks for. Raises :class:`BadRequest` with the field's name as ``param``."""
-    given = {name: value for name, value in body.items() if name != "key" and (name, value) != ("duration", "")}
+    unset = [("duration", ""), ("budget_duration", "")]
+    given = {name: value for name, value in body.items() if name not in ("key", "spend") and (name, value) not in unset}
     fields = parse_fields(given, now)
-    return GenerateKey(key=custom_key(body, "key"), duration=body.get("duration") or None, fields=fields)
+    return GenerateKey(
+        key=custom_key(body, "key"),
+        duration=body.get("duration") or None,
+        fields=fields,
+        spend=money(body, "spend"),
+    )
 
 
 def parse_delete(body: Mapping[str, Any]) -> DeleteKeys:
@@ -167,9 +175,12 @@ def new_key(
     wanted: GenerateKey, key: str, now: float, created_by: str | None, *, granted_by_master: bool = False
 ) -> VirtualKey:
     """Return the row for ``key``, which is made at ``now`` (epoch seconds)."""
+    start, reset_at = Budget(start=int(now)).renewed(wanted.fields.get("budget_duration"), now)
     return VirtualKey(
         token=hash_key(key),
         key_name=name_of(key),
+        budget_start=start,
+        budget_reset_at=reset_at,
         created_at=now,
         updated_at=now,
         created_by=created_by,
@@ -196,8 +207,18 @@ def row_of(key: VirtualKey) -> dict[str, Any]:
         "metadata": key.metadata,
         "tags": list(key.tags),
         "blocked": key.blocked,
+        "models": list(key.models),
+        "aliases": dict(key.aliases),
         "rpm_limit": key.rpm_limit,
+        "tpm_limit": key.tpm_limit,
+        "model_rpm_limit": dict(key.model_rpm_limit) or None,
+        "model_tpm_limit": dict(key.model_tpm_limit) or None,
         "max_parallel_requests": key.max_parallel_requests,
+        "max_budget": currency(key.max_budget),
+        "soft_budget": currency(key.soft_budget),
+        "max_budget_tokens": key.max_budget_tokens,
+        "budget_duration": key.budget_duration,
+        "budget_reset_at": None if key.budget_reset_at is None else _iso(key.budget_reset_at),
         "expires": None if key.expires is None else _iso(key.expires),
         "created_at": _iso(key.created_at),
         "updated_at": _iso(key.updated_at),
@@ -205,6 +226,11 @@ def row_of(key: VirtualKey) -> dict[str, Any]:
         "updated_by": key.updated_by,
         **_NOT_ENFORCED,
     }
+
+
+def currency(micros: int | None) -> float | None:
+    """Return money as it is answered: the double nearest to it, which shows no more than six decimals."""
+    return None if micros is None else micros / 1_000_000
 
 
 def token_of(key: str) -> str:
@@ -281,6 +307,52 @@ def _limit(body: Mapping[str, Any], name: str) -> int | None:
     return value
 
 
+def money(body: Mapping[str, Any], name: str) -> int | None:
+    """Return an amount of money in micro-units, ``None`` where it is not there. Raises :class:`BadRequest`."""
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_AMOUNT / 1_000_000:
+        raise BadRequest(f"{name} must be a number from 0 to {MAX_AMOUNT // 1_000_000}.", param=name)
+    return int((Decimal(repr(value)) * 1_000_000).to_integral_value(ROUND_CEILING))
+
+
+def _models(body: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    models = texts(body, name)
+    if len(models) > _MAXIMUM_MODELS:
+        raise BadRequest(f"{name} may have {_MAXIMUM_MODELS} entries.", param=name)
+    for model in models:
+        if model in _NO_MODELS or "*" in model[:-1]:
+            raise BadRequest(
+                f"{name}: {model[:64]!r} is no model here: name them as vLLM does, with one * at the end for all that "
+                "begin so, or leave the field empty for all.",
+                param=name,
+            )
+    return models
+
+
+def _by_model(body: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return an object whose names are models."""
+    value: dict[str, Any] = typed(body, name, dict, "an object with models as names") or {}
+    if len(value) > _MAXIMUM_MODELS:
+        raise BadRequest(f"{name} may have {_MAXIMUM_MODELS} entries.", param=name)
+    return {_checked(model, name): each for model, each in value.items() if model}
+
+
+def _aliases(body: Mapping[str, Any], name: str) -> dict[str, str]:
+    aliases = _by_model(body, name)
+    for model in aliases.values():
+        if not isinstance(model, str) or not model:
+            raise BadRequest(f"{name} must give each alias the name of a model.", param=name)
+        _checked(model, name)
+    return aliases
+
+
+def _limit_by_model(body: Mapping[str, Any], name: str) -> dict[str, int]:
+    limits = {model: _limit({name: each}, name) for model, each in _by_model(body, name).items()}
+    return {model: each for model, each in limits.items() if each is not None}
+
+
 def _key_type(body: Mapping[str, Any], name: str) -> str:
     key_type = text(body, name) or "default"
     if key_type not in KEY_TYPES:
@@ -316,14 +388,22 @@ def custom_key(body: Mapping[str, Any], name: str) -> str | None:
 
 
 _FIELDS: Final[dict[str, Callable[[Mapping[str, Any], str], Any]]] = {
+    "aliases": _aliases,
     "allowed_routes": _routes,
     "blocked": _flag,
     "key_alias": text,
     "key_type": _key_type,
+    "max_budget": money,
+    "max_budget_tokens": _limit,
     "max_parallel_requests": _limit,
     "metadata": _metadata,
+    "model_rpm_limit": _limit_by_model,
+    "model_tpm_limit": _limit_by_model,
+    "models": _models,
     "rpm_limit": _limit,
+    "soft_budget": money,
     "tags": texts,
     "team_id": text,
+    "tpm_limit": _limit,
     "user_id": text,
 }

@@ -50,7 +50,11 @@ class KeyPatch:
     def apply(self, key: VirtualKey, now: float, updated_by: str, *, is_master: bool) -> VirtualKey:
         """Return ``key`` changed at ``now`` (epoch seconds) by ``updated_by``."""
         granted = self._grants(key, is_master)
-        return evolve(key, **self.fields, updated_at=now, updated_by=updated_by, granted_by_master=granted)
+        changed = evolve(key, **self.fields, updated_at=now, updated_by=updated_by, granted_by_master=granted)
+        if "budget_duration" not in self.fields:
+            return changed
+        start, reset_at = key.budget.renewed(changed.budget_duration, now)
+        return evolve(changed, budget_start=start, budget_reset_at=reset_at)
 
     def _grants(self, key: VirtualKey, is_master: bool) -> bool:
         """Whether the master key stands behind what the key opens from now on: behind all of it. Routes that somebody

@@ -1,13 +1,15 @@
 """The virtual key as a value."""
 
 import hashlib
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 from attrs import field, frozen
 
+from vllmproxy.keys.budget import Budget
+from vllmproxy.keys.models import Models
 from vllmproxy.keys.policy import Policy, compile_policy
-from vllmproxy.limits.values import Rule
 
 
 def hash_key(key: str | bytes) -> str:
@@ -24,9 +26,15 @@ class VirtualKey:
     :ivar expires: when it stops working, ``None``: never.
     :ivar key_type: one of :data:`~vllmproxy.keys.policy.KEY_TYPES`.
     :ivar allowed_routes: paths and groups as they were given; empty: all that the type opens.
-    :ivar rpm_limit: requests in any 60 seconds, ``None``: no limit.
+    :ivar models: names of models that it may use, one trailing ``*`` allowed; empty: all.
+    :ivar aliases: what it calls a model → what vLLM calls it.
+    :ivar rpm_limit: requests in any 60 seconds, ``None``: no limit; ``tpm_limit``: tokens.
+    :ivar model_rpm_limit: the same for single models, by either of their names.
     :ivar max_parallel_requests: requests at a time, ``None``: no limit.
-    :ivar granted_by_master: the master key set the two: only then do they open admin routes or the key API.
+    :ivar max_budget: micro-units of money in a period of ``budget_duration``; ``max_budget_tokens``: tokens.
+    :ivar soft_budget: micro-units after which somebody is told.
+    :ivar budget_start: see :class:`~vllmproxy.keys.budget.Budget`, as for ``budget_reset_at``.
+    :ivar granted_by_master: the master key set type and routes: only then do they open admin routes or the key API.
     """
 
     token: str
@@ -45,18 +53,57 @@ class VirtualKey:
     key_type: str = "default"
     allowed_routes: tuple[str, ...] = ()
     granted_by_master: bool = False
+    models: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(factory=dict)
     rpm_limit: int | None = None
+    tpm_limit: int | None = None
+    model_rpm_limit: Mapping[str, int] = field(factory=dict)
+    model_tpm_limit: Mapping[str, int] = field(factory=dict)
     max_parallel_requests: int | None = None
+    max_budget: int | None = None
+    soft_budget: int | None = None
+    max_budget_tokens: int | None = None
+    budget_duration: str | None = None
+    budget_start: int = 0
+    budget_reset_at: int | None = None
 
     @cached_property
-    def rules(self) -> tuple[Rule, ...]:
-        """What one request takes of this key's limits; compiled when first asked for, empty without limits."""
-        rules = []
-        if self.rpm_limit is not None:
-            rules.append(Rule("requests", "", self.rpm_limit, 1))
-        if self.max_parallel_requests is not None:
-            rules.append(Rule("max_parallel_requests", "", self.max_parallel_requests, 1))
-        return tuple(rules)
+    def model_rules(self) -> Models:
+        """Which models this key may use, and what it calls them; compiled when first asked for."""
+        return Models(frozenset(self.models), self.aliases)
+
+    @cached_property
+    def budget(self) -> Budget:
+        """What this key may spend."""
+        return Budget(
+            money=self.max_budget,
+            soft=self.soft_budget,
+            tokens=self.max_budget_tokens,
+            duration=self.budget_duration,
+            start=self.budget_start,
+            reset_at=self.budget_reset_at,
+        )
+
+    @cached_property
+    def counts_tokens(self) -> bool:
+        """Whether a limit or a budget needs the tokens of each request."""
+        return self.tpm_limit is not None or bool(self.model_tpm_limit) or self.budget.is_limited
+
+    @cached_property
+    def needs_model(self) -> bool:
+        """Whether a request has to say plainly which model it is for."""
+        return bool(self.models or self.model_rpm_limit or self.model_tpm_limit) or self.budget.is_priced
+
+    @cached_property
+    def needs_body(self) -> bool:
+        """Whether a request's body has to be read before it is forwarded."""
+        return self.needs_model or bool(self.aliases) or self.counts_tokens
+
+    @cached_property
+    def is_limited(self) -> bool:
+        """Whether a request takes anything of a limit."""
+        limits = (self.rpm_limit, self.max_parallel_requests)
+        return self.counts_tokens or bool(self.model_rpm_limit) or any(limit is not None for limit in limits)
 
     @cached_property
     def policy(self) -> Policy:

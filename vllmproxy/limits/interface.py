@@ -26,6 +26,8 @@ class Limiter(Protocol):
         """Say what the request did cost, and end its lease. Only the first time for a request id counts, and only
         while the reservation is remembered.
 
+        What was held of a budget stays held until the store adds the request's usage event to the account.
+
         :param costs: for each rule of the ask what was really used, ``None`` for what was taken; those left out are
             ``None``. Used tokens count where they were taken: when those have left the window, so have these.
             What is not between 0 and ``MAX_AMOUNT`` is taken for the nearer of them.

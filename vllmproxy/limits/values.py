@@ -5,7 +5,10 @@ from typing import Final, Literal
 from attrs import Attribute, field, frozen
 from attrs.validators import ge, le
 
-Kind = Literal["requests", "tokens", "max_parallel_requests"]
+Kind = Literal["requests", "tokens", "max_parallel_requests", "budget", "budget_tokens"]
+
+#: Kinds that are counted in a key's account, in periods, and not in a window.
+BUDGETS: Final = frozenset[Kind]({"budget", "budget_tokens"})
 
 #: The largest limit and cost. Thousands of them add up exactly in the doubles that Redis's Lua counts with.
 MAX_AMOUNT: Final = 2**40
@@ -23,20 +26,25 @@ class DuplicateRequest(Exception):
 class Rule:
     """One limit, and what one request takes of it.
 
-    :ivar kind: ``requests`` and ``tokens`` are counted in the sliding window, ``max_parallel_requests`` while they run.
+    :ivar kind: ``requests`` and ``tokens`` are counted in the sliding window, ``max_parallel_requests`` while they run,
+        ``budget`` (micro-units of money) and ``budget_tokens`` in a period.
     :ivar scope: ``""`` for the whole key, else the model that the limit is for.
     :ivar limit: how much there is.
-    :ivar cost: how much this request takes: 1, or for tokens what it is expected to use.
+    :ivar cost: how much this request takes: 1, or for tokens and money what it is expected to use.
+    :ivar period: of a budget: when its period began, whole seconds since the epoch.
     """
 
     kind: Kind
     scope: str
     limit: int = field(validator=[ge(0), le(MAX_AMOUNT)])
     cost: int = field(validator=[ge(0), le(MAX_AMOUNT)])
+    period: int = 0
 
     def __attrs_post_init__(self) -> None:
         if self.kind == "max_parallel_requests" and self.cost != 1:
             raise ValueError("a request takes one place of max_parallel_requests")
+        if self.kind in BUDGETS and self.scope:
+            raise ValueError("a budget is for the whole key")
 
 
 @frozen
@@ -62,7 +70,8 @@ class Ask:
 class Granted:
     """All was taken.
 
-    :ivar remaining: for each rule of the ask, what is left of it now; never negative.
+    :ivar remaining: for each rule of the ask, what is left of it now; never negative. Of a budget: what is neither
+        spent nor held.
     """
 
     remaining: tuple[int, ...]
@@ -75,7 +84,7 @@ class Denied:
     :ivar rule: which rule of the ask (its place): of those that refuse, the one that takes the longest to have room.
     :ivar retry_after: seconds until that rule has room, if nobody takes or gives back meanwhile.
     :ivar reset_at: when that is, in seconds since the epoch on the clock of the store.
-    :ivar never: the request costs more than the limit is; waiting does not help.
+    :ivar never: waiting does not help: the request costs more than the limit is, or than is left of a budget.
     """
 
     rule: int

@@ -10,11 +10,12 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from vllmproxy.errors import RateLimited
+from vllmproxy.errors import ApiError, BudgetExceeded, RateLimited
 from vllmproxy.keys.gate import store_down
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.limits.interface import Limiter
-from vllmproxy.limits.values import Ask, Denied, Granted
+from vllmproxy.limits.values import BUDGETS, Ask, Denied, Granted, Rule
+from vllmproxy.relay.demand import NO_DEMAND, Demand, rules_of
 from vllmproxy.relay.headers import fresh_id
 from vllmproxy.store.interface import StoreUnavailable
 
@@ -46,27 +47,55 @@ class Reservation:
 
     :ivar ask: what was asked for; its request id is the proxy's own, as the client's may come twice.
     :ivar remaining: for each rule, what was left.
+    :ivar demand: what it was for.
     """
 
     ask: Ask
     remaining: tuple[int, ...]
+    demand: Demand = NO_DEMAND
 
     @property
     def lines(self) -> bytes:
-        """Header lines that tell the caller how much is left (LiteLLM's names)."""
+        """Header lines that tell the caller how much is left of the key's limits (LiteLLM's names)."""
         lines = b""
         for rule, remaining in zip(self.ask.rules, self.remaining, strict=True):
-            if rule.kind == "requests":
-                lines += b"x-ratelimit-api_key-limit-requests: %d\r\n" % rule.limit
-                lines += b"x-ratelimit-api_key-remaining-requests: %d\r\n" % remaining
+            if rule.kind in ("requests", "tokens") and not rule.scope:
+                kind = rule.kind.encode()
+                lines += b"x-ratelimit-api_key-limit-%s: %d\r\n" % (kind, rule.limit)
+                lines += b"x-ratelimit-api_key-remaining-%s: %d\r\n" % (kind, remaining)
         return lines
+
+    def rule(self, kind: str) -> Rule | None:
+        """Return the rule of the whole key that is of this kind."""
+        return next((rule for rule in self.ask.rules if rule.kind == kind and not rule.scope), None)
+
+    def held(self, kind: str) -> int:
+        """Return what a budget holds for this request until its usage event is added."""
+        rule = self.rule(kind)
+        return 0 if rule is None else rule.cost
+
+    @property
+    def period(self) -> int:
+        """When the budget's period began that this was taken in; 0 without a budget."""
+        return next((rule.period for rule in self.ask.rules if rule.kind in BUDGETS), 0)
+
+    def used_of_budget(self) -> int:
+        """Return how much money is spent or held, this request's share included."""
+        for rule, remaining in zip(self.ask.rules, self.remaining, strict=True):
+            if rule.kind == "budget":
+                return rule.limit - remaining
+        return 0
 
 
 class Quotas:
-    """Takes from a limiter, gives back, and keeps the leases of running requests alive."""
+    """Takes from a limiter, gives back, and keeps the leases of running requests alive.
 
-    def __init__(self, limiter: Limiter, clock: IReactorTime) -> None:
+    :param budget_status: the HTTP status of a budget that is used up.
+    """
+
+    def __init__(self, limiter: Limiter, clock: IReactorTime, budget_status: int = 422) -> None:
         self._limiter = limiter
+        self._budget_status = budget_status
         self._leases: dict[str, set[str]] = {}
         self._renewing = LoopingCall(self._renew)
         self._renewing.clock = clock
@@ -77,39 +106,58 @@ class Quotas:
         self._retrying = LoopingCall(self._retry)
         self._retrying.clock = clock
 
-    def reserve(self, key: VirtualKey) -> Reservation | Deferred[Reservation] | None:
-        """Take what one request of ``key`` costs; ``None`` where the key has no limits.
+    def reserve(self, key: VirtualKey, demand: Demand = NO_DEMAND) -> Reservation | Deferred[Reservation] | None:
+        """Take what ``demand`` costs ``key``; ``None`` where the key has no limits.
 
-        Raises, or fails with, :class:`RateLimited`, and :class:`StoreDown` while nobody can count.
+        Raises, or fails with, :class:`RateLimited`, :class:`BudgetExceeded`, and :class:`StoreDown` while nobody can
+        count.
         """
-        rules = key.rules
+        rules = rules_of(key, demand, self._clock.seconds())
         if not rules:
             return None
         ask = Ask(key.token, fresh_id().decode("ascii"), rules)
         decision = self._limiter.reserve(ask)
         if isinstance(decision, Deferred):
-            return decision.addCallbacks(self._decided, _cannot_count, callbackArgs=(ask,))
-        return self._decided(decision, ask)
+            return decision.addCallbacks(self._decided, _cannot_count, callbackArgs=(ask, key, demand))
+        return self._decided(decision, ask, key, demand)
 
-    def _decided(self, decision: Granted | Denied, ask: Ask) -> Reservation:
+    def _decided(self, decision: Granted | Denied, ask: Ask, key: VirtualKey, demand: Demand) -> Reservation:
         if isinstance(decision, Denied):
-            raise _refusal(decision, ask)
+            raise self._refusal(decision, ask, key)
         if any(rule.kind == "max_parallel_requests" for rule in ask.rules):
             self._leases.setdefault(ask.key, set()).add(ask.request_id)
             if not self._renewing.running:
                 self._renewing.start(RENEWAL, now=False)
-        return Reservation(ask, decision.remaining)
+        return Reservation(ask, decision.remaining, demand)
 
-    def settle(self, reservation: Reservation, *, forwarded: bool) -> None:
-        """Give back what was not used: all of it, where the request was never forwarded."""
+    def settle(self, reservation: Reservation, *, forwarded: bool, tokens: int | None = None) -> None:
+        """Give back what was not used: all of it, where the request was never forwarded. What is held of a budget stays
+        held until the usage event is added.
+
+        :param tokens: what the request has used, ``None`` where nobody knows: then the estimate counts.
+        """
         ask = reservation.ask
         held = self._leases.get(ask.key)
         if held is not None:
             held.discard(ask.request_id)
             if not held:
                 del self._leases[ask.key]
-        costs = tuple(None if forwarded else 0 for _ in ask.rules)
+        costs = tuple(_cost(rule, forwarded, tokens) for rule in ask.rules)
         self._tell(_Debt(ask.key, ask.request_id, costs, self._clock.seconds() + WINDOW))
+
+    def _refusal(self, denied: Denied, ask: Ask, key: VirtualKey) -> ApiError:
+        rule = ask.rules[denied.rule]
+        if rule.kind not in BUDGETS:
+            return _rate_limited(denied, rule, ask.key)
+        now = self._clock.seconds()
+        _, ends = key.budget.period(now)
+        limit = f"{rule.limit / 1e6:g}" if rule.kind == "budget" else f"{rule.limit} tokens"
+        message = f"Budget has been exceeded! What is left of {limit} is less than this request may cost."
+        if ends is None:
+            return BudgetExceeded(message, status=self._budget_status)
+        headers = ((b"retry-after", b"%d" % max(math.ceil(ends - now), 1)), (b"reset_at", _time(ends).encode()))
+        message += f" It begins anew at {_time(ends)}."
+        return BudgetExceeded(message, status=self._budget_status, headers=headers)
 
     def _tell(self, debt: "_Debt") -> None:
         settled = self._limiter.settle(debt.key, debt.request_id, debt.costs)
@@ -153,18 +201,31 @@ class Quotas:
         await DeferredList(list(self._telling))
 
 
-def _refusal(denied: Denied, ask: Ask) -> RateLimited:
-    rule = ask.rules[denied.rule]
-    reset_at = datetime.fromtimestamp(denied.reset_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+def _cost(rule: Rule, forwarded: bool, tokens: int | None) -> int | None:
+    if rule.kind in BUDGETS:
+        return None
+    if not forwarded:
+        return 0
+    return tokens if rule.kind == "tokens" else None
+
+
+def _rate_limited(denied: Denied, rule: Rule, token: str) -> RateLimited:
+    reset_at = _time(denied.reset_at)
+    for_model = f" for model {rule.scope}" if rule.scope else ""
+    hint = " The request asks for more than that limit at once: waiting does not help." if denied.never else ""
     return RateLimited(
-        f"Rate limit exceeded for api_key: {ask.key}. Limit type: {rule.kind}. Current limit: {rule.limit}, "
-        f"Remaining: 0. Limit resets at: {reset_at}",
+        f"Rate limit exceeded for api_key: {token}{for_model}. Limit type: {rule.kind}. Current limit: {rule.limit}, "
+        f"Remaining: 0. Limit resets at: {reset_at}{hint}",
         headers=(
             (b"retry-after", b"%d" % max(math.ceil(denied.retry_after), 1)),
             (b"rate_limit_type", rule.kind.encode()),
             (b"reset_at", reset_at.encode()),
         ),
     )
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _cannot_count(reason: Failure) -> Failure:

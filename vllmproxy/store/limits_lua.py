@@ -2,7 +2,9 @@
 
 A window is a hash: ``head`` and ``tail``, the numbers of the oldest and the newest bucket, ``start``, when the newest
 began, ``total``, and for each bucket N ``tN``, when it took something last, and ``aN``, its amount. Places are a sorted
-set of request ids by the end of their lease. A reservation is what was taken for one request, empty once it is settled.
+set of request ids by the end of their lease. An account is a hash: ``period``, ``spend`` and ``tokens``, and what
+requests under way hold of it, ``held`` and ``held_tokens``; ``touched`` is when something was held last: what nobody
+let go of within a day was lost with a proxy. A reservation is what was taken for one request, empty once it is settled.
 All times are microseconds. Every script starts with ARGV[1], the time on the server's clock after which it must not do
 anything, as nobody waits for it any more. Every answer starts with what happened, and the time on the server's clock.
 """
@@ -72,13 +74,37 @@ local function take(window, width, now, cost)
 end
 """
 
+# Kind of rule → what it counts of an account, and what it holds there.
+_ACCOUNT = """
+local spent = {budget = 'spend', budget_tokens = 'tokens'}
+local holds = {budget = 'held', budget_tokens = 'held_tokens'}
+local forgotten = 86400000000
+
+local function begin(name, period, now)
+  local fields = redis.call('HMGET', name, 'period', 'touched')
+  local current = tonumber(fields[1]) or -1
+  if period > current then
+    redis.call('HSET', name, 'period', period, 'spend', 0, 'tokens', 0, 'held', 0, 'held_tokens', 0)
+    return period
+  end
+  if now - tonumber(fields[2] or 0) > forgotten then redis.call('HSET', name, 'held', 0, 'held_tokens', 0) end
+  return current
+end
+
+local function used_of(name, kind)
+  local fields = redis.call('HMGET', name, spent[kind], holds[kind])
+  return tonumber(fields[1] or 0) + tonumber(fields[2] or 0)
+end
+"""
+
 #: KEYS: the key's clock, the reservation, each rule's counter. ARGV: not after, the request id, the lengths of window,
-#: bucket, lease and pause, milliseconds to keep things; of each rule its kind, limit and cost.
+#: bucket, lease and pause, milliseconds to keep things; of each rule its kind, limit, cost and period.
 #: Answers GRANTED, now, what remains of each; or REFUSED, now, which rule (from 0), wait, 1 if that is for ever.
 RESERVE: Final = (
     _PUNCTUAL
     + _STEADY
     + _WINDOW
+    + _ACCOUNT
     + """
 local id, kept = ARGV[2], ARGV[7]
 local length, width, lease, pause = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -87,12 +113,15 @@ local steady = steady_time(KEYS[1], now, kept)
 
 local rules, longest, refusing = {}, 0, nil
 for place = 3, #KEYS do
-  local from = 8 + (place - 3) * 3
+  local from = 8 + (place - 3) * 4
   local rule = {name = KEYS[place], kind = ARGV[from], limit = tonumber(ARGV[from + 1]),
-                cost = tonumber(ARGV[from + 2])}
+                cost = tonumber(ARGV[from + 2]), period = tonumber(ARGV[from + 3])}
   local delay = 0
   if rule.cost > rule.limit then
     delay = math.huge
+  elseif holds[rule.kind] then
+    rule.is_current = begin(rule.name, rule.period, now) == rule.period
+    if used_of(rule.name, rule.kind) + rule.cost > rule.limit then delay = math.huge end
   elseif rule.kind == 'max_parallel_requests' then
     redis.call('ZREMRANGEBYSCORE', rule.name, '-inf', steady)
     rule.used = redis.call('ZCARD', rule.name)
@@ -112,15 +141,21 @@ end
 local taken, answer = {}, {1, now}
 for place, rule in ipairs(rules) do
   local bucket, used = false, nil
-  if rule.window then
+  if holds[rule.kind] then
+    bucket = holds[rule.kind]
+    if rule.is_current then redis.call('HINCRBY', rule.name, bucket, rule.cost) end
+    redis.call('HSET', rule.name, 'touched', now)
+    used = used_of(rule.name, rule.kind)
+  elseif rule.window then
     bucket = take(rule.window, width, steady, rule.cost)
     used = rule.window.total
+    redis.call('PEXPIRE', rule.name, kept)
   else
     redis.call('ZADD', rule.name, steady + lease, id)
     used = rule.used + 1
+    redis.call('PEXPIRE', rule.name, kept)
   end
-  redis.call('PEXPIRE', rule.name, kept)
-  taken[place] = {rule.name, bucket, rule.cost}
+  taken[place] = {rule.name, bucket, rule.cost, rule.period}
   answer[place + 2] = math.max(0, rule.limit - used)
 end
 redis.call('SET', KEYS[2], cmsgpack.pack(taken), 'PX', kept)
@@ -137,10 +172,14 @@ local reservation = redis.call('GET', KEYS[1])
 if not reservation or reservation == '' then return {0, now} end
 redis.call('SET', KEYS[1], '', 'PX', ARGV[3])
 for place, rule in ipairs(cmsgpack.unpack(reservation)) do
-  local name, bucket, cost = rule[1], rule[2], rule[3]
+  local name, bucket, cost, period = rule[1], rule[2], rule[3], rule[4]
   local used = tonumber(ARGV[3 + place] or '')
   if not bucket then
     redis.call('ZREM', name, ARGV[2])
+  elseif type(bucket) == 'string' then
+    if used and tonumber(redis.call('HGET', name, 'period') or -1) == period then
+      redis.call('HINCRBY', name, bucket, used - cost)
+    end
   elseif used and redis.call('HEXISTS', name, 'a' .. bucket) == 1 then
     redis.call('HINCRBY', name, 'a' .. bucket, used - cost)
     redis.call('HINCRBY', name, 'total', used - cost)

@@ -1,41 +1,78 @@
 """The limits of one process, in its memory; also those of a proxy whose keys are in SQLite."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 
+from vllmproxy.limits.accounts import Accounts, has_budget
 from vllmproxy.limits.leases import Leases
 from vllmproxy.limits.spans import Spans, micros
 from vllmproxy.limits.steady import Steady
-from vllmproxy.limits.values import BUSY_RETRY_AFTER, MAX_AMOUNT, Ask, Denied, DuplicateRequest, Granted, Rule
+from vllmproxy.limits.values import (
+    BUDGETS,
+    BUSY_RETRY_AFTER,
+    MAX_AMOUNT,
+    Ask,
+    Denied,
+    DuplicateRequest,
+    Granted,
+    Rule,
+)
 from vllmproxy.limits.window import Window
+from vllmproxy.usage.sums import NO_ACCOUNT, Account
 
 
 class MemoryLimiter:
     """The :class:`~vllmproxy.limits.interface.Limiter` that answers at once and is gone with the process.
 
     What is kept of a key goes when nothing of it counts any more: when it has not been used for a window or a lease.
+    Only the first request of a key with a budget waits: for the store to tell what the key has spent.
 
     :param window: seconds of the sliding window.
     :param lease: seconds of a lease; renew it three times as often.
+    :param read_account: asks the store; left out, nothing was spent before.
+    :ivar accounts: the store tells it what is added to them.
     """
 
-    def __init__(self, clock: IReactorTime, *, window: float = 60.0, lease: float = 45.0) -> None:
+    def __init__(
+        self,
+        clock: IReactorTime,
+        *,
+        window: float = 60.0,
+        lease: float = 45.0,
+        read_account: Callable[[str], Awaitable[Account]] | None = None,
+    ) -> None:
         self._clock = clock
         self._spans = Spans.of(window, lease)
         self._steady = Steady()
         self._keys: Leases[_Counters] = Leases(self._spans.kept)
+        self._read_account = read_account
+        self.accounts = Accounts()
 
     def __len__(self) -> int:
         """The number of keys that something is kept of."""
         return self._keys.count(self._now())
 
-    def reserve(self, ask: Ask) -> Granted | Denied:
+    def reserve(self, ask: Ask) -> Granted | Denied | Deferred[Granted | Denied]:
         if not ask.rules:
             return Granted(())
+        if has_budget(ask) and ask.key not in self.accounts:
+            return Deferred.fromCoroutine(self._reserve_first(ask))
+        return self._reserve(ask)
+
+    async def _reserve_first(self, ask: Ask) -> Granted | Denied:
+        while ask.key not in self.accounts:
+            changes = self.accounts.changes
+            account = NO_ACCOUNT if self._read_account is None else await self._read_account(ask.key)
+            if changes == self.accounts.changes:  # else it may have been read before the change, and told after it
+                self.accounts.open(ask.key, account)
+        return self._reserve(ask)
+
+    def _reserve(self, ask: Ask) -> Granted | Denied:
         now = self._now()
         self._keys.count(now)
-        counters = self._keys.get(now, ask.key) or _Counters(self._spans)
+        counters = self._keys.get(now, ask.key) or _Counters(self._spans, self.accounts)
         denied = counters.check(now, ask, micros(self._clock.seconds()))
         if denied is not None:
             return denied
@@ -65,8 +102,9 @@ class MemoryLimiter:
 class _Counters:
     """What is kept of one key."""
 
-    def __init__(self, spans: Spans) -> None:
+    def __init__(self, spans: Spans, accounts: Accounts) -> None:
         self._spans = spans
+        self._accounts = accounts
         self._windows: dict[tuple[str, str], Window] = {}
         self._places: dict[str, Leases[Ask]] = {}
         #: The requests that are not settled, and in which bucket each of their rules was taken.
@@ -80,7 +118,7 @@ class _Counters:
         """
         if self._reserved.get(now, ask.request_id) or self._settled.get(now, ask.request_id):
             raise DuplicateRequest
-        waits = [self._wait(now, rule) for rule in ask.rules]
+        waits = [self._wait(now, ask.key, rule) for rule in ask.rules]
         longest = max(waits)
         if longest <= 0:
             return None
@@ -93,16 +131,18 @@ class _Counters:
         buckets, remaining = [], []
         for rule in ask.rules:
             bucket = 0
-            if rule.kind == "max_parallel_requests":
+            if rule.kind in BUDGETS:
+                left = self._accounts.hold(ask.key, rule)
+            elif rule.kind == "max_parallel_requests":
                 places = self._places_of(rule)
                 places.take(now, ask.request_id, ask)
-                used = places.count(now)
+                left = rule.limit - places.count(now)
             else:
                 window = self._window_of(rule)
                 bucket = window.take(now, rule.cost)
-                used = window.total
+                left = rule.limit - window.total
             buckets.append(bucket)
-            remaining.append(max(0, rule.limit - used))
+            remaining.append(max(0, left))
         self._reserved.take(now, ask.request_id, (ask, buckets))
         self._reserved.count(now)
         return tuple(remaining)
@@ -119,8 +159,14 @@ class _Counters:
         for rule, bucket, used in zip(ask.rules, buckets, costs + (None,) * len(buckets), strict=False):
             if rule.kind == "max_parallel_requests":
                 self._places_of(rule).end(request_id)
-            elif used is not None:
-                self._window_of(rule).settle(bucket, min(max(used, 0), MAX_AMOUNT) - rule.cost)
+                continue
+            if used is None:
+                continue
+            amount = min(max(used, 0), MAX_AMOUNT)
+            if rule.kind in BUDGETS:
+                self._accounts.settle(ask.key, rule, amount)
+            else:
+                self._window_of(rule).settle(bucket, amount - rule.cost)
         return True
 
     def renew(self, now: int, request_id: str) -> bool:
@@ -132,8 +178,10 @@ class _Counters:
         renewed = [places.renew(now, request_id) for places in held]
         return any(renewed) and self._reserved.renew(now, request_id)
 
-    def _wait(self, now: int, rule: Rule) -> int:
+    def _wait(self, now: int, token: str, rule: Rule) -> int:
         """Return how long it takes until there is room, in microseconds, or ``_NEVER``."""
+        if rule.kind in BUDGETS:
+            return 0 if self._accounts.has_room(token, rule) else _NEVER
         if rule.kind != "max_parallel_requests":
             wait = self._window_of(rule).wait(now, rule.limit, rule.cost)
             return _NEVER if wait is None else wait

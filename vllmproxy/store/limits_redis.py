@@ -1,12 +1,13 @@
 """The limits that several proxies share, in Redis (6.2 or newer) or Valkey.
 
-What is kept, all of it with a time to live, and all of a key under one hash tag::
+What is kept, all of it but the account with a time to live, and all of a key under one hash tag::
 
     vllmproxy:{TOKEN}:clock                               steady time, see vllmproxy.limits.steady
     vllmproxy:{TOKEN}:requests:MODEL                      a window; no MODEL: of the whole key
     vllmproxy:{TOKEN}:tokens:MODEL                        a window
     vllmproxy:{TOKEN}:max_parallel_requests:MODEL         who holds a place
     vllmproxy:{TOKEN}:request:ID                          what was taken for a request
+    vllmproxy:{TOKEN}:budget                              the account, for as long as there is the key
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from twisted.internet.interfaces import IReactorTime
 from txredisapi import RedisError
 
 from vllmproxy.limits.spans import Spans, micros
-from vllmproxy.limits.values import BUSY_RETRY_AFTER, MAX_AMOUNT, Ask, Denied, DuplicateRequest, Granted
+from vllmproxy.limits.values import BUDGETS, BUSY_RETRY_AFTER, MAX_AMOUNT, Ask, Denied, DuplicateRequest, Granted
 from vllmproxy.limits.window import bucket_width
 from vllmproxy.store.calls import Calls
 from vllmproxy.store.interface import StoreUnavailable
@@ -69,8 +70,8 @@ class RedisLimiter:
         names = [_name(ask.key, "clock"), _name(ask.key, "request", ask.request_id)]
         words: list[Any] = [name_bytes(ask.request_id), *self._lengths]
         for rule in ask.rules:
-            names.append(_name(ask.key, rule.kind, rule.scope))
-            words += rule.kind, rule.limit, rule.cost
+            names.append(account_name(ask.key) if rule.kind in BUDGETS else _name(ask.key, rule.kind, rule.scope))
+            words += rule.kind, rule.limit, rule.cost, rule.period
         call = self._call(RESERVE, names, words, self._timeout)
         answered = False
         try:
@@ -169,3 +170,8 @@ class _Call:
 
 def _name(key: str, *parts: str) -> bytes:
     return b"vllmproxy:{%b}:%b" % (name_bytes(key), name_bytes(":".join(parts)))
+
+
+def account_name(key: str) -> bytes:
+    """Return where a key's account is kept."""
+    return _name(key, "budget")

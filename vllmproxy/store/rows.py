@@ -28,7 +28,7 @@ def load_row(text: str | bytes) -> VirtualKey:
     """
     fields: Any = json.loads(text)
     try:
-        lists = {name: tuple(fields.get(name, ())) for name in ("tags", "allowed_routes")}
+        lists = {name: tuple(fields.get(name, ())) for name in ("tags", "allowed_routes", "models")}
         key = VirtualKey(**{**fields, **lists})
         key.policy  # noqa: B018  # compiled here, so that a key which cannot be judged is never in anybody's hands
     except (AttributeError, TypeError, ValueError) as error:

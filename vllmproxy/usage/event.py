@@ -1,6 +1,7 @@
 """What one request used, as it is written down and added to the sums exactly once."""
 
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any, Literal, Self
 
 import attrs
@@ -61,8 +62,7 @@ class UsageEvent:
 
     def as_json(self) -> dict[str, Any]:
         """Return what :meth:`of_json` reads; what is as by default is left out."""
-        values = attrs.asdict(self)
-        return {name: value for name, value in values.items() if value != _DEFAULTS.get(name)}
+        return {name: value for name, value in zip(_NAMES, _values(self), strict=True) if value != _DEFAULTS.get(name)}
 
     @classmethod
     def of_json(cls, fields: dict[str, Any]) -> Self:
@@ -73,4 +73,6 @@ class UsageEvent:
         return cls(**fields)
 
 
+_NAMES = tuple(a.name for a in attrs.fields(UsageEvent))
+_values = attrgetter(*_NAMES)
 _DEFAULTS = {a.name: a.default for a in attrs.fields(UsageEvent) if a.default is not attrs.NOTHING}

@@ -1,0 +1,117 @@
+"""What keys have spent of their budgets, and what requests under way hold of them: for one process, in its memory."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Final
+
+from attrs import define
+
+from vllmproxy.limits.values import BUDGETS, Ask, Rule
+from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.sums import Account
+
+#: Accounts that are kept although nobody uses them; they can be read again.
+_MOST_IDLE: Final = 10_000
+
+
+@define
+class _Balance:
+    """One key's account with what is held of it, in one period."""
+
+    period: int
+    spend: int = 0
+    tokens: int = 0
+    held: int = 0
+    held_tokens: int = 0
+
+    def begin(self, period: int) -> None:
+        """Begin anew if ``period`` is a later one."""
+        if period > self.period:
+            self.period = period
+            self.spend = self.tokens = self.held = self.held_tokens = 0
+
+    def used(self, rule: Rule) -> int:
+        if rule.kind == "budget":
+            return self.spend + self.held
+        return self.tokens + self.held_tokens
+
+    def hold(self, rule: Rule, change: int) -> None:
+        if rule.kind == "budget":
+            self.held = max(0, self.held + change)
+        else:
+            self.held_tokens = max(0, self.held_tokens + change)
+
+
+class Accounts:
+    """Balances by token. A key's first comes from the store; see :meth:`open`."""
+
+    def __init__(self) -> None:
+        self._balances: OrderedDict[str, _Balance] = OrderedDict()
+        #: How often something was added: who reads an account meanwhile has to read it again.
+        self.changes = 0
+
+    def __contains__(self, token: str) -> bool:
+        return token in self._balances
+
+    def open(self, token: str, account: Account) -> None:
+        """Begin with what the store knows of a key, unless it is known here."""
+        self._balances.setdefault(token, _Balance(account.period, account.spend, account.tokens))
+        if len(self._balances) > _MOST_IDLE:
+            self._drop_idle()
+
+    def has_room(self, token: str, rule: Rule) -> bool:
+        """Tell whether a budget has room for what ``rule`` takes."""
+        balance = self._balances[token]
+        self._balances.move_to_end(token)
+        balance.begin(rule.period)
+        return balance.used(rule) + rule.cost <= rule.limit
+
+    def hold(self, token: str, rule: Rule) -> int:
+        """Hold what ``rule`` takes, and return what is left. In a period that is over, nothing is held."""
+        balance = self._balances[token]
+        if balance.period == rule.period:
+            balance.hold(rule, rule.cost)
+        return max(0, rule.limit - balance.used(rule))
+
+    def settle(self, token: str, rule: Rule, used: int) -> None:
+        """Hold ``used`` instead of what ``rule`` took, in the same period."""
+        balance = self._balances.get(token)
+        if balance is not None and balance.period == rule.period:
+            balance.hold(rule, used - rule.cost)
+
+    def added(self, events: Sequence[UsageEvent]) -> None:
+        """The store has added ``events``: what they held is spent."""
+        self.changes += 1
+        for event in events:
+            balance = self._balances.get(event.key)
+            if balance is None:
+                continue
+            balance.begin(event.period)
+            if balance.period == event.period:
+                balance.spend += event.spend
+                balance.tokens += event.tokens
+                balance.held = max(0, balance.held - event.held)
+                balance.held_tokens = max(0, balance.held_tokens - event.held_tokens)
+
+    def set(self, token: str, account: Account) -> None:
+        """The store was told what a key has spent."""
+        self.changes += 1
+        balance = self._balances.get(token)
+        if balance is not None:
+            balance.period, balance.spend, balance.tokens = account.period, account.spend, account.tokens
+
+    def forget(self, token: str) -> None:
+        """The key is gone, or its account has come from elsewhere."""
+        self.changes += 1
+        self._balances.pop(token, None)
+
+    def _drop_idle(self) -> None:
+        for token, balance in self._balances.items():
+            if not balance.held and not balance.held_tokens:
+                del self._balances[token]
+                return
+
+
+def has_budget(ask: Ask) -> bool:
+    """Tell whether an ask is for something of an account."""
+    return any(rule.kind in BUDGETS for rule in ask.rules)

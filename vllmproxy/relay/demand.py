@@ -1,0 +1,106 @@
+"""What a request is expected to use, and what of its key's limits it takes for that. Pure."""
+
+from typing import Final
+
+from attrs import frozen
+
+from vllmproxy.keys.key import VirtualKey
+from vllmproxy.limits.values import MAX_AMOUNT, Rule
+
+#: Output tokens of an answer whose request sets no bound.
+DEFAULT_OUTPUT: Final = 1024
+#: Bytes of a body for each token of a prompt, and the most that a prompt is expected to have: what is longer is likely
+#: to be an image or a sound.
+_BYTES_PER_TOKEN: Final = 4
+_MOST_PROMPT: Final = 8192
+
+#: Last segments of the routes that read tokens and make none.
+_READING: Final = frozenset({"embeddings", "embed", "pooling", "classify", "score", "rerank", "generative_scoring"})
+#: … and of those that do neither.
+_COUNTING: Final = frozenset({"tokenize", "detokenize", "count_tokens", "render"})
+
+
+@frozen(kw_only=True)
+class Demand:
+    """What one request is expected to use.
+
+    :ivar asked: the model as the client named it, ``None`` where it named none.
+    :ivar model: what vLLM calls it.
+    :ivar is_bounded: the client said itself how many output tokens it wants at most.
+    :ivar spend: what the tokens cost, in micro-units of money; 0 where there are no prices.
+    """
+
+    asked: str | None = None
+    model: str | None = None
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    is_bounded: bool = False
+    spend: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return self.prompt_tokens + self.output_tokens
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a limit for its model may call that."""
+        return tuple(dict.fromkeys(name for name in (self.asked, self.model) if name is not None))
+
+
+NO_DEMAND: Final = Demand()
+
+
+def expected_tokens(path: str, body_bytes: int, output_bound: int | None) -> tuple[int, int]:
+    """Return how many tokens a request is expected to read and to make.
+
+    :param path: the forwarded path, decoded.
+    :param output_bound: what the client said that it wants at most, in all answers together.
+    """
+    last = path.rstrip("/").rpartition("/")[2]
+    if last in _COUNTING:
+        return 0, 0
+    prompt = min(-(-body_bytes // _BYTES_PER_TOKEN), _MOST_PROMPT)
+    if last in _READING:
+        return prompt, 0
+    return prompt, DEFAULT_OUTPUT if output_bound is None else min(output_bound, MAX_AMOUNT)
+
+
+def rules_of(key: VirtualKey, demand: Demand, now: float) -> tuple[Rule, ...]:
+    """Return what ``demand`` takes of each of the key's limits at ``now`` (epoch seconds)."""
+    rules = []
+    if key.rpm_limit is not None:
+        rules.append(Rule("requests", "", key.rpm_limit, 1))
+    if key.tpm_limit is not None:
+        rules.append(Rule("tokens", "", key.tpm_limit, _cost(demand, demand.tokens, key.tpm_limit)))
+    for name in demand.names:
+        rpm, tpm = key.model_rpm_limit.get(name), key.model_tpm_limit.get(name)
+        if rpm is not None:
+            rules.append(Rule("requests", name, rpm, 1))
+        if tpm is not None:
+            rules.append(Rule("tokens", name, tpm, _cost(demand, demand.tokens, tpm)))
+    if key.max_parallel_requests is not None:
+        rules.append(Rule("max_parallel_requests", "", key.max_parallel_requests, 1))
+    if key.budget.is_limited:
+        rules += _budget_rules(key, demand, now)
+    return tuple(rules)
+
+
+def _budget_rules(key: VirtualKey, demand: Demand, now: float) -> list[Rule]:
+    budget = key.budget
+    period, _ = budget.period(now)
+    rules = []
+    if budget.is_priced:
+        limit = MAX_AMOUNT if budget.money is None else budget.money
+        rules.append(Rule("budget", "", limit, _cost(demand, demand.spend, limit), period))
+    if budget.tokens is not None:
+        rules.append(Rule("budget_tokens", "", budget.tokens, _cost(demand, demand.tokens, budget.tokens), period))
+    return rules
+
+
+def _cost(demand: Demand, expected: int, limit: int) -> int:
+    """Return what is taken of a limit. A guess of ours alone never makes a request too large for it."""
+    cost = min(expected, MAX_AMOUNT)
+    if not demand.is_bounded:
+        cost = min(cost, limit)
+    return max(cost, 1) if expected else 0

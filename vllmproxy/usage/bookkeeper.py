@@ -1,0 +1,269 @@
+"""Brings what was used from the journal to the store: in order, in batches, and again until the store has it."""
+
+import secrets
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import LoopingCall
+from twisted.internet.threads import deferToThreadPool
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from vllmproxy.store.interface import Store, StoreUnavailable
+from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.journal import Journal, Numbered, journals_in
+
+_log = Logger()
+
+#: Seconds between two batches.
+FLUSH_SECONDS: Final = 0.25
+#: Events in one call to the store, and events kept in memory for it; more are read from the file again.
+_BATCH: Final = 500
+_MOST_PENDING: Final = 10_000
+#: Bytes of a journal after which another is begun, and of all of them together.
+_ROTATE: Final = 8 << 20
+MOST_BYTES: Final = 256 << 20
+
+
+class CannotWriteDown(Exception):
+    """The journal takes no more: its disk is full, or the store has been away for too long."""
+
+
+class _Pages(Protocol):
+    """What a book needs of a journal."""
+
+    writer: str
+    size: int
+    written: int
+    open: dict[str, UsageEvent]
+
+    def begin(self, id: str, expected: UsageEvent) -> None: ...
+
+    def end(self, id: str, event: UsageEvent) -> Numbered: ...
+
+    def read(self, offset: int, number: int, most: int) -> list[Numbered]: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def remove(self) -> None: ...
+
+
+class Unwritten:
+    """The journal of a store that forgets: nothing is written, all events wait in memory."""
+
+    def __init__(self) -> None:
+        self.writer = secrets.token_hex(8)
+        self.size = 0
+        self.written = 0
+        self.open: dict[str, UsageEvent] = {}
+
+    def begin(self, id: str, expected: UsageEvent) -> None:
+        self.open[id] = expected
+
+    def end(self, id: str, event: UsageEvent) -> Numbered:
+        self.open.pop(id, None)
+        self.written += 1
+        return Numbered(self.written, event, 0)
+
+    def read(self, offset: int, number: int, most: int) -> list[Numbered]:
+        return []
+
+    def sync(self) -> None:
+        """There is no disk."""
+
+    def close(self) -> None:
+        """There is no file."""
+
+    def remove(self) -> None:
+        """There is no file."""
+
+
+class Book:
+    """A journal and how far the store has come with it.
+
+    :ivar added: the number of the last event that the store has.
+    """
+
+    def __init__(self, journal: _Pages) -> None:
+        self.journal = journal
+        self.added = 0
+        self._offset = 0
+        self._pending: deque[Numbered] = deque()
+        self._synced = 0
+
+    def end(self, id: str, event: UsageEvent) -> None:
+        """Write down what a request used, and keep it for the store if nothing before it was left out."""
+        numbered = self.journal.end(id, event)
+        last = self._pending[-1].number if self._pending else self.added
+        if numbered.number == last + 1 and len(self._pending) < _MOST_PENDING:
+            self._pending.append(numbered)
+
+    def batch(self) -> list[Numbered]:
+        """Return what the store is to have next."""
+        if self._pending:
+            return [self._pending[place] for place in range(min(_BATCH, len(self._pending)))]
+        if self.added < self.journal.written:
+            return self.journal.read(self._offset, self.added + 1, _BATCH)
+        return []
+
+    def has(self, batch: list[Numbered]) -> None:
+        """The store has it."""
+        self.added, self._offset = batch[-1].number, batch[-1].end
+        while self._pending and self._pending[0].number <= self.added:
+            self._pending.popleft()
+
+    def needs_sync(self) -> bool:
+        """Whether something was written since this was asked last."""
+        synced, self._synced = self._synced, self.journal.size
+        return self._synced > synced
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing of it is left to be done."""
+        return self.added == self.journal.written and not self.journal.open
+
+
+class Entry:
+    """One request in the journal."""
+
+    __slots__ = ("_book", "_id")
+
+    def __init__(self, book: Book, id: str) -> None:
+        self._book = book
+        self._id = id
+
+    def end(self, event: UsageEvent) -> None:
+        """It is over. Where that cannot be written down, it is counted as expected when the proxy starts again."""
+        try:
+            self._book.end(self._id, event)
+        except OSError as error:
+            _log.error("What a request used cannot be written down: {error}", error=str(error))
+
+
+class Bookkeeper:
+    """Takes the usage of requests and has the store add it.
+
+    :param directory: where journals are kept; ``None``: nowhere, for a store that forgets.
+    :param reactor: tells the time, and has threads for waiting on the disk.
+    """
+
+    def __init__(self, store: Store, reactor: Any, directory: Path | None, *, most_bytes: int = MOST_BYTES) -> None:
+        self._store = store
+        self._reactor = reactor
+        self._directory = directory
+        self._most_bytes = most_bytes
+        self._books: list[Book] = []
+        self._ids = 0
+        self._flushing: Deferred[None] | None = None
+        self._is_late = False
+        self._loop = LoopingCall(self.flush)
+        self._loop.clock = reactor
+
+    def open(self) -> None:
+        """Take over what was left behind, and begin a journal. Raises ``OSError``."""
+        if self._directory is not None:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for path in journals_in(self._directory):
+                left = Journal.adopt(path)
+                if left is not None:
+                    _log.info("{count} requests of an earlier run are being counted", count=left.written)
+                    self._books.append(Book(left))
+        self._begin_journal()
+        self._loop.start(FLUSH_SECONDS, now=False)
+
+    def _begin_journal(self) -> None:
+        journal = Unwritten() if self._directory is None else Journal.create(self._directory)
+        self._books.append(Book(journal))
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return sum(book.journal.size for book in self._books)
+
+    def begin(self, expected: UsageEvent) -> Entry:
+        """Write down that a request begins. Raises :class:`CannotWriteDown`: then it must not.
+
+        :param expected: what it is counted as should the proxy be killed before it is over.
+        """
+        book = self._books[-1]
+        self._ids += 1
+        id = str(self._ids)
+        try:
+            if book.journal.size > _ROTATE:
+                if self.size > self._most_bytes:
+                    raise CannotWriteDown("the journal of usage is full")
+                self._begin_journal()
+                book = self._books[-1]
+            book.journal.begin(id, expected)
+        except OSError as error:
+            raise CannotWriteDown(str(error)) from error
+        return Entry(book, id)
+
+    def flush(self) -> Deferred[None]:
+        """Have the store add what there is; one such call at a time."""
+        if self._flushing is None:
+            self._flushing = Deferred.fromCoroutine(self._flush())
+            self._flushing.addErrback(self._not_flushed)
+            self._flushing.addBoth(self._flushed)
+        waiter: Deferred[None] = Deferred()
+        self._flushing.addBoth(_tell(waiter))
+        return waiter
+
+    async def _flush(self) -> None:
+        for book in list(self._books):
+            if book.needs_sync():
+                await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), book.journal.sync)
+        for book in list(self._books):
+            while batch := book.batch():
+                await self._store.add_usage(book.journal.writer, batch[0].number, [each.event for each in batch])
+                book.has(batch)
+            if book.is_done and book is not self._books[-1]:
+                await self._remove(book)
+        if self._is_late:
+            self._is_late = False
+            _log.info("The store has all usage again")
+
+    async def _remove(self, book: Book) -> None:
+        """The file first: without it the events cannot come again, whatever the store remembers."""
+        self._books.remove(book)
+        book.journal.remove()
+        await self._store.forget_writer(book.journal.writer)
+
+    def _flushed(self, result: Any) -> Any:
+        self._flushing = None
+        return result
+
+    def _not_flushed(self, reason: Failure) -> None:
+        if not self._is_late:
+            self._is_late = True
+            if reason.check(StoreUnavailable):
+                _log.warn("The store is away: usage waits in the journal")
+            else:
+                _log.failure("Adding usage failed; it waits in the journal", reason)
+
+    async def close(self) -> None:
+        """Have the store add what it can now; the rest waits for the next start."""
+        if not self._loop.running:
+            return
+        self._loop.stop()
+        await self.flush()  # one that is under way may have looked before the last event came
+        await self.flush()
+        books, self._books = self._books, []
+        for book in books:
+            if book.is_done:
+                book.journal.remove()
+            else:
+                book.journal.close()
+
+
+def _tell(waiter: Deferred[None]) -> Callable[[Any], Any]:
+    def tell(result: Any) -> Any:
+        waiter.callback(None)
+        return result
+
+    return tell

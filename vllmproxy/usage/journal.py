@@ -1,0 +1,183 @@
+"""What was used, written down before anybody is told: a file that outlives the process and waits for the store.
+
+One line for each thing that happens, in the order in which it does::
+
+    {"writer": "8f3c…"}                     the first line: what its events are numbered under
+    ["+", "ID", {…}]                        a request begins; what it is counted as should the proxy be killed
+    ["-", "ID", {…}]                        it is over: the next event
+
+Events are numbered 1, 2, 3 … by the order of their ``-`` lines, so that the same file gives the same numbers whoever
+reads it. A line is one ``write``: killing the process loses nothing, and a line that a power cut tore is passed over.
+"""
+
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from attrs import evolve, frozen
+from twisted.logger import Logger
+
+from vllmproxy.usage.event import UsageEvent
+
+_log = Logger()
+
+_SUFFIX = ".journal"
+
+
+@frozen
+class Numbered:
+    """An event with its number, and where the line after it begins."""
+
+    number: int
+    event: UsageEvent
+    end: int
+
+
+class Journal:
+    """One file, open for appending, and locked against every other process.
+
+    :ivar writer: what the store knows its events under.
+    :ivar size: bytes.
+    :ivar written: how many events it holds.
+    :ivar open: the requests that have begun and are not over.
+    """
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self._descriptor = descriptor
+        self.writer = ""
+        self.size = 0
+        self.written = 0
+        self.open: dict[str, UsageEvent] = {}
+
+    @classmethod
+    def create(cls, directory: Path) -> "Journal":
+        """Begin a new one. Raises ``OSError``."""
+        name = secrets.token_hex(8)
+        path = directory / f"{name}{_SUFFIX}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        journal = cls(path, os.open(path, flags, 0o600))
+        fcntl.flock(journal._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        journal.writer = name
+        journal._append({"writer": name})
+        return journal
+
+    @classmethod
+    def adopt(cls, path: Path) -> "Journal | None":
+        """Take over what a process left that is no more; ``None`` where there is nothing in it, or it still runs.
+
+        Requests that it was killed in the middle of are counted as they were expected to be.
+        """
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        journal = cls(path, descriptor)
+        if not journal._recover():
+            journal.remove()
+            return None
+        return journal
+
+    def begin(self, id: str, expected: UsageEvent) -> None:
+        """Write down that a request begins. Raises ``OSError``: then it must not."""
+        self._append(["+", id, expected.as_json()])
+        self.open[id] = expected
+
+    def end(self, id: str, event: UsageEvent) -> Numbered:
+        """Write down what a request used. Raises ``OSError``: then it is counted as expected when this is adopted."""
+        self._append(["-", id, event.as_json()])
+        self.open.pop(id, None)
+        self.written += 1
+        return Numbered(self.written, event, self.size)
+
+    def read(self, offset: int, number: int, most: int) -> list[Numbered]:
+        """Return up to ``most`` events from the line at ``offset`` on, the first of which has the number ``number``."""
+        found: list[Numbered] = []
+        for line, end in self._lines(offset):
+            event = _event_of(line)
+            if event is not None:
+                found.append(Numbered(number + len(found), event, end))
+                if len(found) == most:
+                    break
+        return found
+
+    def sync(self) -> None:
+        """Return when the disk has it. Blocks."""
+        os.fdatasync(self._descriptor)
+
+    def close(self) -> None:
+        """Let go of the file: whoever comes next may adopt it."""
+        os.close(self._descriptor)
+
+    def remove(self) -> None:
+        """The store has all of it."""
+        self.path.unlink(missing_ok=True)
+        self.close()
+
+    def _append(self, line: Any) -> None:
+        text = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        written = os.write(self._descriptor, text)
+        if written != len(text):  # a full disk took a part: the next line must not continue it
+            os.ftruncate(self._descriptor, self.size)
+            raise OSError(f"{self.path} took only a part of a line: the disk is full")
+        self.size += written
+
+    def _recover(self) -> bool:
+        """Read all of it; end what has begun. False where there is nothing to be counted."""
+        for line, end in self._lines(0):
+            if isinstance(line, dict):
+                self.writer = str(line.get("writer", ""))
+            elif _event_of(line) is not None:
+                self.open.pop(line[1], None)
+                self.written += 1
+            elif _begun(line) is not None:
+                self.open[line[1]] = _begun(line)  # type: ignore[assignment]  # not None, as was just seen
+            self.size = end
+        if self.writer:
+            os.ftruncate(self._descriptor, self.size)  # a torn last line
+            for id, expected in list(self.open.items()):
+                self.end(id, evolve(expected, quality="estimated"))
+        return bool(self.writer and self.written)
+
+    def _lines(self, offset: int) -> Iterator[tuple[Any, int]]:
+        """Yield each whole line as what it says (``None``: nothing) and where the next one begins."""
+        with open(self._descriptor, "rb", closefd=False) as file:
+            file.seek(offset)
+            for text in file:
+                if not text.endswith(b"\n"):
+                    return
+                offset += len(text)
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    _log.error("{path} has a line that cannot be read", path=str(self.path))
+                    line = None
+                yield line, offset
+
+
+def journals_in(directory: Path) -> list[Path]:
+    """Return the files of journals, oldest first."""
+    return sorted(directory.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime)
+
+
+def _event_of(line: Any) -> UsageEvent | None:
+    return _said(line, "-")
+
+
+def _begun(line: Any) -> UsageEvent | None:
+    return _said(line, "+")
+
+
+def _said(line: Any, mark: str) -> UsageEvent | None:
+    if not isinstance(line, list) or len(line) != 3 or line[0] != mark:
+        return None
+    try:
+        return UsageEvent.of_json(line[2])
+    except TypeError:
+        return None
