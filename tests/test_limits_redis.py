@@ -13,10 +13,11 @@ from twisted.internet.task import Clock, deferLater
 
 from vllmproxy.limits.values import Ask, Denied, Granted, Rule
 from vllmproxy.store.interface import StoreUnavailable
-from vllmproxy.store.limits_lua import LATE, RENEW, RESERVE, SETTLE
+from vllmproxy.store.limits_lua import RENEW, RESERVE, SETTLE
 from vllmproxy.store.limits_memory import MemoryLimiter
 from vllmproxy.store.limits_redis import RedisLimiter
 from vllmproxy.store.link import Link
+from vllmproxy.store.scripts import LATE
 
 RULES = requests(10), tokens(1000, 100), parallel(10)
 FIRST = Granted((9, 900, 9))

@@ -179,7 +179,7 @@ async def test_another_schema_version_is_refused_and_left_alone(server: RedisSer
 @pytest_twisted.ensureDeferred
 async def test_the_layout(server: RedisServer, store: RedisStore) -> None:
     await store.add_key(KEY)
-    assert server.command("GET", "vllmproxy:schema") == b"$1\r\n2\r\n"
+    assert server.command("GET", "vllmproxy:schema") == b"$1\r\n3\r\n"
     assert server.command("GET", "vllmproxy:alias:one").endswith(KEY.token.encode() + b"\r\n")
     assert server.command("TTL", f"vllmproxy:{{{KEY.token}}}:key") == b":-1\r\n"
     assert server.command("ZSCORE", "vllmproxy:keys", KEY.token) == b"$1\r\n0\r\n"
@@ -320,7 +320,7 @@ async def test_a_killed_server_fails_fast_and_a_new_one_is_found(
     assert await store.get_key(KEY.token) is None  # this server keeps nothing
     await store.add_key(KEY)
     assert await store.get_key(KEY.token) == KEY
-    assert server.command("GET", "vllmproxy:schema") == b"$1\r\n2\r\n"
+    assert server.command("GET", "vllmproxy:schema") == b"$1\r\n3\r\n"
 
 
 @pytest_twisted.ensureDeferred
@@ -414,7 +414,7 @@ async def test_version_1_is_brought_up(server: RedisServer) -> None:
     server.command("HSET", "vllmproxy:{broken}:key", "row", "no json")
     stores = [RedisStore(server.url, reactor) for _ in range(3)]
     await DeferredList([Deferred.fromCoroutine(store.open()) for store in stores], fireOnOneErrback=True)
-    assert server.command("GET", "vllmproxy:schema") == b"$1\r\n2\r\n"
+    assert server.command("GET", "vllmproxy:schema") == b"$1\r\n3\r\n"
     assert server.command("ZCARD", "vllmproxy:keys") == b":701\r\n"
     first = stores[0]
     page = await first.list_keys(KeyQuery(limit=3))
@@ -433,6 +433,21 @@ async def test_version_1_is_brought_up(server: RedisServer) -> None:
     assert await stores[2].find_aliases(["a7", "new"]) == {"new": key.token}
     await first.delete_keys([key.token])
     assert server.command("ZCARD", "vllmproxy:keys") == b":700\r\n"
+    for store in stores:
+        await store.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_version_2_is_brought_up(server: RedisServer) -> None:
+    """It had nothing that is kept otherwise now; to be asked for a version is all that it needs."""
+    server.command("SET", "vllmproxy:schema", "2")
+    row = json.dumps({"token": "t", "key_name": "n", "created_at": 5}, separators=(",", ":"))
+    server.command("HSET", "vllmproxy:{t}:key", "row", row)
+    server.command("ZADD", "vllmproxy:keys", "5", "t")
+    stores = [RedisStore(server.url, reactor) for _ in range(3)]
+    await DeferredList([Deferred.fromCoroutine(store.open()) for store in stores], fireOnOneErrback=True)
+    assert server.command("GET", "vllmproxy:schema") == b"$1\r\n3\r\n"
+    assert [key.key_name for key in (await stores[0].list_keys(KeyQuery())).keys] == ["n"]
     for store in stores:
         await store.close()
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,8 @@ from vllmproxy.keys.key import VirtualKey, hash_key
 from vllmproxy.store.interface import AuditEntry, CannotOpenStore, StoreUnavailable
 from vllmproxy.store.listing import KeyQuery
 from vllmproxy.store.sqlite import SqliteStore
+from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.sums import Account
 
 KEY = VirtualKey(token=hash_key("sk-one"), key_name="sk-...-one", key_alias="one")
 NOBODY = 65534
@@ -116,7 +118,7 @@ async def test_commits_are_on_the_disk_before_they_are_acknowledged(tmp_path: Pa
         names = ("journal_mode", "synchronous", "user_version")
         return [transaction.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
 
-    assert await store._run(pragmas) == ["wal", 2, 2]
+    assert await store._run(pragmas) == ["wal", 2, 3]
     await store.close()
 
 
@@ -300,8 +302,43 @@ async def test_version_1_is_brought_up(tmp_path: Path) -> None:
     for each in stores:
         await each.close()
     with sqlite3.connect(path) as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (3,)
         assert connection.execute("SELECT row FROM keys WHERE token = x'00'").fetchone() == ("no json",)
+    connection.close()
+
+
+def second_release(path: Path) -> None:
+    """Write a file as the second release did."""
+    first_release(path)
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE keys ADD COLUMN created REAL NOT NULL DEFAULT 0")
+        connection.execute("UPDATE keys SET created = 7")
+        connection.execute("CREATE INDEX keys_by_time ON keys (created, token)")
+        connection.execute("CREATE TABLE audit (id INTEGER PRIMARY KEY AUTOINCREMENT, entry TEXT NOT NULL)")
+        connection.execute('INSERT INTO audit (entry) VALUES (\'{"action":"/key/update"}\')')
+        connection.execute("PRAGMA user_version = 2")
+    connection.close()
+
+
+@pytest.mark.parametrize("release", [first_release, second_release])
+@pytest_twisted.ensureDeferred
+async def test_usage_can_be_added_to_an_older_file(tmp_path: Path, release: Callable[[Path], None]) -> None:
+    path = tmp_path / "keys"
+    release(path)
+    stores = [SqliteStore(path, reactor) for _ in range(3)]
+    await DeferredList([Deferred.fromCoroutine(store.open()) for store in stores], fireOnOneErrback=True)
+    key = await stores[0].get_key(hash_key("k7"))
+    assert key is not None
+    assert await stores[0].read_account(key.token) == Account()
+    assert len(await stores[0].list_audit(9)) == (release is second_release)
+    event = UsageEvent(time=86_400.0, key=key.token, spend=5)
+    await stores[1].add_usage("w", 1, [event])
+    assert await stores[2].read_account(key.token) == Account(0, 5, 0)
+    assert await stores[2].last_usage("w") == 1
+    for store in stores:
+        await store.close()
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (3,)
     connection.close()
 
 

@@ -87,3 +87,21 @@ def alias_changes(found: Mapping[str, VirtualKey], writes: Writes) -> AliasChang
     if len(given) < sum(key.key_alias is not None for key in writes.put):
         raise AliasTaken
     return AliasChanges(freed, given, tuple(alias for alias in given if alias not in freed))
+
+
+@frozen
+class AccountChanges:
+    """What a change does to accounts.
+
+    :ivar ended: tokens whose accounts go: of keys that are removed, and of new ones, which begin with nothing.
+    :ivar inherited: token → token of the key whose account, as it was before, it takes over.
+    """
+
+    ended: tuple[str, ...]
+    inherited: Mapping[str, str]
+
+
+def account_changes(found: Mapping[str, VirtualKey], writes: Writes) -> AccountChanges:
+    """Return what ``writes`` does to accounts, where ``found`` are the keys as they are."""
+    new = (key.token for key in writes.put if key.token not in found)
+    return AccountChanges(tuple(dict.fromkeys((*writes.remove, *new))), writes.inherits)

@@ -13,7 +13,7 @@ from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
 
 #: The layout of what is stored. An older one is brought up to this; a store with a newer one is not opened.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class AliasTaken(Exception):
@@ -76,7 +76,8 @@ class Writes:
     :ivar remove: tokens of keys that are deleted.
     :ivar audit: what is written down about it.
     :ivar inherits: token of a key in ``put`` → token of the key whose account it takes over as it stands: a key that is
-        regenerated has spent what it had. The account of a key that is removed goes with it.
+        regenerated has spent what it had. The account of a key that is removed goes with it, and any other new key
+        begins with nothing.
     """
 
     put: tuple[VirtualKey, ...] = ()
@@ -144,13 +145,18 @@ class Store(Protocol):
         """Return at most ``limit`` entries, the newest first, older than the one with the id ``before``."""
 
     async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
-        """Add events to the sums and to the accounts of virtual keys, each exactly once, all of them or none.
+        """Add events to the sums and to the accounts of virtual keys, each exactly once.
+
+        All of them or none, up to 200; more may be added in pieces of so many, in order, and :meth:`last_usage` says
+        how far it came. Of one key and day only so many models and end users have sums of their own, see
+        :mod:`vllmproxy.usage.ledger`. Sums are kept for 400 days, a writer that is silent for 90.
 
         An account whose period is older than an event's begins anew with it; an event of an older period is added to
         the sums only. With ``requests`` = 0 an event counts nowhere in the sums.
 
         :param writer: names a journal; its events are numbered 1, 2, 3 … and come in that order.
-        :param first: the number of the first of ``events``. Those up to the last number that was added are left out.
+        :param first: the number of the first of ``events``. Those up to the last number that was added are left out;
+            that some are missing before it does not matter.
         """
 
     async def last_usage(self, writer: str) -> int:
@@ -160,10 +166,16 @@ class Store(Protocol):
         """The writer's journal is gone: its events will not come again."""
 
     async def read_usage(self, query: UsageQuery) -> list[UsageSum]:
-        """Return the sums that ``query`` asks for, one for each group that there is, in the order of the groups."""
+        """Return the sums that ``query`` asks for, one for each group that there is, in the order of the groups.
+
+        What is added meanwhile may be in it or not.
+        """
 
     async def read_account(self, token: str) -> Account:
         """Return what the key with that id has spent; nothing where nothing was added yet."""
 
     async def set_account(self, token: str, account: Account, audit: Sequence[AuditEntry] = ()) -> None:
-        """Say what a key has spent, whatever it had; what requests under way hold stays held."""
+        """Say what a key has spent, whatever it had, and write that down, both or nothing.
+
+        What requests under way hold stays held, unless it is another period than it was.
+        """

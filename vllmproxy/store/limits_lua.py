@@ -5,24 +5,17 @@ began, ``total``, and for each bucket N ``tN``, when it took something last, and
 set of request ids by the end of their lease. An account is a hash: ``period``, ``spend`` and ``tokens``, and what
 requests under way hold of it, ``held`` and ``held_tokens``; ``touched`` is when something was held last: what nobody
 let go of within a day was lost with a proxy. A reservation is what was taken for one request, empty once it is settled.
-All times are microseconds. Every script starts with ARGV[1], the time on the server's clock after which it must not do
-anything, as nobody waits for it any more. Every answer starts with what happened, and the time on the server's clock.
+All times are microseconds. What every script begins with is said in :mod:`vllmproxy.store.scripts`.
 """
 
 from typing import Final
 
-#: What happened: LATE and DUPLICATE are nothing, as is REFUSED.
+from vllmproxy.store.scripts import PUNCTUAL
+
+#: What happened: DUPLICATE is nothing, as are REFUSED and LATE.
 REFUSED: Final = 0
 GRANTED: Final = 1
-LATE: Final = -1
 DUPLICATE: Final = -2
-
-
-_PUNCTUAL = """
-local time = redis.call('TIME')
-local now = time[1] * 1000000 + time[2]
-if now > tonumber(ARGV[1]) then return {-1, now} end
-"""
 
 # See vllmproxy.limits.steady. 'steady' is what everything but the answer goes by.
 _STEADY = """
@@ -101,7 +94,7 @@ end
 #: bucket, lease and pause, milliseconds to keep things; of each rule its kind, limit, cost and period.
 #: Answers GRANTED, now, what remains of each; or REFUSED, now, which rule (from 0), wait, 1 if that is for ever.
 RESERVE: Final = (
-    _PUNCTUAL
+    PUNCTUAL
     + _STEADY
     + _WINDOW
     + _ACCOUNT
@@ -166,7 +159,7 @@ return answer
 #: KEYS: the reservation. ARGV: not after, the request id, milliseconds to remember that it is settled; of each rule
 #: what was used, or nothing where all was.
 SETTLE: Final = (
-    _PUNCTUAL
+    PUNCTUAL
     + """
 local reservation = redis.call('GET', KEYS[1])
 if not reservation or reservation == '' then return {0, now} end
@@ -192,7 +185,7 @@ return {1, now}
 #: KEYS: the key's clock, the reservations. ARGV: not after, the length of a lease, milliseconds to keep things, the
 #: request ids. Answers GRANTED, now, those (from 0) that have no lease any more.
 RENEW: Final = (
-    _PUNCTUAL
+    PUNCTUAL
     + _STEADY
     + """
 local lease, kept = tonumber(ARGV[2]), ARGV[3]

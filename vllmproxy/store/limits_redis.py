@@ -21,10 +21,10 @@ from vllmproxy.limits.spans import Spans, micros
 from vllmproxy.limits.values import BUDGETS, BUSY_RETRY_AFTER, MAX_AMOUNT, Ask, Denied, DuplicateRequest, Granted
 from vllmproxy.limits.window import bucket_width
 from vllmproxy.store.calls import Calls
-from vllmproxy.store.interface import StoreUnavailable
-from vllmproxy.store.limits_lua import DUPLICATE, GRANTED, LATE, RENEW, RESERVE, SETTLE
+from vllmproxy.store.limits_lua import DUPLICATE, GRANTED, RENEW, RESERVE, SETTLE
 from vllmproxy.store.link import Link, Wire
 from vllmproxy.store.rows import name_bytes
+from vllmproxy.store.scripts import ScriptCall, Scripts
 
 #: Milliseconds that a time to live is longer than it must be: Redis counts it in milliseconds, and from its start.
 _MARGIN = 1000
@@ -42,7 +42,6 @@ class RedisLimiter:
     def __init__(
         self, link: Link, clock: IReactorTime, *, window: float = 60.0, lease: float = 45.0, timeout: float = 0.25
     ) -> None:
-        self._link = link
         self._clock = clock
         self._timeout = timeout
         self._spans = Spans.of(window, lease)
@@ -50,6 +49,7 @@ class RedisLimiter:
         width = bucket_width(self._spans.window)
         self._lengths = (self._spans.window, width, self._spans.lease, micros(BUSY_RETRY_AFTER), self._kept)
         self._calls = Calls(clock)
+        self._scripts = Scripts(link, clock, self._calls)
 
     def close(self) -> None:
         """Fail every call under way."""
@@ -98,13 +98,13 @@ class RedisLimiter:
         _, _, *lost = await self._run(self._call(RENEW, names, words, self._timeout))
         return [request_ids[place] for place in lost]
 
-    def _settlement(self, key: str, request_id: str, costs: tuple[int | None, ...], seconds: float) -> "_Call":
+    def _settlement(self, key: str, request_id: str, costs: tuple[int | None, ...], seconds: float) -> ScriptCall:
         used = ["" if cost is None else min(max(cost, 0), MAX_AMOUNT) for cost in costs]
         words = [name_bytes(request_id), self._spans.memory // 1000, *used]
         return self._call(SETTLE, [_name(key, "request", request_id)], words, seconds)
 
-    def _call(self, script: str, names: list[bytes], words: list[Any], seconds: float) -> "_Call":
-        return _Call(self._clock, script, names, words, self._clock.seconds() + seconds)
+    def _call(self, script: str, names: list[bytes], words: list[Any], seconds: float) -> ScriptCall:
+        return self._scripts.call(script, names, words, seconds)
 
     def _undo(self, ask: Ask, wire: Wire) -> None:
         """Give back what a reservation may have taken whose answer nobody got; see :class:`Limiter`.
@@ -115,57 +115,8 @@ class RedisLimiter:
         call = self._settlement(ask.key, ask.request_id, (0,) * len(ask.rules), self._spans.kept / 1e6)
         Deferred.fromCoroutine(call.send(wire)).addErrback(lambda failure: failure.trap(RedisError))
 
-    async def _run(self, call: "_Call") -> list[int]:
-        """Return the script's answer. A call that is cancelled or late leaves its place in the queue of replies."""
-        started = self._clock.seconds()
-
-        async def exchange() -> list[int]:
-            wire = await self._link.get()
-            reply = await call.send(wire)
-            if reply[0] == LATE:
-                # Yet we still wait for it: one of the two clocks was set, and we know now.
-                reply = await call.send(wire)
-            if reply[0] == LATE:
-                raise StoreUnavailable("the Redis ran the call too late")
-            return reply
-
-        def late() -> None:
-            if call.wire is not None:
-                call.wire.unanswered(started, self._clock.seconds())
-
-        try:
-            return await self._calls.run(Deferred.fromCoroutine(exchange()), self._timeout, late)
-        except RedisError as error:
-            raise StoreUnavailable(f"the Redis did not run the call: {error}") from error
-
-
-class _Call:
-    """A script with what it is given.
-
-    :param not_after: on our clock.
-    :ivar wire: the connection that it was sent over last.
-    """
-
-    def __init__(
-        self, clock: IReactorTime, script: str, names: list[bytes], words: list[Any], not_after: float
-    ) -> None:
-        self._clock = clock
-        self._script = script
-        self._names = names
-        self._words = words
-        self._not_after = not_after
-        self.wire: Wire | None = None
-
-    async def send(self, wire: Wire) -> list[int]:
-        """Have Redis run it: by name when this connection has run it before, and again in full if Redis forgot it."""
-        self.wire = wire
-        words = [micros(self._not_after + wire.offset), *self._words]
-        sent = self._clock.seconds()
-        reply: list[int] = await wire.eval(self._script, self._names, words)
-        # Clocks drift and are set: the server's showed that time after we sent and before we received.
-        told = reply[1] / 1e6
-        wire.offset = min(max(wire.offset, told - self._clock.seconds()), told - sent)
-        return reply
+    async def _run(self, call: ScriptCall) -> list[int]:
+        return await self._scripts.run(call, self._timeout)
 
 
 def _name(key: str, *parts: str) -> bytes:

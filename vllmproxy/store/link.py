@@ -22,7 +22,7 @@ from txredisapi import RedisError, RedisProtocol
 
 from vllmproxy.store.address import RedisAddress
 from vllmproxy.store.interface import SCHEMA_VERSION, StoreUnavailable
-from vllmproxy.store.redis_schema import SCHEMA_KEY, migrate
+from vllmproxy.store.redis_schema import OLDER_VERSIONS, SCHEMA_KEY, migrate
 
 _log = Logger()
 
@@ -160,8 +160,8 @@ class Link:
             if version is None:
                 await wire.setnx(SCHEMA_KEY, SCHEMA_VERSION)
                 version = await wire.get(SCHEMA_KEY)
-            if version == b"1":
-                await migrate(wire)
+            if version in OLDER_VERSIONS:
+                await migrate(wire, version)
                 version = await wire.get(SCHEMA_KEY)
             seconds, microseconds = await wire.execute_command("TIME")
         except RedisError as error:

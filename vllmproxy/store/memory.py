@@ -1,16 +1,22 @@
 """The store that forgets: keys in this process, gone with it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import ParamSpec
 
 from twisted.internet.interfaces import IReactorTime
 
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.limits.interface import Limiter
-from vllmproxy.store.changes import Changes, alias_changes
-from vllmproxy.store.interface import AliasTaken, Decide, StoredEntry, StoreUnavailable, Writes
+from vllmproxy.store.changes import Changes, account_changes, alias_changes
+from vllmproxy.store.interface import AliasTaken, AuditEntry, Decide, StoredEntry, StoreUnavailable, Writes
 from vllmproxy.store.limits_memory import MemoryLimiter
 from vllmproxy.store.listing import KeyPage, KeyQuery, Selection
 from vllmproxy.store.rows import dump_entry, dump_row, load_entry, load_row
+from vllmproxy.store.usage_memory import MemoryUsage
+from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
+
+P = ParamSpec("P")
 
 
 class MemoryStore(Changes):
@@ -22,6 +28,7 @@ class MemoryStore(Changes):
         self._rows: dict[str, str] = {}
         self._aliases: dict[str, str] = {}
         self._audit: list[str] = []
+        self._usage = MemoryUsage()
 
     async def open(self) -> None:
         self._open = True
@@ -31,6 +38,7 @@ class MemoryStore(Changes):
         self._rows.clear()
         self._aliases.clear()
         self._audit.clear()
+        self._usage.clear()
 
     def limiter(self, clock: IReactorTime) -> Limiter:
         return MemoryLimiter(clock)
@@ -62,6 +70,7 @@ class MemoryStore(Changes):
         for token in writes.remove:
             self._rows.pop(token, None)
         self._rows.update(rows)
+        self._usage.change(account_changes(found, writes))
         self._audit += [dump_entry(entry) for entry in writes.audit]
         return writes
 
@@ -69,6 +78,35 @@ class MemoryStore(Changes):
         self._check_open()
         end = len(self._audit) if before is None else min(int(before.partition("-")[0]), len(self._audit))
         return [StoredEntry(str(id), load_entry(self._audit[id])) for id in range(end - 1, max(end - limit, 0) - 1, -1)]
+
+    async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
+        self._book(self._usage.add, writer, first, events)
+
+    async def last_usage(self, writer: str) -> int:
+        self._check_open()
+        return self._usage.last(writer)
+
+    async def forget_writer(self, writer: str) -> None:
+        self._check_open()
+        self._usage.forget(writer)
+
+    async def read_usage(self, query: UsageQuery) -> list[UsageSum]:
+        self._check_open()
+        return self._usage.read(query)
+
+    async def read_account(self, token: str) -> Account:
+        self._check_open()
+        return self._usage.account(token)
+
+    async def set_account(self, token: str, account: Account, audit: Sequence[AuditEntry] = ()) -> None:
+        entries = [dump_entry(entry) for entry in audit]
+        self._book(self._usage.set_account, token, account)
+        self._audit += entries
+
+    def _book(self, work: Callable[P, Mapping[str, Account]], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Have ``work`` change accounts; it returns them as they are afterwards."""
+        self._check_open()
+        work(*args, **kwargs)
 
     async def _list(self, query: KeyQuery) -> KeyPage:
         self._check_open()

@@ -2,7 +2,7 @@
 
 What is kept is said in :mod:`vllmproxy.store.redis_schema`. An ACL user needs ``~vllmproxy:*``, and the commands
 named there, here and in :mod:`vllmproxy.store.link`. The braces give whatever belongs to one key one hash tag.
-Nothing has a time to live: an expired key must still be known, so that its owner is told that it has expired.
+No key has a time to live: an expired one must still be known, so that its owner is told that it has expired.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,23 +15,42 @@ from txredisapi import RedisError
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.store.address import parse_redis_url
 from vllmproxy.store.calls import Calls
-from vllmproxy.store.changes import LIST_SECONDS, AliasChanges, Changes, alias_changes
-from vllmproxy.store.interface import AliasTaken, CannotOpenStore, Decide, StoredEntry, StoreUnavailable, Writes
+from vllmproxy.store.changes import (
+    LIST_SECONDS,
+    AccountChanges,
+    AliasChanges,
+    Changes,
+    account_changes,
+    alias_changes,
+)
+from vllmproxy.store.interface import (
+    AliasTaken,
+    AuditEntry,
+    CannotOpenStore,
+    Decide,
+    StoredEntry,
+    StoreUnavailable,
+    Writes,
+)
 from vllmproxy.store.limits_redis import RedisLimiter
 from vllmproxy.store.link import Link, Wire
 from vllmproxy.store.listing import KeyPage, KeyQuery, Selection
-from vllmproxy.store.redis_schema import AUDIT_KEY, INDEX_KEY, alias_name, key_name
+from vllmproxy.store.redis_schema import AUDIT_KEY, INDEX_KEY, account_name, alias_name, key_name
 from vllmproxy.store.rows import dump_entry, dump_row, load_entry, load_row, name_bytes, name_text
+from vllmproxy.store.usage_redis import RedisUsage
+from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
 
 # A script sent to a Redis that was stopped runs when it goes on, after the caller was told that it failed.
 # Hence ARGV[1], the time on the server's clock after which nobody waits for the change any more. Then come, counted
-# in ARGV[2..5]: the rows that the decision was made from ('' for none), each with what becomes of it ('' for nothing,
-# 'remove', or a new row) and its place in the index; aliases that are freed, are given, must be nobody's; entries.
+# in ARGV[2..6]: the rows that the decision was made from ('' for none), each with what becomes of it ('' for nothing,
+# 'remove', or a new row) and its place in the index; aliases that are freed, are given, must be nobody's; accounts that
+# are inherited, each after its heir's; accounts that go; entries.
 _CHANGE = """
 local now = redis.call('TIME')
 if now[1] + now[2] / 1000000 > tonumber(ARGV[1]) then return 'late' end
 local keys, freed, given, taken = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-local name, arg = 2, 5
+local name, arg, inherited = 2, 6, {}
 for place = 1, keys do
   if (redis.call('HGET', KEYS[name + place], 'row') or '') ~= ARGV[arg + 4 * place - 3] then return 'changed' end
 end
@@ -39,6 +58,8 @@ local aliases = name + keys
 for place = aliases + freed + given + 1, aliases + freed + given + taken do
   if redis.call('EXISTS', KEYS[place]) == 1 then return 'alias' end
 end
+local accounts = aliases + freed + given + taken
+for heir = 1, tonumber(ARGV[6]) do inherited[heir] = redis.call('HGETALL', KEYS[accounts + 2 * heir]) end
 for place = 1, keys do
   local row, token, score = ARGV[arg + 4 * place - 2], ARGV[arg + 4 * place - 1], ARGV[arg + 4 * place]
   if row == 'remove' then
@@ -52,6 +73,11 @@ end
 arg = arg + 4 * keys
 for place = aliases + 1, aliases + freed do redis.call('DEL', KEYS[place]) end
 for place = 1, given do redis.call('SET', KEYS[aliases + freed + place], ARGV[arg + place]) end
+for place = accounts + 2 * #inherited + 1, #KEYS do redis.call('DEL', KEYS[place]) end
+for heir, account in ipairs(inherited) do
+  redis.call('DEL', KEYS[accounts + 2 * heir - 1])
+  if #account > 0 then redis.call('HSET', KEYS[accounts + 2 * heir - 1], unpack(account)) end
+end
 for place = arg + given + 1, #ARGV do redis.call('XADD', KEYS[2], '*', 'entry', ARGV[place]) end
 return 'done'
 """
@@ -98,6 +124,7 @@ class RedisStore(Changes):
         self._lookup_timeout = lookup_timeout
         self._link = Link(self._address, reactor)
         self._calls = Calls(reactor)
+        self._usage = RedisUsage(self._link, reactor, self._calls, timeout)
         self._limiters: list[RedisLimiter] = []
 
     def limiter(self, clock: IReactorTime) -> RedisLimiter:
@@ -146,7 +173,8 @@ class RedisStore(Changes):
             rows = await self._rows(tokens, not_after - self._clock.seconds())
             found = {token: self._load(row) for token, row in rows.items()}
             writes = decide(found)
-            names, values = _arguments(tokens, rows, writes, alias_changes(found, writes))
+            changes = alias_changes(found, writes), account_changes(found, writes)
+            names, values = _arguments(tokens, rows, writes, *changes)
             answer = await self._write(names, values, not_after)
             if answer == b"done":
                 return writes
@@ -163,6 +191,24 @@ class RedisStore(Changes):
             return [StoredEntry(id.decode("ascii"), load_entry(fields[1])) for id, fields in entries]
         except ValueError as error:
             raise StoreUnavailable(f"{self._address} holds something else than an audit entry: {error}") from error
+
+    async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
+        await self._usage.add(writer, first, events)
+
+    async def last_usage(self, writer: str) -> int:
+        return await self._usage.last(writer)
+
+    async def forget_writer(self, writer: str) -> None:
+        await self._usage.forget(writer)
+
+    async def read_usage(self, query: UsageQuery) -> list[UsageSum]:
+        return await self._usage.read(query)
+
+    async def read_account(self, token: str) -> Account:
+        return await self._usage.account(token)
+
+    async def set_account(self, token: str, account: Account, audit: Sequence[AuditEntry] = ()) -> None:
+        await self._usage.set_account(token, account, audit)
 
     async def _list(self, query: KeyQuery) -> KeyPage:
         if query.is_plain:
@@ -226,14 +272,21 @@ class RedisStore(Changes):
 
 
 def _arguments(
-    tokens: Sequence[str], rows: Mapping[str, bytes], writes: Writes, aliases: AliasChanges
+    tokens: Sequence[str],
+    rows: Mapping[str, bytes],
+    writes: Writes,
+    aliases: AliasChanges,
+    accounts: AccountChanges,
 ) -> tuple[list[bytes], list[Any]]:
     """Return the names and the values, but the first, that :data:`_CHANGE` wants."""
     new = dict.fromkeys(writes.remove, ("remove", 0.0))
     new |= {key.token: (dump_row(key), key.created_at) for key in writes.put}
     names = [INDEX_KEY, AUDIT_KEY, *(key_name(name_bytes(token)) for token in tokens)]
     names += [alias_name(name_bytes(alias)) for alias in (*aliases.freed, *aliases.given, *aliases.taken)]
+    passed = [token for pair in accounts.inherited.items() for token in pair]
+    names += [account_name(name_bytes(token)) for token in (*passed, *accounts.ended)]
     values: list[Any] = [len(tokens), len(aliases.freed), len(aliases.given), len(aliases.taken)]
+    values.append(len(accounts.inherited))
     for token in tokens:
         row, created = new.get(token, ("", 0.0))
         values += [rows.get(token, b""), row, name_bytes(token), repr(float(created))]

@@ -7,11 +7,23 @@
     vllmproxy:alias:ALIAS       the token
     vllmproxy:keys              a sorted set: tokens by the time that their keys were made
     vllmproxy:audit             a stream: an entry (JSON) for each management call
+    vllmproxy:{TOKEN}:budget    a hash: period, spend, tokens, held, held_tokens
+    vllmproxy:usage:writer:NAME the number of the last event that was added of that writer; for 90 days after the last
+    vllmproxy:usage:DAY         a set: the keys that have sums of that day (2026-11-26); like all below for 400 days
+    vllmproxy:{TOKEN}:usage:DAY             a hash: a row's numbers, see :mod:`vllmproxy.store.usage_lua`, for each
+                                            MODEL END_USER, written as the length of MODEL in bytes, a colon, and both
+    vllmproxy:{TOKEN}:usage:DAY:models      a set: those that have rows of their own
+    vllmproxy:{TOKEN}:usage:DAY:end_users   a set, likewise
 
-Version 1 had no ``keys`` and no ``audit``.
+Version 1 had no ``keys`` and no ``audit``, version 2 none of what comes after these.
 """
 
 from typing import Any, Final
+
+from vllmproxy.store.interface import SCHEMA_VERSION
+
+#: Those that :func:`migrate` brings up.
+OLDER_VERSIONS: Final = (b"1", b"2")
 
 SCHEMA_KEY: Final = b"vllmproxy:schema"
 INDEX_KEY: Final = b"vllmproxy:keys"
@@ -31,7 +43,7 @@ end
 return scanned[1]
 """
 
-_FINISH: Final = "if redis.call('GET', KEYS[1]) == '1' then redis.call('SET', KEYS[1], '2') end"
+_FINISH: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('SET', KEYS[1], ARGV[2]) end"
 
 
 def key_name(token: bytes) -> bytes:
@@ -44,14 +56,36 @@ def alias_name(alias: bytes) -> bytes:
     return b"vllmproxy:alias:" + alias
 
 
-async def migrate(wire: Any) -> None:
-    """Bring a store of version 1 up to 2; begun again from the start if it was interrupted, which does no harm.
+def account_name(token: bytes) -> bytes:
+    """Return where the account of the key with that id is kept."""
+    return b"vllmproxy:{%b}:budget" % token
+
+
+def writer_name(writer: bytes) -> bytes:
+    """Return where the last number of that writer is kept."""
+    return b"vllmproxy:usage:writer:" + writer
+
+
+def day_name(day: str) -> bytes:
+    """Return where the keys are kept that have sums of that day."""
+    return b"vllmproxy:usage:" + day.encode("ascii")
+
+
+def sums_names(day: str, key: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return where a key's sums of that day are kept, and the models and the end users that have their own."""
+    sums = b"vllmproxy:{%b}:usage:%b" % (key, day.encode("ascii"))
+    return sums, sums + b":models", sums + b":end_users"
+
+
+async def migrate(wire: Any, version: bytes) -> None:
+    """Bring a store of an older version up; begun again from the start if it was interrupted, which does no harm.
 
     :param wire: a :class:`~vllmproxy.store.link.Wire`. Raises what it raises.
     """
-    cursor = b"0"
-    while True:
-        cursor = await wire.eval(_MIGRATE, [INDEX_KEY], [cursor])
-        if cursor == b"0":
-            break
-    await wire.eval(_FINISH, [SCHEMA_KEY], [])
+    if version == b"1":
+        cursor = b"0"
+        while True:
+            cursor = await wire.eval(_MIGRATE, [INDEX_KEY], [cursor])
+            if cursor == b"0":
+                break
+    await wire.eval(_FINISH, [SCHEMA_KEY], [version, SCHEMA_VERSION])

@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -11,13 +12,24 @@ from twisted.internet.threads import deferToThreadPool
 
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.limits.interface import Limiter
+from vllmproxy.store import usage_sqlite
 from vllmproxy.store.calls import Calls
-from vllmproxy.store.changes import LIST_SECONDS, Changes
-from vllmproxy.store.interface import AliasTaken, CannotOpenStore, Decide, StoredEntry, StoreUnavailable, Writes
+from vllmproxy.store.changes import LIST_SECONDS, Changes, account_changes
+from vllmproxy.store.interface import (
+    AliasTaken,
+    AuditEntry,
+    CannotOpenStore,
+    Decide,
+    StoredEntry,
+    StoreUnavailable,
+    Writes,
+)
 from vllmproxy.store.limits_memory import MemoryLimiter
 from vllmproxy.store.listing import KeyPage, KeyQuery, Selection
 from vllmproxy.store.rows import dump_entry, dump_row, load_entry, load_row, name_bytes, name_text
 from vllmproxy.store.sqlite_schema import BUSY_SECONDS, prepare
+from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,8 +71,10 @@ class SqliteStore(Changes):
         )
         try:
             await self._calls.run(deferToThreadPool(self._reactor, pool.threadpool, prepare, self._path), self._timeout)
+            today = datetime.fromtimestamp(self._reactor.seconds(), UTC).strftime("%Y-%m-%d")
+            await self._calls.run(pool.runInteraction(usage_sqlite.remove_old, today), LIST_SECONDS)
             self._pool = pool
-        except StoreUnavailable as error:
+        except (StoreUnavailable, sqlite3.Error) as error:
             raise CannotOpenStore(f"{self._path}: {error}") from error
         finally:
             if self._pool is not pool:
@@ -79,13 +93,7 @@ class SqliteStore(Changes):
         await self._run(_ping)
 
     async def change_keys(self, tokens: Sequence[str], decide: Decide) -> Writes:
-        not_after = self._reactor.seconds() + self._timeout
-        pool = self._pool
-
-        def late() -> bool:
-            return self._pool is not pool or self._reactor.seconds() > not_after
-
-        return await self._run(_change, tuple(tokens), decide, late)
+        return await self._run(_in_time, self._lateness(), _change, tuple(tokens), decide)
 
     async def get_key(self, token: str) -> VirtualKey | None:
         return await self._run(_get, token)
@@ -96,8 +104,38 @@ class SqliteStore(Changes):
     async def list_audit(self, limit: int, before: str | None = None) -> list[StoredEntry]:
         return await self._run(_list_audit, limit, before)
 
+    async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
+        await self._book(usage_sqlite.add, writer, first, tuple(events))
+
+    async def last_usage(self, writer: str) -> int:
+        return await self._run(usage_sqlite.last, writer)
+
+    async def forget_writer(self, writer: str) -> None:
+        await self._run(usage_sqlite.forget, writer)
+
+    async def read_usage(self, query: UsageQuery) -> list[UsageSum]:
+        return await self._run_within(LIST_SECONDS, usage_sqlite.read, query)
+
+    async def read_account(self, token: str) -> Account:
+        return await self._run(usage_sqlite.account, token)
+
+    async def set_account(self, token: str, account: Account, audit: Sequence[AuditEntry] = ()) -> None:
+        await self._book(_set_account, token, account, tuple(audit))
+
+    async def _book(
+        self, work: Callable[Concatenate[Transaction, P], dict[str, Account]], *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Have ``work`` change accounts; it returns them as they are afterwards."""
+        await self._run(_in_time, self._lateness(), work, *args, **kwargs)
+
     async def _list(self, query: KeyQuery) -> KeyPage:
         return await self._run_within(LIST_SECONDS, _list_keys, query)
+
+    def _lateness(self) -> Callable[[], bool]:
+        """Return what tells whether a call that begins now has been given up by its caller."""
+        not_after = self._reactor.seconds() + self._timeout
+        pool = self._pool
+        return lambda: self._pool is not pool or self._reactor.seconds() > not_after
 
     async def _run(self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return what ``work`` returns in a thread, inside one transaction."""
@@ -126,8 +164,24 @@ def _ping(transaction: Transaction) -> None:
     transaction.execute("SELECT 1 FROM keys LIMIT 1")
 
 
-def _change(transaction: Transaction, tokens: Sequence[str], decide: Decide, late: Callable[[], bool]) -> Writes:
-    transaction.execute("BEGIN IMMEDIATE")  # not with the first write: nobody else writes after the keys were read
+def _in_time(
+    transaction: Transaction,
+    late: Callable[[], bool],
+    work: Callable[Concatenate[Transaction, P], T],
+    /,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> T:
+    """Do ``work``, which reads and writes, alone, and not at all when it is late."""
+    transaction.execute("BEGIN IMMEDIATE")  # not with the first write: nobody else writes after it has read
+    result = work(transaction, *args, **kwargs)
+    if late():
+        # Rolled back: the caller has been told that this failed, so nobody was given the key.
+        raise StoreUnavailable("the store was closed or too slow")
+    return result
+
+
+def _change(transaction: Transaction, tokens: Sequence[str], decide: Decide) -> Writes:
     found = {token: key for token in tokens if (key := _get(transaction, token)) is not None}
     writes = decide(found)
     for token in writes.tokens:
@@ -138,12 +192,22 @@ def _change(transaction: Transaction, tokens: Sequence[str], decide: Decide, lat
             transaction.execute(_INSERT, (name_bytes(key.token), alias, dump_row(key), key.created_at))
         except sqlite3.IntegrityError as error:
             raise AliasTaken from error
-    for entry in writes.audit:
-        transaction.execute("INSERT INTO audit (entry) VALUES (?)", (dump_entry(entry),))
-    if late():
-        # Rolled back: the caller has been told that this failed, so nobody was given the key.
-        raise StoreUnavailable("the store was closed or too slow")
+    usage_sqlite.change(transaction, account_changes(found, writes))
+    _write_down(transaction, writes.audit)
     return writes
+
+
+def _set_account(
+    transaction: Transaction, token: str, account: Account, audit: Sequence[AuditEntry]
+) -> dict[str, Account]:
+    usage_sqlite.set_account(transaction, token, account)
+    _write_down(transaction, audit)
+    return {token: account}
+
+
+def _write_down(transaction: Transaction, audit: Sequence[AuditEntry]) -> None:
+    for entry in audit:
+        transaction.execute("INSERT INTO audit (entry) VALUES (?)", (dump_entry(entry),))
 
 
 def _get(transaction: Transaction, token: str) -> VirtualKey | None:

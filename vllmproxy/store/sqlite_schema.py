@@ -8,6 +8,7 @@ from typing import Final
 
 from vllmproxy.store.interface import SCHEMA_VERSION, CannotOpenStore
 from vllmproxy.store.rows import load_row
+from vllmproxy.usage.sums import NUMBERS
 
 #: Seconds that a thread waits for another process's write; shorter than a call's deadline, so that a thread
 #: is free again by the time its caller has given up, and closing never waits longer than this.
@@ -25,6 +26,19 @@ _SECOND: Final = (
     "BEGIN SELECT RAISE(ABORT, 'the audit trail is append-only'); END",
     "CREATE TRIGGER audit_is_not_shortened BEFORE DELETE ON audit "
     "BEGIN SELECT RAISE(ABORT, 'the audit trail is append-only'); END",
+)
+
+#: Version 3: what was used, day by day, and what keys have spent.
+_THIRD: Final = (
+    "CREATE TABLE usage (day TEXT, key BLOB, model BLOB, end_user BLOB, "
+    f"{', '.join(f'{name} INTEGER NOT NULL' for name in NUMBERS)}, PRIMARY KEY (day, key, model, end_user)) "
+    "WITHOUT ROWID",
+    # The models and the end users that have rows of their own: there is a most of them.
+    "CREATE TABLE usage_names (day TEXT, key BLOB, kind TEXT, name BLOB, PRIMARY KEY (day, key, kind, name)) "
+    "WITHOUT ROWID",
+    "CREATE TABLE usage_writers (writer BLOB PRIMARY KEY, last INTEGER NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE accounts (token BLOB PRIMARY KEY, period INTEGER NOT NULL, spend INTEGER NOT NULL, "
+    "tokens INTEGER NOT NULL) WITHOUT ROWID",
 )
 
 
@@ -72,9 +86,9 @@ def _check(path: Path, connection: sqlite3.Connection) -> None:
     if (version, tables) == (0, 0):
         connection.execute(_KEYS)
         version = 1
-    if version == 1:
+    if version in (1, 2):
         _check_damage(path, connection)
-        version = _migrate(connection)
+        version = _migrate(connection, version)
     if version != SCHEMA_VERSION:
         raise CannotOpenStore(
             f"{path} has schema version {version}, and this vllmproxy reads version {SCHEMA_VERSION}: "
@@ -90,15 +104,22 @@ def _check_damage(path: Path, connection: sqlite3.Connection) -> None:
         raise CannotOpenStore(f"{path} is damaged ({state}): move it away or bring back a copy of it")
 
 
-def _migrate(connection: sqlite3.Connection) -> int:
-    """Bring version 1 up to 2, rows as they are: fields that they lack have their defaults."""
-    for statement in _SECOND:
+def _migrate(connection: sqlite3.Connection, version: int) -> int:
+    """Bring an older version up, rows as they are: fields that they lack have their defaults."""
+    if version == 1:
+        for statement in _SECOND:
+            connection.execute(statement)
+        _index(connection)
+    for statement in _THIRD:
         connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    return SCHEMA_VERSION
+
+
+def _index(connection: sqlite3.Connection) -> None:
     for token, row in connection.execute("SELECT token, row FROM keys").fetchall():
         try:
             created = load_row(row).created_at
         except ValueError:
             continue  # unreadable before and after; what reads it says so
         connection.execute("UPDATE keys SET created = ? WHERE token = ?", (created, token))
-    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    return SCHEMA_VERSION

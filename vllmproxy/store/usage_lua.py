@@ -1,0 +1,134 @@
+"""Sums and accounts as Redis does them: what :mod:`vllmproxy.usage.ledger` does, in Lua.
+
+A key's sums of one day are a hash: for each model and end user the sum's numbers, with spaces in between. All add up
+exactly to 2^53, and beyond that without an error, which would leave half of a script undone. What every script begins
+with is said in :mod:`vllmproxy.store.scripts`.
+"""
+
+from typing import Final
+
+from vllmproxy.store.scripts import PUNCTUAL
+
+#: What happened.
+DONE: Final = 1
+OVERLAP: Final = 2
+
+#: KEYS: the writer; for each key and day the day's keys, the sums, the names of its models and of its end users; the
+#: accounts. ARGV: not after; the number of the first event, how many; seconds to keep the writer and the sums; how
+#: many models and end users have sums of their own, and the name of all others; how many keys and days. For each of
+#: these the key, how many rows, and of each row model, end user, numbers; for each account period, spend, tokens,
+#: what is let go of. Answers DONE; or OVERLAP, now, the last number that was added, where it is not before the first.
+ADD: Final = (
+    PUNCTUAL
+    + """
+local first, count, writer_kept, kept = tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5]
+local most_models, most_end_users, other, keydays = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8], tonumber(ARGV[9])
+local last = tonumber(redis.call('GET', KEYS[1]) or 0)
+if last >= first then
+  redis.call('EXPIRE', KEYS[1], writer_kept)
+  return {2, now, last}
+end
+redis.call('SET', KEYS[1], string.format('%.0f', first + count - 1), 'EX', writer_kept)
+
+local function bounded(known, name, most)
+  if name == '' then return name end
+  if redis.call('SCARD', known) < most then
+    redis.call('SADD', known, name)
+    return name
+  end
+  return redis.call('SISMEMBER', known, name) == 1 and name or other
+end
+
+local function add(sums, row, numbers)
+  local total = {}
+  for number in string.gmatch(numbers, '%d+') do total[#total + 1] = tonumber(number) end
+  local place = 0
+  for number in string.gmatch(redis.call('HGET', sums, row) or '', '%d+') do
+    place = place + 1
+    total[place] = total[place] + number
+  end
+  for place, number in ipairs(total) do total[place] = string.format('%.0f', number) end
+  redis.call('HSET', sums, row, table.concat(total, ' '))
+end
+
+local name, arg = 1, 9
+for _ = 1, keydays do
+  local day, sums, models, end_users = unpack(KEYS, name + 1, name + 4)
+  redis.call('SADD', day, ARGV[arg + 1])
+  local rows = tonumber(ARGV[arg + 2])
+  arg = arg + 2
+  for _ = 1, rows do
+    local model = bounded(models, ARGV[arg + 1], most_models)
+    local end_user = bounded(end_users, ARGV[arg + 2], most_end_users)
+    add(sums, #model .. ':' .. model .. end_user, ARGV[arg + 3])
+    arg = arg + 3
+  end
+  for place = name + 1, name + 4 do redis.call('EXPIRE', KEYS[place], kept) end
+  name = name + 4
+end
+
+local charged = {'spend', 'tokens', 'held', 'held_tokens'}
+for place = name + 1, #KEYS do
+  local account, period = KEYS[place], tonumber(ARGV[arg + 1])
+  local fields = redis.call('HMGET', account, 'period', unpack(charged))
+  local current = tonumber(fields[1] or 0)
+  if period >= current then
+    local values = {'period', ARGV[arg + 1]}
+    for number, field in ipairs(charged) do
+      local value, amount = tonumber(fields[number + 1] or 0), tonumber(ARGV[arg + 1 + number])
+      if period > current then value = 0 end
+      if number <= 2 then value = value + amount else value = math.max(0, value - amount) end
+      values[#values + 1] = field
+      values[#values + 1] = string.format('%.0f', value)
+    end
+    redis.call('HSET', account, unpack(values))
+  end
+  arg = arg + 5
+end
+return {1, now}
+"""
+)
+
+#: KEYS: the writer. Answers the last number that was added.
+LAST: Final = PUNCTUAL + "return {1, now, tonumber(redis.call('GET', KEYS[1]) or 0)}"
+
+#: KEYS: the writer.
+FORGET: Final = PUNCTUAL + "return {1, now, redis.call('DEL', KEYS[1])}"
+
+#: KEYS: a day's keys. ARGV: not after, a cursor. Answers the next cursor, '0' at the end, and keys.
+KEYS_OF_DAY: Final = PUNCTUAL + "return {1, now, unpack(redis.call('SSCAN', KEYS[1], ARGV[2], 'COUNT', 1000))}"
+
+#: KEYS: sums. ARGV: not after, a cursor into the first, about how many rows to read. Answers the next cursor and the
+#: rows, with their sums, of each that was read; unless the cursor is '0', the last of these is not at its end.
+SUMS: Final = (
+    PUNCTUAL
+    + """
+local cursor, most, found, all = ARGV[2], tonumber(ARGV[3]), 0, {}
+for place, name in ipairs(KEYS) do
+  local rows = {}
+  repeat
+    local scanned = redis.call('HSCAN', name, cursor, 'COUNT', 500)
+    cursor = scanned[1]
+    for _, text in ipairs(scanned[2]) do rows[#rows + 1] = text end
+    found = found + #scanned[2] / 2
+  until cursor == '0' or found >= most
+  all[place] = rows
+  if found >= most then break end
+end
+return {1, now, cursor, all}
+"""
+)
+
+#: KEYS: an account. Answers period, spend and tokens.
+ACCOUNT: Final = PUNCTUAL + "return {1, now, unpack(redis.call('HMGET', KEYS[1], 'period', 'spend', 'tokens'))}"
+
+#: KEYS: an account, the audit trail. ARGV: not after, period, spend, tokens, entries. What is held is of its period.
+SET_ACCOUNT: Final = (
+    PUNCTUAL
+    + """
+if (redis.call('HGET', KEYS[1], 'period') or '0') ~= ARGV[2] then redis.call('DEL', KEYS[1]) end
+redis.call('HSET', KEYS[1], 'period', ARGV[2], 'spend', ARGV[3], 'tokens', ARGV[4])
+for place = 5, #ARGV do redis.call('XADD', KEYS[2], '*', 'entry', ARGV[place]) end
+return {1, now}
+"""
+)

@@ -1,0 +1,155 @@
+"""Adding usage up: what a batch of events changes, and what comes of it. Pure; every store does it by this."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, timedelta
+from typing import Final
+
+from attrs import frozen
+
+from vllmproxy.limits.values import MAX_AMOUNT
+from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.sums import NUMBERS, Account, UsageQuery, UsageSum
+
+#: Days that sums are kept for.
+KEPT_DAYS: Final = 400
+#: Clients name end users, so only so many of one key and day have sums of their own, as have models …
+MOST_END_USERS: Final = 1000
+MOST_MODELS: Final = 200
+#: … and all further ones have them under this name.
+OTHER: Final = "(other)"
+
+#: A sum's numbers, in the order of :data:`~vllmproxy.usage.sums.NUMBERS`.
+Numbers = tuple[int, ...]
+NOTHING: Final[Numbers] = (0,) * len(NUMBERS)
+
+
+@frozen
+class Charge:
+    """What a batch does to one account.
+
+    :ivar period: the latest of its events' periods; ``spend`` … ``held_tokens`` are those of that period, added up.
+    """
+
+    period: int
+    spend: int
+    tokens: int
+    held: int
+    held_tokens: int
+
+    def __add__(self, other: "Charge") -> "Charge":
+        if self.period != other.period:
+            return self if self.period > other.period else other
+        return Charge(
+            self.period,
+            self.spend + other.spend,
+            self.tokens + other.tokens,
+            self.held + other.held,
+            self.held_tokens + other.held_tokens,
+        )
+
+    def applied(self, account: Account) -> Account:
+        """Return what ``account`` becomes: begun anew if its period is older, as it is if that is newer."""
+        if self.period < account.period:
+            return account
+        if self.period > account.period:
+            return Account(self.period, self.spend, self.tokens)
+        return Account(self.period, account.spend + self.spend, account.tokens + self.tokens)
+
+
+@frozen
+class Batch:
+    """What some events add up to.
+
+    :ivar sums: (day, key) → (model, end user) → numbers.
+    :ivar charges: token → what its account is charged; in any order the same comes out as with event by event.
+    """
+
+    sums: Mapping[tuple[str, str], Mapping[tuple[str, str], Numbers]]
+    charges: Mapping[str, Charge]
+
+
+def batch_of(events: Iterable[UsageEvent]) -> Batch:
+    """Return what ``events`` add up to; a number beyond ``MAX_AMOUNT`` counts as that, a negative one as nothing."""
+    sums: dict[tuple[str, str], dict[tuple[str, str], Numbers]] = {}
+    charges: dict[str, Charge] = {}
+    for event in events:
+        if event.requests > 0:
+            rows = sums.setdefault((event.day, event.key), {})
+            row = (event.model, event.end_user)
+            rows[row] = added(rows.get(row, NOTHING), _numbers(event))
+        if event.is_of_virtual_key:
+            charge, before = _charge(event), charges.get(event.key)
+            charges[event.key] = charge if before is None else before + charge
+    return Batch(sums, charges)
+
+
+def added(numbers: Iterable[int], more: Iterable[int]) -> Numbers:
+    """Return the sum of two sums' numbers."""
+    return tuple(one + other for one, other in zip(numbers, more, strict=True))
+
+
+def unseen(first: int, events: Sequence[UsageEvent], last: int) -> Sequence[UsageEvent]:
+    """Return those of ``events``, numbered from ``first``, whose numbers are above ``last``."""
+    return events[max(0, last + 1 - first) :]
+
+
+def days_of(query: UsageQuery) -> list[str]:
+    """Return the days that ``query`` asks for, in order; the last ``KEPT_DAYS`` of them if they are more."""
+    until = date.fromisoformat(query.until)
+    count = min((until - date.fromisoformat(query.since)).days + 1, KEPT_DAYS)
+    return [str(until - timedelta(days=back)) for back in range(count - 1, -1, -1)]
+
+
+def oldest_kept(today: str) -> str:
+    """Return the first day whose sums are kept on the day ``today``."""
+    return str(date.fromisoformat(today) - timedelta(days=KEPT_DAYS - 1))
+
+
+class Summing:
+    """Adds up rows into the groups that a query asks for; rows that it does not ask for are passed over."""
+
+    def __init__(self, query: UsageQuery) -> None:
+        self._query = query
+        self._sums: dict[tuple[str, ...], Numbers] = {}
+
+    def add(self, day: str, key: str, model: str, end_user: str, numbers: Iterable[int]) -> None:
+        """Add the row of that day, key, model and end user."""
+        query = self._query
+        wanted = ((query.key, key), (query.model, model), (query.end_user, end_user))
+        if not query.since <= day <= query.until or any(asked not in (None, found) for asked, found in wanted):
+            return
+        names = {"day": day, "key": key, "model": model, "end_user": end_user}
+        group = tuple(names[name] for name in query.group_by)
+        self._sums[group] = added(self._sums.get(group, NOTHING), numbers)
+
+    def result(self) -> list[UsageSum]:
+        """Return the sums so far, in the order of their groups."""
+        return [sum_of(group, self._sums[group]) for group in sorted(self._sums)]
+
+
+def sum_of(group: tuple[str, ...], numbers: Iterable[int]) -> UsageSum:
+    """Return the sum of that group with these numbers."""
+    return UsageSum(group=group, **dict(zip(NUMBERS, numbers, strict=True)))
+
+
+def _numbers(event: UsageEvent) -> Numbers:
+    values = {
+        "requests": event.requests,
+        "estimated": event.requests if event.quality == "estimated" else 0,
+        "unknown": event.requests if event.quality == "unknown" else 0,
+        "prompt_tokens": event.prompt_tokens,
+        "completion_tokens": event.completion_tokens,
+        "cached_tokens": event.cached_tokens,
+        "audio_ms": event.audio_ms,
+        "spend": event.spend,
+    }
+    return tuple(_bounded(values[name]) for name in NUMBERS)
+
+
+def _charge(event: UsageEvent) -> Charge:
+    tokens = _bounded(event.prompt_tokens) + _bounded(event.completion_tokens)
+    return Charge(event.period, _bounded(event.spend), tokens, _bounded(event.held), _bounded(event.held_tokens))
+
+
+def _bounded(number: int) -> int:
+    return min(max(number, 0), MAX_AMOUNT)
