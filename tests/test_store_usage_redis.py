@@ -1,0 +1,235 @@
+"""What the Redis store does about usage of its own: what is held, how long things are kept, servers that stall."""
+
+import re
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import pytest_twisted
+from _redis import RedisServer, redis_server
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.task import deferLater
+
+from vllmproxy.keys.key import VirtualKey, hash_key
+from vllmproxy.store.interface import StoreUnavailable, Writes
+from vllmproxy.store.redis import RedisStore
+from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.sums import Account, UsageQuery
+
+TOKEN, HEIR = hash_key("sk-one"), hash_key("sk-two")
+TIME, DAY = 1_795_521_600.0, "2026-11-24"
+QUERY = UsageQuery(since=DAY, until=DAY)
+BUDGET = f"vllmproxy:{{{TOKEN}}}:budget"
+SUMS = f"vllmproxy:{{{TOKEN}}}:usage:{DAY}"
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    with redis_server() as started:
+        yield started
+
+
+@pytest_twisted.async_yield_fixture
+async def store(server: RedisServer) -> AsyncIterator[RedisStore]:
+    made = RedisStore(server.url, reactor)
+    await made.open()
+    yield made
+    await made.close()
+
+
+def event(**fields: object) -> UsageEvent:
+    return UsageEvent(**{"time": TIME, "key": TOKEN, **fields})  # type: ignore[arg-type]
+
+
+def fields(server: RedisServer, name: str) -> dict[str, str]:
+    words = re.findall(r"\$\d+\r\n([^\r]*)\r\n", server.command("HGETALL", name).decode())
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def number(server: RedisServer, *words: str) -> int:
+    return int(server.command(*words)[1:])
+
+
+def held(period: int, spend: int, tokens: int, held: int, held_tokens: int) -> dict[str, str]:
+    values = {"period": period, "spend": spend, "tokens": tokens, "held": held, "held_tokens": held_tokens}
+    return {name: str(value) for name, value in values.items()}
+
+
+def hold(server: RedisServer, *values: int) -> None:
+    server.command("HSET", BUDGET, *(word for pair in held(*values).items() for word in pair))
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_was_held_is_let_go_of_when_it_is_spent(server: RedisServer, store: RedisStore) -> None:
+    hold(server, 50, 5, 7, 100, 1000)
+    await store.add_usage("w", 1, [event(period=50, held=30, held_tokens=300, spend=9, prompt_tokens=2)])
+    assert fields(server, BUDGET) == held(50, 14, 9, 70, 700)
+    await store.add_usage("w", 1, [event(period=50, held=30, held_tokens=300, spend=9, prompt_tokens=2)])
+    assert fields(server, BUDGET) == held(50, 14, 9, 70, 700)
+    await store.add_usage("w", 2, [event(period=50, requests=0, held=10), event(period=50, held=500, held_tokens=1)])
+    assert fields(server, BUDGET) == held(50, 14, 9, 0, 699)
+    await store.add_usage("w", 4, [event(period=40, held=1, held_tokens=1, spend=1)])
+    assert fields(server, BUDGET) == held(50, 14, 9, 0, 699)
+    await store.add_usage("w", 5, [event(period=60, held=1, held_tokens=1, spend=1)])
+    assert fields(server, BUDGET) == held(60, 1, 0, 0, 0)
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_is_held_stays_so_when_an_account_is_set(server: RedisServer, store: RedisStore) -> None:
+    hold(server, 50, 5, 7, 100, 1000)
+    await store.set_account(TOKEN, Account(50, 0, 7))
+    assert fields(server, BUDGET) == held(50, 0, 7, 100, 1000)
+    await store.set_account(TOKEN, Account(60, 1, 2))
+    assert fields(server, BUDGET) == {"period": "60", "spend": "1", "tokens": "2"}
+    assert await store.read_account(TOKEN) == Account(60, 1, 2)
+    await store.add_usage("w", 1, [event(period=60, held=1, spend=1)])
+    assert fields(server, BUDGET) == held(60, 2, 2, 0, 0)
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_heir_takes_over_what_is_held(server: RedisServer, store: RedisStore) -> None:
+    await store.add_key(VirtualKey(token=TOKEN, key_name="old"))
+    hold(server, 50, 5, 7, 100, 1000)
+    heir = VirtualKey(token=HEIR, key_name="new")
+    await store.change_keys([TOKEN, HEIR], lambda _: Writes((heir,), (TOKEN,), inherits={HEIR: TOKEN}))
+    assert fields(server, f"vllmproxy:{{{HEIR}}}:budget") == held(50, 5, 7, 100, 1000)
+    assert number(server, "EXISTS", BUDGET) == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_how_long_things_are_kept(server: RedisServer, store: RedisStore) -> None:
+    await store.add_usage("w", 1, [event(model="m", end_user="u", spend=1)])
+    year = [f"vllmproxy:usage:{DAY}", SUMS, f"{SUMS}:models", f"{SUMS}:end_users"]
+    spans = {name: number(server, "TTL", name) for name in (*year, "vllmproxy:usage:writer:w", BUDGET)}
+    days = {name: -(-span // 86_400) for name, span in spans.items()}
+    assert days == {**dict.fromkeys(year, 400), "vllmproxy:usage:writer:w": 90, BUDGET: 0}
+    assert spans[BUDGET] == -1
+    for name in spans:
+        server.command("EXPIRE", name, "100")
+    await store.add_usage("w", 1, [event()])  # all of it known: only the writer was heard of again
+    assert [number(server, "TTL", name) > 100 for name in spans] == [False] * 4 + [True, False]
+    await store.add_usage("w", 2, [event(model="m", end_user="u")])
+    assert [number(server, "TTL", name) > 100 for name in year] == [True] * 4
+    assert fields(server, SUMS) == {"1:mu": "2 0 0 0 0 0 0 1"}
+    await store.forget_writer("w")
+    assert number(server, "EXISTS", "vllmproxy:usage:writer:w") == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_runs_after_its_time_does_nothing(server: RedisServer, store: RedisStore) -> None:
+    await store.set_account(TOKEN, Account(0, 5, 5))
+    before = number(server, "DBSIZE")
+    for call in (
+        lambda: store.add_usage("w", 1, [event(spend=1)]),
+        lambda: store.set_account(TOKEN, Account()),
+        lambda: store.forget_writer("w"),
+        lambda: store.read_usage(QUERY),
+    ):
+        await call_late(store, call)
+    assert number(server, "DBSIZE") == before
+    assert await store.read_account(TOKEN) == Account(0, 5, 5)
+
+
+async def call_late(store: RedisStore, call: object) -> None:
+    """Have a call be late for good: a clock that is only wrong is noticed and the call is made again."""
+    wire = await store._link.get()
+    sent = wire.eval
+
+    def slow(script: str, names: list[bytes], words: list[object]) -> Deferred[list[object]]:
+        return sent(script, names, [0, *words[1:]])
+
+    wire.eval = slow
+    try:
+        with pytest.raises(StoreUnavailable, match="late"):
+            await call()  # type: ignore[operator]
+    finally:
+        del wire.eval
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_clock_that_was_set_is_noticed(server: RedisServer, store: RedisStore) -> None:
+    wire = await store._link.get()
+    wire.offset -= 3600
+    await store.add_usage("w", 1, [event(spend=1)])
+    assert await store.read_account(TOKEN) == Account(0, 1, 0)
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_a_stalled_server_did_not_answer_can_be_sent_again(server: RedisServer) -> None:
+    hasty = RedisStore(server.url, reactor, timeout=0.3)
+    await hasty.open()
+    events = [event(spend=1) for _ in range(300)]
+    await hasty.add_usage("w", 1, events[:10])
+    server.stall()
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable):
+            await hasty.add_usage("w", 1, events)
+    await deferLater(reactor, 0.1)
+    server.resume()
+    give_up = time.monotonic() + 20
+    while await last(hasty) < 300:
+        assert time.monotonic() < give_up
+        await add(hasty, events)
+    (found,) = await hasty.read_usage(QUERY)
+    assert found.requests == 300
+    assert await hasty.read_account(TOKEN) == Account(0, 300, 0)
+    await hasty.close()
+
+
+async def last(store: RedisStore) -> int:
+    try:
+        return await store.last_usage("w")
+    except StoreUnavailable:
+        return 0
+
+
+async def add(store: RedisStore, events: list[UsageEvent]) -> None:
+    try:
+        await store.add_usage("w", 1, events)
+    except StoreUnavailable:
+        await deferLater(reactor, 0.05)
+
+
+@pytest_twisted.ensureDeferred
+async def test_proxies_add_to_the_same_sums(server: RedisServer, store: RedisStore) -> None:
+    other = RedisStore(server.url, reactor)
+    await other.open()
+    hold(server, 0, 0, 0, 10_000, 0)
+    calls = [
+        each.add_usage(f"w{proxy}", first, [event(model=f"m{first % 3}", spend=2, held=3) for _ in range(9)])
+        for first in range(1, 200, 9)
+        for proxy, each in enumerate((store, other))
+    ]
+    await DeferredList([Deferred.fromCoroutine(call) for call in calls], fireOnOneErrback=True)
+    count = 2 * 23 * 9
+    (found,) = await other.read_usage(QUERY)
+    assert (found.requests, found.spend) == (count, 2 * count)
+    assert fields(server, BUDGET) == held(0, 2 * count, 0, 10_000 - 3 * count, 0)
+    await other.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_hash_that_grows_while_it_is_read_counts_once(server: RedisServer, store: RedisStore) -> None:
+    """Its rows are read in pieces, and its table is made larger meanwhile, which shows some of them twice."""
+    events = [event(model=f"m{number % 40}", end_user=f"u{number // 40}") for number in range(12_000)]
+    await store.add_usage("w", 1, events[:6000])
+    reading = Deferred.fromCoroutine(store.read_usage(QUERY))
+    await store.add_usage("w", 6001, events[6000:])
+    (found,) = await reading
+    assert 6000 <= found.requests <= 12_000
+    (found,) = await store.read_usage(QUERY)
+    assert found.requests == 12_000
+
+
+@pytest_twisted.ensureDeferred
+async def test_foreign_values_are_no_sums(server: RedisServer, store: RedisStore) -> None:
+    server.command("SADD", f"vllmproxy:usage:{DAY}", TOKEN)
+    for row, numbers in (("1:mu", "many"), ("no length", "1 0 0 0 0 0 0 0"), ("1:mu", "1 2")):
+        server.command("DEL", SUMS)
+        server.command("HSET", SUMS, row, numbers)
+        with pytest.raises(StoreUnavailable, match="sums"):
+            await store.read_usage(QUERY)
+    server.command("HSET", BUDGET, "spend", "much")
+    with pytest.raises(StoreUnavailable, match="account"):
+        await store.read_account(TOKEN)

@@ -1,0 +1,157 @@
+"""What the SQLite store does about usage of its own: what survives, what is one transaction, what is removed."""
+
+import signal
+import sqlite3
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+
+from vllmproxy.keys.key import hash_key
+from vllmproxy.store.interface import AuditEntry, StoreUnavailable
+from vllmproxy.store.sqlite import SqliteStore
+from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.sums import Account, UsageQuery
+
+TOKEN = hash_key("sk-one")
+EVENT = UsageEvent(time=1_795_521_600.0, key=TOKEN, model="m", end_user="u", spend=1)
+QUERY = UsageQuery(since="2026-11-24", until="2026-11-24")
+
+WRITER = """
+import sys
+from pathlib import Path
+import attrs
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from vllmproxy.keys.key import hash_key
+from vllmproxy.store.sqlite import SqliteStore
+from vllmproxy.usage.event import UsageEvent
+
+EVENT = UsageEvent(time=1_795_521_600.0, key=hash_key("sk-one"), model="m", spend=1)
+
+async def add():
+    store = SqliteStore(Path(sys.argv[1]), reactor)
+    await store.open()
+    last = 0
+    while True:
+        events = [attrs.evolve(EVENT, end_user=f"u{(last + place) % 900}") for place in range(300)]
+        await store.add_usage("w", last + 1, events)
+        last += len(events)
+        print(last, flush=True)
+
+Deferred.fromCoroutine(add()).addErrback(lambda failure: (failure.printTraceback(), reactor.stop()))
+reactor.run()
+"""
+
+
+def write_and_be_killed(path: Path, lines: int) -> int:
+    """Have another process add batches of 300, kill it after so many, and return how far it said that it came."""
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        said = [int(writer.stdout.readline()) for _ in range(lines)]
+        writer.kill()
+    assert writer.returncode == -signal.SIGKILL
+    return said[-1]
+
+
+@pytest.mark.parametrize("lines", [1, 4, 9])
+@pytest_twisted.ensureDeferred
+async def test_kill_9_in_the_middle_of_adding_leaves_whole_batches(tmp_path: Path, lines: int) -> None:
+    path = tmp_path / "keys.sqlite3"
+    acknowledged = write_and_be_killed(path, lines)
+    store = SqliteStore(path, reactor)
+    await store.open()
+    last = await store.last_usage("w")
+    assert last >= acknowledged
+    assert last % 300 == 0
+    (found,) = await store.read_usage(QUERY)
+    assert found.requests == found.spend == last
+    assert await store.read_account(TOKEN) == Account(0, last, 0)
+    # Whoever has the journal sends what was not acknowledged, and a little more to be safe.
+    await store.add_usage("w", acknowledged - 299, [EVENT] * 900)
+    (found,) = await store.read_usage(QUERY)
+    assert found.requests == max(last, acknowledged + 600)
+    await store.close()
+
+
+@pytest.mark.parametrize("table", ["usage", "usage_writers", "accounts"])
+@pytest_twisted.ensureDeferred
+async def test_what_fails_half_way_has_added_nothing(tmp_path: Path, table: str) -> None:
+    path = tmp_path / "keys"
+    store = SqliteStore(path, reactor)
+    await store.open()
+    await store.add_usage("w", 1, [EVENT])
+    trigger = f"CREATE TRIGGER no_more BEFORE INSERT ON {table} BEGIN SELECT RAISE(ABORT, 'no more'); END"
+    execute(path, trigger)
+    with pytest.raises(StoreUnavailable, match="no more"):
+        await store.add_usage("w", 2, [EVENT, EVENT])
+    execute(path, "DROP TRIGGER no_more")
+    (found,) = await store.read_usage(QUERY)
+    assert (found.requests, await store.last_usage("w")) == (1, 1)
+    assert await store.read_account(TOKEN) == Account(0, 1, 0)
+    await store.add_usage("w", 2, [EVENT, EVENT])
+    assert await store.read_account(TOKEN) == Account(0, 3, 0)
+    await store.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_account_is_not_set_where_that_cannot_be_written_down(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    store = SqliteStore(path, reactor)
+    await store.open()
+    await store.set_account(TOKEN, Account(0, 5, 5))
+    execute(path, "CREATE TRIGGER no_more BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no more'); END")
+    with pytest.raises(StoreUnavailable, match="no more"):
+        await store.set_account(TOKEN, Account(), [AuditEntry(time=1.0, actor="master", action="/a")])
+    assert await store.read_account(TOKEN) == Account(0, 5, 5)
+    await store.close()
+
+
+def execute(path: Path, statement: str) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute(statement)
+    connection.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_has_failed_for_its_caller_is_not_done_later(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    store = SqliteStore(path, reactor, timeout=0.2)
+    await store.open()
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    for call in (store.add_usage("w", 1, [EVENT]), store.set_account(TOKEN, Account(0, 5, 5))):
+        with pytest.raises(StoreUnavailable, match=r"within 0\.2 s"):
+            await call  # its thread still waits for the lock
+    other.execute("ROLLBACK")
+    other.close()
+    await store.close()  # waits for the threads
+    again = SqliteStore(path, reactor)
+    await again.open()
+    assert (await again.last_usage("w"), await again.read_account(TOKEN)) == (0, Account())
+    await again.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_sums_of_400_days_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    today = datetime.now(UTC)
+    days = [today - timedelta(days=back) for back in (0, 398, 402, 1000)]
+    store = SqliteStore(path, reactor)
+    await store.open()
+    for number, day in enumerate(days, 1):
+        await store.add_usage("w", number, [UsageEvent(time=day.timestamp(), key=TOKEN, model="m", spend=1)])
+    await store.close()
+    await store.open()
+    with sqlite3.connect(path) as connection:
+        for table in ("usage", "usage_names"):
+            kept = [day for (day,) in connection.execute(f"SELECT day FROM {table} ORDER BY day")]
+            assert kept == [f"{day:%Y-%m-%d}" for day in reversed(days[:2])]
+    connection.close()
+    assert await store.read_account(TOKEN) == Account(0, 4, 0)
+    assert await store.last_usage("w") == 4
+    await store.close()
