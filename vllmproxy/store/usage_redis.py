@@ -4,6 +4,7 @@ Numbers alone make an addition happen once, as long as its writer is known. The 
 the same: a writer may have been forgotten meanwhile, and an account set.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -70,20 +71,19 @@ class RedisUsage:
         not_after = self._clock.seconds() + LIST_SECONDS
         summing = Summing(query)
         hashes = [(day, key) for day in days_of(query) for key in await self._keys_of(day, query.key)]
-        begun: dict[bytes, bytes] = {}
+        begun: dict[str, str] = {}
         cursor, place = b"0", 0
         while place < len(hashes):
             if self._clock.seconds() > not_after:
                 raise StoreUnavailable(f"there are too many sums to look at in {LIST_SECONDS:g} s")
             names = [sums_names(day, key)[0] for day, key in hashes[place : place + _HASHES]]
             cursor, found = await self._run(SUMS, names, [cursor, _ROWS])
-            for rows in found:
-                # What a cursor goes past may be seen twice, so a hash counts once it was read to its end.
-                begun |= dict(zip(rows[::2], rows[1::2], strict=True))
-                if rows is found[-1] and cursor != b"0":
-                    break
-                _sum_up(summing, *hashes[place], begun)
-                begun = {}
+            ended = _rows(found)
+            # What a cursor goes past may be seen twice, so a hash counts once it was read to its end.
+            ended[0] = begun | ended[0]
+            begun = ended.pop() if cursor != b"0" else {}
+            for rows in ended:
+                _sum_up(summing, *hashes[place], rows)
                 place += 1
         return summing.result()
 
@@ -142,11 +142,25 @@ def _arguments(writer: str, first: int, count: int, batch: Batch) -> tuple[list[
     return names, words
 
 
-def _sum_up(summing: Summing, day: str, key: bytes, rows: Mapping[bytes, bytes]) -> None:
+def _rows(text: bytes) -> list[dict[str, str]]:
+    """Return row → numbers, of each hash that :data:`SUMS` answers."""
+    try:
+        # Lua's empty list is an object to JSON.
+        return [dict(zip(rows[::2], rows[1::2], strict=True)) if rows else {} for rows in json.loads(text)]
+    except ValueError as error:
+        raise _foreign(error) from error
+
+
+def _sum_up(summing: Summing, day: str, key: bytes, rows: Mapping[str, str]) -> None:
     try:
         for row, numbers in rows.items():
-            length, _, names = row.partition(b":")
+            length, _, rest = row.partition(":")
+            names = name_bytes(rest)
             model, end_user = names[: int(length)], names[int(length) :]
             summing.add(day, name_text(key), name_text(model), name_text(end_user), map(int, numbers.split()))
     except ValueError as error:
-        raise StoreUnavailable(f"it holds something else than sums: {error}") from error
+        raise _foreign(error) from error
+
+
+def _foreign(error: ValueError) -> StoreUnavailable:
+    return StoreUnavailable(f"it holds something else than sums: {error}")
