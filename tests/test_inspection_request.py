@@ -1,0 +1,150 @@
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests._bodies import bodies
+from vllmproxy.inspection.lax import MOST
+from vllmproxy.inspection.request import LONGEST_END_USER, Asked, read_request
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+JSON = b"application/json"
+
+
+def read(body: object, path: str = CHAT, content_type: bytes | None = JSON) -> Asked:
+    return read_request(path, body if isinstance(body, bytes) else json.dumps(body).encode(), content_type)
+
+
+@given(bodies())
+def test_a_named_model_is_what_vllm_takes(body: bytes) -> None:
+    asked = read(body)
+    pairs = json.loads(body, object_pairs_hook=list)
+    models = [value for name, value in pairs if name == "model"]
+    named = len(models) == 1 and isinstance(models[0], str) and models[0] not in ("", "\ud800")
+    assert (asked.surety == "named") == named == (asked.model is not None)
+    assert asked.model == (models[0] if named else None)
+    assert (asked.surety == "absent") == (models in ([], [None], [""]))
+    assert (asked.surety == "ambiguous") == (asked.reason != "")
+    assert len(asked.end_user or "") <= LONGEST_END_USER
+    assert (asked.end_user or "").isprintable()
+    assert 1 <= asked.answers <= MOST
+    assert asked.output_tokens is None or 0 <= asked.output_tokens <= MOST
+
+
+@given(st.binary(max_size=60), st.one_of(st.none(), st.just(JSON), st.just(b"multipart/form-data; boundary=x")))
+def test_it_never_raises(body: bytes, content_type: bytes | None) -> None:
+    asked = read(body, CHAT, content_type)
+    assert asked.model is None or asked.surety == "named"
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b'{"model":"a","model":"a"}', "the model is given twice"),
+        (b'{"model":"a","mod\\u0065l":"b"}', "the model is given twice"),
+        ('{"model":"a"}'.encode("utf-16"), "the body is not UTF-8"),
+        ('{"model":"a"}'.encode("utf-16-le"), "the body is not JSON"),
+        (b'\xef\xbb\xbf{"model":"a"}', "the body is not a JSON object"),
+        (b'{"model":"a"', "the body is not JSON"),
+        (b'["model"]', "the body is not a JSON object"),
+        (b"", "the body is not a JSON object"),
+        (b'{"model":5}', "the model is not a string"),
+        (b'{"model":["a"]}', "the model is not a string"),
+        (b'{"model":false}', "the model is not a string"),
+        (b'{"model":"\\ud800"}', "the model is not Unicode text"),
+    ],
+)
+def test_an_ambiguous_model_says_why(body: bytes, reason: str) -> None:
+    asked = read(body)
+    assert (asked.surety, asked.model, asked.reason) == ("ambiguous", None, reason)
+
+
+@pytest.mark.parametrize(("encoding", "surety"), [(b"gzip", "ambiguous"), (b" Identity", "named"), (b"", "named")])
+def test_a_compressed_body_is_ambiguous(encoding: bytes, surety: str) -> None:
+    assert read_request(CHAT, b'{"model":"a"}', JSON, encoding).surety == surety
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "answers", "tokens"),
+    [
+        (CHAT, {}, 1, None),
+        (CHAT, {"max_tokens": 5}, 1, 5),
+        (CHAT, {"max_tokens": 5, "max_completion_tokens": 9}, 1, 9),
+        (CHAT, {"max_tokens": 5, "max_completion_tokens": None, "n": 3}, 3, 15),
+        (CHAT, {"max_tokens": "5", "n": "2"}, 2, 10),
+        (CHAT, {"max_tokens": 5, "n": None}, 1, 5),
+        (CHAT, {"max_tokens": 5, "n": 0}, 1, 5),
+        (CHAT, {"max_tokens": -5, "n": -2}, 1, 0),
+        (CHAT, {"max_tokens": 5.5}, 1, None),
+        (CHAT, {"max_tokens": 10**30, "n": 10**30}, MOST, MOST),
+        (CHAT, {"max_output_tokens": 5}, 1, None),
+        (CHAT + "/batch", {"max_tokens": 5, "n": 2, "messages": [[{}], [{}], [{}]]}, 6, 30),
+        (COMPLETIONS, {"prompt": "x"}, 1, 16),
+        (COMPLETIONS, {"prompt": "x", "max_completion_tokens": 1}, 1, 16),
+        (COMPLETIONS, {"prompt": ["x", "y"], "max_tokens": 5, "n": 2}, 4, 20),
+        (COMPLETIONS, {"prompt": [1, 2, 3], "max_tokens": 5}, 1, 5),
+        (COMPLETIONS, {"prompt": [[1], [2]], "max_tokens": 5}, 2, 10),
+        (COMPLETIONS, {"prompt": "x", "prompt_embeds": ["a", "b"], "max_tokens": 5}, 3, 15),
+        (COMPLETIONS, {"max_tokens": 0, "echo": True, "prompt": ""}, 1, 0),
+        ("/v1/responses", {"max_output_tokens": 7, "max_tokens": 1, "n": 5}, 1, 7),
+        ("/v1/messages", {"max_tokens": 7}, 1, 7),
+        ("/v1/embeddings", {"input": "x"}, 1, 0),
+        ("/inference/v1/generate", {"max_tokens": 1, "sampling_params": {"max_tokens": 7, "n": 2}}, 2, 14),
+        ("/inference/v1/generate", {"sampling_params": {"n": 0}}, 1, None),
+        ("/inference/v1/generate", {"sampling_params": []}, 1, None),
+        ("/v1/something-new", {"max_tokens": 5}, 1, None),
+    ],
+)
+def test_output_tokens(path: str, body: dict[str, Any], answers: int, tokens: int | None) -> None:
+    asked = read(body, path)
+    assert (asked.answers, asked.output_tokens) == (answers, tokens)
+
+
+@pytest.mark.parametrize(
+    ("body", "stream", "usage"),
+    [
+        ({}, False, False),
+        ({"stream": True}, True, False),
+        ({"stream": "true"}, True, False),
+        ({"stream": "maybe"}, False, False),
+        ({"stream": None}, False, False),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, True, True),
+        ({"stream": True, "stream_options": {"include_usage": None}}, True, False),
+        ({"stream": True, "stream_options": ["include_usage"]}, True, False),
+    ],
+)
+def test_stream_and_usage(body: dict[str, Any], stream: bool, usage: bool) -> None:
+    asked = read(body)
+    assert (asked.stream, asked.usage) == (stream, usage)
+
+
+@pytest.mark.parametrize(
+    ("body", "end_user"),
+    [
+        ({"user": "a", "metadata": {"user_id": "b"}, "safety_identifier": "c"}, "a"),
+        ({"user": None, "metadata": {"user_id": "b"}, "safety_identifier": "c"}, "b"),
+        ({"user": 5, "metadata": "b", "safety_identifier": "c"}, "c"),
+        ({"user": " \n\x00", "safety_identifier": "c"}, "c"),
+        ({"metadata": {"user_id": ["b"]}}, None),
+        ({"user": " a\nb\u202e\ud800é "}, "abé"),
+        ({"user": "x" * 5000}, "x" * LONGEST_END_USER),
+        ({"user": "\n" * 5000 + "x"}, None),
+        ({}, None),
+    ],
+)
+def test_end_user(body: dict[str, Any], end_user: str | None) -> None:
+    assert read(body).end_user == end_user
+
+
+def test_what_is_large_is_not_kept() -> None:
+    asked = read({"model": "m", "messages": [{"content": "secret"}], "user": "u", "stream": True})
+    assert asked.document is not None
+    assert {name: member.value for name, member in asked.document.members.items()} == {
+        "model": "m",
+        "messages": None,
+        "stream": True,
+    }
+    assert "secret" not in repr(asked)

@@ -1,0 +1,39 @@
+"""Values as pydantic's lax mode takes them, which vLLM's request models are read in (checked with vLLM 0.32)."""
+
+import re
+from typing import Final
+
+#: The largest count that is handed on. More is as good as no bound, and sums of this stay exact in a double.
+MOST: Final = 1 << 31
+
+_TRUE: Final = frozenset({"1", "on", "t", "true", "y", "yes"})
+_FALSE: Final = frozenset({"0", "off", "f", "false", "n", "no"})
+_INTEGER: Final = re.compile(r"\s*([+-]?[0-9]+(?:_[0-9]+)*)(?:\.0*)?\s*", re.ASCII)
+
+
+def truth_of(value: object) -> bool | None:
+    """Return the truth that vLLM reads in ``value``, ``None`` if it refuses the request for it.
+
+    JSON's ``null`` is false: so are the defaults of all fields this is for.
+    """
+    if value is None:
+        return False
+    if isinstance(value, str):
+        word = value.lower()
+        return True if word in _TRUE else False if word in _FALSE else None
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    return None
+
+
+def count_of(value: object) -> int | None:
+    """Return the count that vLLM reads in ``value``, from 0 to ``MOST``; ``None`` if there is none to be read.
+
+    A negative one, for which vLLM refuses the request, is 0.
+    """
+    if isinstance(value, str):
+        match = _INTEGER.fullmatch(value) if len(value) < 100 else None
+        value = None if match is None else int(match[1])
+    if isinstance(value, float) and value.is_integer():
+        return int(min(max(value, 0), MOST))
+    return min(max(int(value), 0), MOST) if isinstance(value, int) else None
