@@ -17,15 +17,18 @@ from vllmproxy.http1.server import ServerChannel, ServerFactory
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.credentials import Credential
 from vllmproxy.keys.gate import ANONYMOUS, Caller
+from vllmproxy.keys.key import VirtualKey
 from vllmproxy.keys.routes import Group
 from vllmproxy.observers.memory import MemoryObserver
 from vllmproxy.relay.headers import TrustedProxies
 from vllmproxy.relay.quotas import Quotas
 from vllmproxy.relay.relay import Relay
 from vllmproxy.store.limits_memory import MemoryLimiter
+from vllmproxy.store.memory import MemoryStore
 from vllmproxy.testing import MemoryEndpoint, MemoryTransport, RecordingReceiver
 from vllmproxy.upstreams.server import Server
 from vllmproxy.upstreams.upstream import Upstream as Address
+from vllmproxy.usage.bookkeeper import Bookkeeper
 
 
 class Hangups:
@@ -223,12 +226,19 @@ class Body:
         self.done.callback(None)
 
 
+def caller_of(**fields: Any) -> Caller:
+    """Return the caller with a virtual key that has these fields."""
+    key = VirtualKey(token="ab" * 32, key_name="sk-...abcd", **fields)
+    return Caller(key.token, key=key)
+
+
 class Gatekeeper:
     """Lets in, refuses, or waits, as the test says."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
         self.route_error: Exception | None = None
+        self.caller = ANONYMOUS
         self.hold = False
         self.waiting: list[Deferred[Caller]] = []
         self.seen: list[Credential] = []
@@ -240,7 +250,7 @@ class Gatekeeper:
             return self.waiting[-1]
         if self.error is not None:
             raise self.error
-        return ANONYMOUS
+        return self.caller
 
     def check_route(self, caller: Caller, group: Group, path: bytes | None = None, base: bytes = b"") -> None:
         if self.route_error is not None:
@@ -261,9 +271,18 @@ class House:
         client = HTTPClient(self.agent)
         server = Server(upstream, upstream.origin.decode(), self.agent, client, authorization)
         gate: Any = self.gate
+        self.store = MemoryStore()
+        Deferred.fromCoroutine(self.store.open())
         self.relay = Relay(
-            self.clock, gate, server, self.observer, TrustedProxies(()), Quotas(MemoryLimiter(self.clock), self.clock)
+            self.clock,
+            gate,
+            server,
+            self.observer,
+            TrustedProxies(()),
+            Quotas(MemoryLimiter(self.clock), self.clock),
+            Bookkeeper(self.store, self.clock, None),
         )
+        self.relay.books.open()
         hangups: Any = Hangups()
         self.factory = ServerFactory(self.clock, self._handle, render, hangups)
         self.streams: list[Stream] = []

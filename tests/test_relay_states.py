@@ -4,7 +4,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from _memory import OK, House
+from _memory import OK, House, caller_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_relay_exchange import GET, POST, STREAM, SWITCH, WEBSOCKET
@@ -17,10 +17,15 @@ from vllmproxy.http1.message import WireError
 from vllmproxy.keys.gate import ANONYMOUS
 from vllmproxy.relay.exchange import _TABLE, Event, Exchange, State
 
+#: Somebody whose requests are read before they are forwarded, and counted in every way.
+HOLDER = caller_of(aliases={"fast": "real"}, rpm_limit=1000, tpm_limit=10**9, max_parallel_requests=9)
+
 
 def exchange_in(house: House, state: State) -> Exchange:
     """Bring one exchange to ``state``."""
     house.gate.hold = state is State.ADMITTING
+    if state is State.HOLDING:
+        house.gate.caller = HOLDER
     house.client.receive(WEBSOCKET if state is State.TUNNELLING else POST)
     exchange = house.streams[0].receiver
     if state is State.ANSWERING:
@@ -35,7 +40,7 @@ def exchange_in(house: House, state: State) -> Exchange:
 
 
 ARGUMENTS: dict[Event, tuple[Any, ...]] = {
-    Event.ADMITTED: (ANONYMOUS, "inference"),
+    Event.ADMITTED: (ANONYMOUS,),
     Event.RESERVED: (None,),
     Event.REFUSED: (AuthError("no"),),
     Event.NO_ANSWER: (Failure(AnswerLost()),),
@@ -55,7 +60,7 @@ def test_every_event_in_every_state(state: State, event: Event) -> None:
     else:
         exchange._feed(event, *ARGUMENTS.get(event, ()))
     assert (exchange._state is not state) is known
-    ends = known and event not in (Event.ADMITTED, Event.RESERVED, Event.ANSWERED)
+    ends = known and event not in (Event.ADMITTED, Event.HELD, Event.RESERVED, Event.ANSWERED)
     assert len(house.observer.records) == before + ends
     house.client.reset_from_peer()
     house.turn()
@@ -107,7 +112,14 @@ class Play:
     def do_admit(self) -> None:
         self.house.gate.hold = False
         while self.house.gate.waiting:
-            self.house.gate.waiting.pop().callback(ANONYMOUS)
+            self.house.gate.waiting.pop().callback(self.house.gate.caller)
+
+    def do_holder(self) -> None:
+        self.house.gate.caller = HOLDER
+
+    def do_revoke(self) -> None:
+        for token in self.house.relay.running():
+            self.house.relay.revoke(token)
 
     def do_refuse(self) -> None:
         self.house.gate.hold = False
@@ -194,9 +206,13 @@ def test_one_record_whatever_happens_in_whatever_order(words: list[str], first: 
     assert len(house.observer.records) == len(house.streams)
     assert house.observer.in_flight == 0
     assert all(stream.over for stream in house.streams)
+    assert house.relay.running() == []
+    assert house.relay.held == 0
+    assert all(not book.journal.open for book in house.relay.books._books)
     house.clock.advance(4)  # idle connections to the upstream expire; the others are gone with their client
     house.turn()
     assert all(wire.lost for wire in house.wires)
     Deferred.fromCoroutine(house.relay.close())
+    Deferred.fromCoroutine(house.relay.books.close())
     house.factory.close()
     assert not house.clock.getDelayedCalls()

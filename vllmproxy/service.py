@@ -38,6 +38,7 @@ from vllmproxy.simulated import base_url, key_file, start_simulator, what_to_try
 from vllmproxy.store.interface import CannotOpenStore
 from vllmproxy.store.opening import make_store
 from vllmproxy.upstreams.server import make_server
+from vllmproxy.usage.bookkeeper import Bookkeeper
 
 _log = Logger()
 
@@ -69,8 +70,23 @@ class Proxy:
             write_timeout=settings.write_timeout,
             limits=limits,
         )
-        quotas = Quotas(self.store.limiter(reactor), reactor)
-        self.relay = Relay(reactor, gate, server, self.observer, trusted, quotas, settings.first_byte_timeout)
+        # Where keys are forgotten with the process, so is what they used.
+        journals = None if settings.store == "memory:" else settings.state_directory / "usage"
+        self.books = Bookkeeper(self.store, reactor, journals)
+        self.relay = Relay(
+            reactor,
+            gate,
+            server,
+            self.observer,
+            trusted,
+            Quotas(self.store.limiter(reactor), reactor, settings.budget_status),
+            self.books,
+            settings.prices,
+            settings.first_byte_timeout,
+            settings.usage,
+            settings.max_inspected_body,
+            settings.max_held_bodies,
+        )
         api = Api(
             gate,
             self.store,
@@ -118,10 +134,19 @@ class Proxy:
         )
         return wire_refusal(error, id)
 
+    async def open(self) -> None:
+        """Open what has to be, before the first request. Raises :class:`CannotOpenStore`."""
+        await self.store.open()
+        try:
+            self.books.open()
+        except OSError as error:
+            raise CannotOpenStore(f"the journal of usage cannot be written: {error}") from error
+
     async def close(self) -> None:
         """Reset what is connected and let go of everything."""
         await self.factory.close()
         await self.relay.close()
+        await self.books.close()
         self.hangups.close()
         self.access_log.close()
         await self.store.close()
@@ -182,7 +207,7 @@ class ProxyService(Service):
 
     def _open(self) -> None:
         assert self._proxy is not None
-        self._opening = Deferred.fromCoroutine(self._proxy.store.open())
+        self._opening = Deferred.fromCoroutine(self._proxy.open())
         self._opening.addCallbacks(self._opened, self._not_opened)
 
     def _opened(self, _: None) -> None:

@@ -15,8 +15,10 @@ from typing import Any
 
 from attrs import field, frozen
 
-from vllmproxy.settings_table import DIRECTORY, FLAG, SECRET, TABLE, Row
+from vllmproxy.relay.admission import UsageMode
+from vllmproxy.settings_table import DIRECTORY, FLAG, PRICES, SECRET, TABLE, Row
 from vllmproxy.upstreams.upstream import Upstream
+from vllmproxy.usage.prices import Prices
 
 ReadFile = Callable[[Path], str]
 
@@ -74,6 +76,12 @@ class Settings:
     max_headers: int
     max_target: int
     max_api_body: int
+    max_inspected_body: int
+    max_held_bodies: int
+    prices: Prices | None
+    budget_status: int
+    usage: UsageMode
+    cut_revoked: bool
     key_cache_ttl: float
 
 
@@ -112,6 +120,8 @@ def load(options: Mapping[str, object], environ: Mapping[str, str], read_file: R
         said = found[row.name]
         if row.kind is SECRET:
             values[row.field] = _secret(row, said, environ, read_file)
+        elif row.kind is PRICES:
+            values[row.field] = None if said is None else _prices(said, read_file)
         elif row.name not in {"state-directory", "store"} or said is not None:
             values[row.field] = _value(row, said)
     if "state_directory" not in values:
@@ -208,6 +218,14 @@ def _secret(row: Row, found: _Found | None, environ: Mapping[str, str], read_fil
         return checked_secret(found.texts[0], found.place)
     path = Path(_value(row, found))
     return checked_secret(_read(path, found.place, read_file), f"{found.place}: {str(path)!r}")
+
+
+def _prices(found: _Found, read_file: ReadFile) -> Prices:
+    path = Path(found.texts[0])
+    try:
+        return Prices.parse(_read(path, found.place, read_file))
+    except ValueError as error:
+        raise SettingsError(f"{found.place}: {str(path)!r}: {error}") from None
 
 
 def _credential(row: Row, environ: Mapping[str, str], read_file: ReadFile) -> Secret | None:

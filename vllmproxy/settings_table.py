@@ -77,6 +77,21 @@ def _seconds_or_zero(text: str) -> float:
     return seconds
 
 
+def _one_of(*choices: str) -> "Kind":
+    def choose(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"{text!r} is none of {', '.join(choices)}; choose one of them")
+        return text
+
+    return Kind((str,), f"one of {', '.join(choices)}", choose)
+
+
+def _budget_status(text: str) -> int:
+    if text not in ("400", "402", "403", "422", "429"):
+        raise ValueError(f"{text!r} is no status for a budget that is used up; choose 400, 402, 403, 422 or 429")
+    return int(text)
+
+
 def _count(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) == 0:
         raise ValueError(f"{text!r} is not a whole number from 1 up; write it like 1024")
@@ -103,6 +118,8 @@ NETWORK = Kind((str,), "a string or a list of strings", _network)
 SECONDS = Kind((int, float), "a number", _seconds)
 SECONDS_OR_ZERO = Kind((int, float), "a number", _seconds_or_zero)
 COUNT = Kind((int,), "a whole number", _count)
+PRICES = Kind((str,), "a string (the file's name)", _filled)
+BUDGET_STATUS = Kind((int,), "an HTTP status", _budget_status)
 
 
 @frozen
@@ -203,6 +220,24 @@ _ROWS = (
     Row("max-headers", COUNT, "Header lines a request may have.", default="128"),
     Row("max-target", COUNT, "Bytes a request target (path and query) may have.", default="16384"),
     Row("max-api-body", COUNT, "Bytes a body sent to the proxy's own API may have.", default="1048576"),
+    Row(
+        "max-inspected-body",
+        COUNT,
+        "Bytes of a body that is read before it is forwarded, as keys with models, aliases, token limits or a budget "
+        "need it.",
+        default="33554432",
+    ),
+    Row("max-held-bodies", COUNT, "Bytes of all such bodies together.", default="536870912"),
+    Row("prices", PRICES, "FILE with what models cost, for budgets and spend in money."),
+    Row("budget-status", BUDGET_STATUS, "HTTP status of a budget that is used up.", default="422"),
+    Row(
+        "usage",
+        _one_of("auto", "exact", "passive"),
+        "How the tokens of a stream are known whose client did not ask for them: exact asks vLLM and takes the answer "
+        "out again, passive counts events, auto is exact for keys with a token limit or a budget.",
+        default="auto",
+    ),
+    Row("cut-revoked", FLAG, "End what a key has under way when it is deleted or blocked."),
     Row(
         "key-cache-ttl",
         SECONDS_OR_ZERO,

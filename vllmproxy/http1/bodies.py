@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IConsumer, IPushProducer
 from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
 from zope.interface import implementer
@@ -92,6 +92,38 @@ class StreamedBody:
         self._done = None
         if not self._whole and not self._stream.over:
             self._stream.pause_body()
+
+
+@implementer(IBodyProducer)
+class WholeBody:
+    """A body that is all here.
+
+    :ivar length: bytes; ``UNKNOWN_LENGTH`` where it is to be sent in chunks, as it came.
+    """
+
+    replayable = True
+
+    def __init__(self, data: bytes, *, chunked: bool) -> None:
+        self.length: Any = UNKNOWN_LENGTH if chunked else len(data)
+        self._data = data
+
+    def startProducing(self, consumer: IConsumer) -> "Deferred[None]":
+        """Send all of it at once."""
+        consumer.write(self._data)
+        return succeed(None)
+
+    def forget(self) -> None:
+        """The answer has begun: nothing is sent again."""
+        self._data = b""
+
+    def pauseProducing(self) -> None:
+        """It is sent already."""
+
+    def resumeProducing(self) -> None:
+        """It is sent already."""
+
+    def stopProducing(self) -> None:
+        """It is sent already."""
 
 
 def is_replayable(body: Any) -> bool:

@@ -6,6 +6,7 @@ vLLM 0.32's Python front end.
 """
 
 import re
+from collections.abc import Iterator
 from typing import Final, Literal
 from urllib.parse import unquote_to_bytes
 
@@ -117,16 +118,27 @@ def group_for(path: bytes, base: bytes) -> Group:
     What stands behind that base may take off all of it, its beginning, or nothing, so ``path`` is judged in each of
     these ways: ``admin`` if any is, else the first that is known, without the whole base, then with more and more.
     """
-    groups = []
-    cut = base.rstrip(b"/")
-    while cut:
-        if path.startswith(cut + b"/"):
-            groups.append(group_of(path[len(cut) :]))
-        cut = cut.rpartition(b"/")[0]
-    groups.append(group_of(path))
+    groups = [group_of(reading) for reading in _readings(path, base)]
     if "admin" in groups:
         return "admin"
     return next((group for group in groups if group != "unknown"), "unknown")
+
+
+def reading_of(path: bytes, base: bytes) -> str:
+    """Return ``path`` as the server behind ``base`` reads it, decoded, ``""`` where nobody can: the first reading that
+    :func:`group_for` knows."""
+    readings = list(_readings(path, base))
+    known = next((reading for reading in readings if group_of(reading) != "unknown"), readings[-1])
+    return plain_path(known) or ""
+
+
+def _readings(path: bytes, base: bytes) -> Iterator[bytes]:
+    cut = base.rstrip(b"/")
+    while cut:
+        if path.startswith(cut + b"/"):
+            yield path[len(cut) :]
+        cut = cut.rpartition(b"/")[0]
+    yield path
 
 
 def is_anthropic(path: bytes) -> bool:

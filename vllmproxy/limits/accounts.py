@@ -1,7 +1,7 @@
 """What keys have spent of their budgets, and what requests under way hold of them: for one process, in its memory."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from attrs import define
@@ -79,26 +79,19 @@ class Accounts:
         if balance is not None and balance.period == rule.period:
             balance.hold(rule, used - rule.cost)
 
-    def added(self, events: Sequence[UsageEvent]) -> None:
-        """The store has added ``events``: what they held is spent."""
+    def added(self, accounts: Mapping[str, Account], events: Sequence[UsageEvent] = ()) -> None:
+        """The store has changed ``accounts``, to what they are now: what ``events`` held is spent."""
         self.changes += 1
+        for token, account in accounts.items():
+            balance = self._balances.get(token)
+            if balance is not None and account.period >= balance.period:
+                balance.begin(account.period)
+                balance.spend, balance.tokens = account.spend, account.tokens
         for event in events:
             balance = self._balances.get(event.key)
-            if balance is None:
-                continue
-            balance.begin(event.period)
-            if balance.period == event.period:
-                balance.spend += event.spend
-                balance.tokens += event.tokens
+            if balance is not None and balance.period == event.period:
                 balance.held = max(0, balance.held - event.held)
                 balance.held_tokens = max(0, balance.held_tokens - event.held_tokens)
-
-    def set(self, token: str, account: Account) -> None:
-        """The store was told what a key has spent."""
-        self.changes += 1
-        balance = self._balances.get(token)
-        if balance is not None:
-            balance.period, balance.spend, balance.tokens = account.period, account.spend, account.tokens
 
     def forget(self, token: str) -> None:
         """The key is gone, or its account has come from elsewhere."""

@@ -8,23 +8,29 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from vllmproxy.errors import ApiError, BadRequest, Internal, UpstreamFailed, UpstreamTimeout, UpstreamUnreachable
+from vllmproxy.errors import ApiError, AuthError, BadRequest, Internal, StoreDown, UpstreamTimeout
 from vllmproxy.http1.agent import NO_COOKIES, ConnectFailed, RawURL
 from vllmproxy.http1.answer import Answer, OutgoingHeaders
-from vllmproxy.http1.bodies import StreamedBody
-from vllmproxy.http1.client import AnswerLost, UpstreamStalled
-from vllmproxy.http1.message import BadAnswer, ResponseHead, WireError
+from vllmproxy.http1.bodies import StreamedBody, WholeBody
+from vllmproxy.http1.message import ResponseHead, WireError
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.credentials import read_credential
-from vllmproxy.keys.gate import Caller
-from vllmproxy.keys.routes import Group, group_for, is_anthropic
+from vllmproxy.keys.gate import RETRY_AFTER, Caller
+from vllmproxy.keys.routes import is_anthropic
 from vllmproxy.observers.record import Ended, RequestRecord
+from vllmproxy.relay.admission import Admission, end_user_in
+from vllmproxy.relay.bill import Bill, Outcome
+from vllmproxy.relay.failures import error_of
 from vllmproxy.relay.headers import answer_lines, request_id, request_lines
 from vllmproxy.relay.quotas import Reservation
 from vllmproxy.relay.refuse import refuse, refuse_body
 from vllmproxy.relay.targets import is_unsafe, split_target, upstream_path
 from vllmproxy.relay.tunnel import Tunnel
+from vllmproxy.usage.bookkeeper import CannotWriteDown
 from vllmproxy.usage.reader import UsageReader, reader_for
+from vllmproxy.usage.sse import SseReader
+from vllmproxy.usage.tokens import Usage
+from vllmproxy.usage.withhold import Withholder
 
 if TYPE_CHECKING:
     from vllmproxy.relay.relay import Relay
@@ -35,15 +41,15 @@ _UNSAFE_PATH = (
     "The path has dot segments, //, ;, a backslash, %2f, %5c or %00, which could be read as another path. "
     "Write it plainly."
 )
-#: The end user of a request, in LiteLLM's names and order.
-_END_USER_HEADERS = (b"x-litellm-customer-id", b"x-litellm-end-user-id")
-_LONGEST_END_USER = 256
+_NOT_WRITTEN = "What is used cannot be written down just now. Try again in a moment."
+_REVOKED = "Authentication Error, Key is blocked, or deleted, since this request began."
 
 
 class State(Enum):
     """Where an exchange is."""
 
-    ADMITTING = "the key is being looked up"
+    ADMITTING = "the key is being looked up, or its limits"
+    HOLDING = "the body is being read, as the key's rules need it"
     WAITING = "vLLM has the request, or is getting it"
     ANSWERING = "the answer passes"
     TUNNELLING = "bytes pass both ways"
@@ -54,6 +60,7 @@ class Event(Enum):
     """What can happen to an exchange from outside."""
 
     ADMITTED = "the caller is known"
+    HELD = "the body is here"
     RESERVED = "the key's limits have room for this"
     REFUSED = "the proxy answers itself"
     ANSWERED = "the head of vLLM's answer is here"
@@ -63,6 +70,7 @@ class Event(Enum):
     UPLOAD_FAILED = "the request's body broke its framing, or stopped coming"
     CLIENT_GONE = "the client left"
     LATE = "vLLM did not begin to answer in time"
+    REVOKED = "the key was blocked or deleted, and what runs is to end"
 
 
 class Exchange:
@@ -74,13 +82,16 @@ class Exchange:
         self._state = State.ADMITTING
         self._began = relay.clock.seconds()
         self._target = stream.head.target
-        self._path = b""
-        self._reservation: Reservation | None = None
+        self._admission: Admission | None = None
+        self._bill: Bill | None = None
         self._forwarded = False
-        self._body: StreamedBody | None = None
+        self._body: StreamedBody | WholeBody | None = None
         self._sending: Deferred[Any] | None = None
         self._answer: Answer | None = None
         self._reader: UsageReader | None = None
+        self._told: tuple[str | None, Usage | None] = (None, None)
+        self._withholder: Withholder | None = None
+        self._tunnel: Tunnel | None = None
         self._client = relay.client_of(stream)
         self._id = request_id(stream.head)
         self._record = RequestRecord(
@@ -89,7 +100,7 @@ class Exchange:
             method=stream.head.method.decode("ascii"),
             route="",
             client=self._client.address,
-            end_user=_end_user(stream.head.fields),
+            end_user=end_user_in(stream.head.fields),
         )
 
     # admission
@@ -105,9 +116,9 @@ class Exchange:
         try:
             if is_unsafe(path):
                 raise BadRequest(_UNSAFE_PATH)
-            self._path, self._target = forwarded, forwarded + query
-            group = group_for(forwarded, upstream.base_path)
-            if _is_preflight(stream, group):
+            self._target = forwarded + query
+            admission = self._admission = Admission(self._relay, stream, forwarded)
+            if admission.is_preflight:
                 self._send()
                 return
             caller = self._relay.gate.identify(read_credential(stream.head.fields))
@@ -115,13 +126,13 @@ class Exchange:
             self._feed(Event.REFUSED, error)
             return
         if isinstance(caller, Deferred):
-            caller.addCallbacks(self._identified, self._not_admitted, callbackArgs=(group,))
+            caller.addCallbacks(self._identified, self._not_admitted)
             caller.addErrback(_unexpected)
         else:
-            self._feed(Event.ADMITTED, caller, group)
+            self._feed(Event.ADMITTED, caller)
 
-    def _identified(self, caller: Caller, group: Group) -> None:
-        self._feed(Event.ADMITTED, caller, group)
+    def _identified(self, caller: Caller) -> None:
+        self._feed(Event.ADMITTED, caller)
 
     def _not_admitted(self, reason: Failure) -> None:
         error = reason.value
@@ -130,13 +141,39 @@ class Exchange:
             error = Internal("The proxy failed to look up the key or its limits. Its log says why.")
         self._feed(Event.REFUSED, error)
 
-    def _admitted(self, caller: Caller, group: Group) -> None:
+    def _admitted(self, caller: Caller) -> None:
         self._record.key_id = caller.key_id
         self._record.key_alias = caller.key_alias
-        relay = self._relay
+        assert self._admission is not None
         try:
-            relay.gate.check_route(caller, group, self._path, relay.server.upstream.base_path)
-            reserved = None if caller.key is None else relay.quotas.reserve(caller.key)
+            holds = self._admission.check(caller)
+        except ApiError as error:
+            self._refused(error)
+            return
+        self._relay.began(self, caller.key_id)
+        if not holds:
+            self._reserve()
+        elif self._stream.head.has_body:
+            self._state = State.HOLDING
+            self._stream.read_body()
+        else:
+            self._held()
+
+    def _held(self) -> None:
+        self._state = State.ADMITTING
+        assert self._admission is not None
+        try:
+            self._admission.judge()
+        except ApiError as error:
+            self._refused(error)
+            return
+        self._record.end_user = self._admission.end_user
+        self._reserve()
+
+    def _reserve(self) -> None:
+        assert self._admission is not None
+        try:
+            reserved = self._admission.reserve()
         except ApiError as error:
             self._refused(error)
             return
@@ -150,11 +187,20 @@ class Exchange:
         if self._state is State.ADMITTING:
             self._feed(Event.RESERVED, reservation)
         else:  # the client left meanwhile
-            self._relay.quotas.settle(reservation, forwarded=False)
+            self._open_bill(reservation).settle(Outcome("client_gone", False))
 
     def _reserved(self, reservation: Reservation | None) -> None:
-        self._reservation = reservation
-        self._send()
+        try:
+            self._bill = self._open_bill(reservation)
+        except CannotWriteDown as error:
+            _log.error("A request was refused: {error}", error=str(error))
+            self._refused(StoreDown(_NOT_WRITTEN, headers=RETRY_AFTER))
+        else:
+            self._send()
+
+    def _open_bill(self, reservation: Reservation | None) -> Bill:
+        assert self._admission is not None
+        return self._relay.open_bill(self._admission, reservation, self._record.time)
 
     def _refused(self, error: ApiError) -> None:
         self._explain(error, "refused")
@@ -162,7 +208,7 @@ class Exchange:
     def _explain(self, error: ApiError, why: Ended) -> None:
         """Answer with ``error``, and settle."""
         self._state = State.OVER
-        self._release()
+        self._release(why)
         refuse(self._stream, error, self._id, anthropic=self._is_anthropic())
         self._settle(why, error.type)
 
@@ -178,6 +224,9 @@ class Exchange:
         self._forwarded = True
         stream, server = self._stream, self._relay.server
         head = stream.head
+        admission = self._admission
+        assert admission is not None
+        whole, admission.body = admission.body, None
         lines = request_lines(
             head,
             self._client,
@@ -185,11 +234,14 @@ class Exchange:
             self._id,
             host=server.upstream.authority,
             authorization=server.authorization,
+            length=None if whole is None else len(whole),
         )
         headers = OutgoingHeaders(lines, upgrade=head.websocket, inform=self._inform)
-        if head.has_body:
+        if head.has_body and whole is None:
             self._body = StreamedBody(stream)
         else:
+            if head.has_body and whole is not None:
+                self._body = WholeBody(whole, chunked=head.chunked)
             self._relay.first_byte_deadlines.set(self)
         sending = server.client.request(
             head.method.decode("ascii"),
@@ -219,7 +271,7 @@ class Exchange:
     def _no_answer(self, reason: Failure) -> None:
         if reason.check(ConnectFailed):
             self._forwarded = False  # nothing was sent: it costs nothing
-        self._explain(_error_of(reason), "upstream_failed")
+        self._explain(error_of(reason), "upstream_failed")
 
     def late(self) -> None:
         """The time for vLLM to begin its answer is over."""
@@ -243,17 +295,22 @@ class Exchange:
         self._answer = answer
         if self._body is not None:
             self._body.forget()
+        if self._admission is not None:
+            self._admission.release()
         lines = answer_lines(head, self._id, relay.server.upstream)
-        if self._reservation is not None:
-            lines += self._reservation.lines
+        if self._bill is not None:
+            lines += self._bill.lines
         if head.status == 101:
             self._state = State.TUNNELLING
-            Tunnel(stream, answer, self._settle).begin(answer, head.reason, lines)
+            self._tunnel = Tunnel(stream, answer, self._settle)
+            self._tunnel.begin(answer, head.reason, lines)
             return
         self._state = State.ANSWERING
         content_type = head.get(b"content-type")
         self._record.streamed = content_type is not None and content_type.startswith(b"text/event-stream")
         self._reader = reader_for(head.status, content_type, head.get(b"content-encoding"))
+        if self._admission is not None and self._admission.withholds and isinstance(self._reader, SseReader):
+            self._withholder = Withholder(relay.server.told.fingerprint)
         stream.start_response(head.status, head.reason, lines, length=head.content_length, bodiless=head.bodiless)
         stream.set_producer(self)
         answer.pipe(self)
@@ -265,6 +322,8 @@ class Exchange:
             self._record.time_to_first_byte = self._relay.clock.seconds() - self._began
         if self._reader is not None:
             self._reader.feed(data)
+        if self._withholder is not None:
+            data = self._withholder.feed(data)
         if last:
             self._feed(Event.BODY_ENDED, data)
         else:
@@ -280,7 +339,10 @@ class Exchange:
 
     def _body_ended(self, data: bytes = b"") -> None:
         self._state = State.OVER
-        self._release()
+        if self._withholder is not None:
+            data += self._withholder.finish()
+            self._relay.server.told.fingerprint = self._withholder.fingerprint
+        self._release("done")
         if data:
             self._stream.write(data, last=True)
         else:
@@ -295,11 +357,18 @@ class Exchange:
     # the client's side (vllmproxy.http1.stream.Receiver)
 
     def body_received(self, data: bytes) -> None:
-        if self._body is not None:
+        if isinstance(self._body, StreamedBody):
             self._body.body_received(data)
+        elif self._state is State.HOLDING:
+            assert self._admission is not None
+            try:
+                self._admission.hold(data)
+            except ApiError as error:
+                self._feed(Event.REFUSED, error)
 
     def body_complete(self) -> None:
-        if self._body is not None:
+        self._feed(Event.HELD)
+        if isinstance(self._body, StreamedBody):
             if self._state is State.WAITING:
                 self._relay.first_byte_deadlines.set(self)
             self._body.body_complete()
@@ -318,7 +387,7 @@ class Exchange:
 
     def _upload_failed(self, error: WireError) -> None:
         self._cancel()
-        self._release()
+        self._release("refused")
         refuse_body(self._stream, error, self._id, anthropic=self._is_anthropic())
         self._settle("refused", "malformed_request")
 
@@ -341,32 +410,57 @@ class Exchange:
 
     # the end
 
-    def _release(self) -> None:
-        """Give back what was reserved and not used. Before the client can know that its request is over: its next one
-        may be waiting on the same connection for the place."""
-        reservation, self._reservation = self._reservation, None
-        if reservation is not None:
-            self._relay.quotas.settle(reservation, forwarded=self._forwarded)
+    def revoke(self) -> None:
+        """The key is good no longer, and what it began is to end."""
+        self._feed(Event.REVOKED)
+
+    def _revoked(self) -> None:
+        self._cancel()
+        self._explain(AuthError(_REVOKED), "refused")
+
+    def _cut_answer(self) -> None:
+        """What passes breaks off on both sides."""
+        assert self._answer is not None
+        self._state = State.OVER
+        self._answer.connection.abort()
+        self._stream.abort()
+        self._settle("refused", "revoked")
+
+    def _cut_tunnel(self) -> None:
+        assert self._tunnel is not None
+        self._tunnel.cut()
+
+    def _release(self, why: Ended) -> None:
+        """Give back what was reserved and not used, and write down what was. Before the client can know that its
+        request is over: its next one may be waiting on the same connection for the place."""
+        if self._admission is not None:
+            self._admission.release()
+        if self._reader is not None and self._bill is not None:
+            self._told = self._reader.finish()
+        bill, self._bill = self._bill, None
+        if bill is not None:
+            status = 0 if self._answer is None else self._answer.head.status
+            bill.settle(Outcome(why, self._forwarded, status, self._reader is not None, *self._told))
 
     def _settle(self, why: Ended, error: str | None = None) -> None:
         """Report, once: every way out ends here, after the stream was told."""
         self._state = State.OVER
         relay, record, stream = self._relay, self._record, self._stream
         relay.first_byte_deadlines.clear(self)
-        self._release()
+        self._release(why)
+        relay.ended(self, record.key_id)
         record.ended = why
         record.error = error
         record.status = stream.status
         record.bytes_in = stream.bytes_in
         record.bytes_out = stream.bytes_out
         record.duration = relay.clock.seconds() - self._began
-        if self._reader is not None:
-            record.model, usage = self._reader.finish()
-            if usage is not None:
-                record.prompt_tokens = usage.prompt_tokens
-                record.completion_tokens = usage.completion_tokens
-                record.total_tokens = usage.total_tokens
-                record.tokens_estimated = True if usage.source == "counted" else None
+        record.model, usage = self._told
+        if usage is not None:
+            record.prompt_tokens = usage.prompt_tokens
+            record.completion_tokens = usage.completion_tokens
+            record.total_tokens = usage.total_tokens
+            record.tokens_estimated = True if usage.source == "counted" else None
         relay.observer.finished(record)
 
     def _feed(self, event: Event, *args: Any) -> None:
@@ -374,41 +468,6 @@ class Exchange:
         action = _TABLE.get((self._state, event))
         if action is not None:
             action(self, *args)
-
-
-def _is_preflight(stream: Stream, group: Group) -> bool:
-    """Whether this is a CORS preflight, which vLLM answers without a key (its ``AuthenticationMiddleware``)."""
-    return (
-        stream.head.method == b"OPTIONS"
-        and not stream.head.has_body
-        and group in ("inference", "info")
-        and not stream.head.websocket
-    )
-
-
-def _end_user(fields: dict[bytes, list[bytes]]) -> str | None:
-    for name in _END_USER_HEADERS:
-        if name in fields:
-            return fields[name][0].decode("utf-8", "replace")[:_LONGEST_END_USER]
-    return None
-
-
-def _error_of(reason: Failure) -> ApiError:
-    """Return what the caller is told when vLLM gave no answer: never an address, never a traceback."""
-    error = reason.value
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, ConnectFailed):
-        return UpstreamUnreachable("vLLM cannot be reached just now. Nothing was sent; try again.")
-    if isinstance(error, BadAnswer):
-        _log.warn("vLLM's answer was refused: {error}", error=str(error))
-        return UpstreamFailed("vLLM's answer was not valid HTTP.")
-    if isinstance(error, UpstreamStalled):
-        return UpstreamTimeout("vLLM did not take the request in time.")
-    if isinstance(error, AnswerLost):
-        return UpstreamFailed("vLLM closed the connection before it answered. It may have done the work.")
-    _log.failure("Sending a request failed", reason)
-    return Internal("The proxy failed to send the request. Its log says why.")
 
 
 def _unexpected(reason: Failure) -> None:
@@ -422,12 +481,21 @@ _TABLE: dict[tuple[State, Event], Callable[..., None]] = {
     (State.ADMITTING, Event.REFUSED): Exchange._refused,
     (State.ADMITTING, Event.UPLOAD_FAILED): Exchange._upload_failed,
     (State.ADMITTING, Event.CLIENT_GONE): Exchange._client_gone,
+    (State.ADMITTING, Event.REVOKED): Exchange._revoked,
+    (State.HOLDING, Event.HELD): Exchange._held,
+    (State.HOLDING, Event.REFUSED): Exchange._refused,
+    (State.HOLDING, Event.UPLOAD_FAILED): Exchange._upload_failed,
+    (State.HOLDING, Event.CLIENT_GONE): Exchange._client_gone,
+    (State.HOLDING, Event.REVOKED): Exchange._revoked,
     (State.WAITING, Event.ANSWERED): Exchange._answered,
     (State.WAITING, Event.NO_ANSWER): Exchange._no_answer,
     (State.WAITING, Event.LATE): Exchange._late,
     (State.WAITING, Event.UPLOAD_FAILED): Exchange._upload_failed,
     (State.WAITING, Event.CLIENT_GONE): Exchange._client_gone,
+    (State.WAITING, Event.REVOKED): Exchange._revoked,
     (State.ANSWERING, Event.BODY_ENDED): Exchange._body_ended,
     (State.ANSWERING, Event.BODY_FAILED): Exchange._body_failed,
     (State.ANSWERING, Event.CLIENT_GONE): Exchange._client_gone,
+    (State.ANSWERING, Event.REVOKED): Exchange._cut_answer,
+    (State.TUNNELLING, Event.REVOKED): Exchange._cut_tunnel,
 }

@@ -109,13 +109,21 @@ def fresh_id() -> bytes:
 
 
 def request_lines(
-    head: RequestHead, client: Client, secure: bool, id: bytes, *, host: bytes, authorization: bytes
+    head: RequestHead,
+    client: Client,
+    secure: bool,
+    id: bytes,
+    *,
+    host: bytes,
+    authorization: bytes,
+    length: int | None = None,
 ) -> bytes:
     """Return the header lines for the upstream, with their CRLF.
 
     :param secure: the client speaks TLS to us.
     :param host: the upstream's authority.
     :param authorization: the upstream's own key as a whole header line, or empty.
+    :param length: bytes of the body where it is not as the client sent it.
     """
     dropped = _DROPPED_TRUSTED if client.trusted else _DROPPED_UNTRUSTED
     nominated = connection_options(head.fields)
@@ -127,7 +135,7 @@ def request_lines(
     if head.chunked:
         lines.append(b"transfer-encoding: chunked\r\n")
     elif head.content_length is not None:
-        lines.append(b"content-length: %d\r\n" % head.content_length)
+        lines.append(b"content-length: %d\r\n" % (head.content_length if length is None else length))
     if head.websocket:
         lines.append(b"connection: Upgrade\r\nupgrade: websocket\r\n")
     lines.append(b"x-request-id: %s\r\n" % id)

@@ -7,10 +7,14 @@ from vllmproxy.http1.deadlines import Deadlines
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.gate import Gate
 from vllmproxy.observers.record import Observer
+from vllmproxy.relay.admission import Admission, UsageMode
+from vllmproxy.relay.bill import Bill, open_bill
 from vllmproxy.relay.exchange import Exchange
 from vllmproxy.relay.headers import Client, TrustedProxies
-from vllmproxy.relay.quotas import Quotas
+from vllmproxy.relay.quotas import Quotas, Reservation
 from vllmproxy.upstreams.server import Server
+from vllmproxy.usage.bookkeeper import Bookkeeper
+from vllmproxy.usage.prices import Prices
 
 
 @define(eq=False)
@@ -18,6 +22,9 @@ class Relay:
     """What all exchanges share.
 
     :ivar first_byte_timeout: seconds from the end of the request to the head of its answer; prefill is slow.
+    :ivar usage: how the tokens of streams are known.
+    :ivar max_inspected_body: bytes of a body that is read before it is forwarded.
+    :ivar max_held: bytes of all such bodies together; ``held``: those that are held just now.
     """
 
     clock: IReactorTime
@@ -26,8 +33,15 @@ class Relay:
     observer: Observer
     trusted: TrustedProxies
     quotas: Quotas
+    books: Bookkeeper
+    prices: Prices | None = None
     first_byte_timeout: float = 600.0
+    usage: UsageMode = "auto"
+    max_inspected_body: int = 32 << 20
+    max_held: int = 512 << 20
+    held: int = 0
     first_byte_deadlines: Deadlines[Exchange] = field(init=False)
+    _running: dict[str, set[Exchange]] = field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
         self.first_byte_deadlines = Deadlines(self.clock, self.first_byte_timeout, Exchange.late)
@@ -40,6 +54,32 @@ class Relay:
     def client_of(self, stream: Stream) -> Client:
         """Return who is at the other end of ``stream``."""
         return self.trusted.client(getattr(stream.peer, "host", ""), stream.head)
+
+    def began(self, exchange: Exchange, token: str | None) -> None:
+        """A request of that key was let in."""
+        if token is not None:
+            self._running.setdefault(token, set()).add(exchange)
+
+    def ended(self, exchange: Exchange, token: str | None) -> None:
+        """A request of that key is over."""
+        running = self._running.get(token or "")
+        if running is not None:
+            running.discard(exchange)
+            if not running:
+                del self._running[token or ""]
+
+    def running(self) -> list[str]:
+        """Return the keys that have requests under way."""
+        return list(self._running)
+
+    def revoke(self, token: str) -> None:
+        """End what that key has under way."""
+        for exchange in list(self._running.get(token, ())):
+            exchange.revoke()
+
+    def open_bill(self, admission: Admission, reservation: Reservation | None, time: float) -> Bill:
+        """Begin the bill of a request that is about to be forwarded; see :func:`vllmproxy.relay.bill.open_bill`."""
+        return open_bill(admission, reservation, time=time, quotas=self.quotas, prices=self.prices, books=self.books)
 
     async def close(self) -> None:
         """End the waits and the connections to vLLM, and settle what is left."""

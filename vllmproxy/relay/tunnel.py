@@ -57,6 +57,12 @@ class Tunnel:
             else:
                 self._stream.abort()
 
+    def cut(self) -> None:
+        """End it on both sides at once: its key is good no longer."""
+        if self.ended("refused"):
+            self._connection.abort()
+            self._stream.abort()
+
 
 class _FromClient:
     """The stream's receiver in a tunnel."""

@@ -1,6 +1,6 @@
 """The limits of one process, in its memory; also those of a proxy whose keys are in SQLite."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
@@ -20,6 +20,8 @@ from vllmproxy.limits.values import (
     Rule,
 )
 from vllmproxy.limits.window import Window
+from vllmproxy.store.interface import Writes
+from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.sums import NO_ACCOUNT, Account
 
 
@@ -97,6 +99,31 @@ class MemoryLimiter:
 
     def _now(self) -> int:
         return self._steady.at(micros(self._clock.seconds()))
+
+
+class MemoryLimiters:
+    """The limiters of one store, which tells them what becomes of accounts."""
+
+    def __init__(self, read_account: Callable[[str], Awaitable[Account]]) -> None:
+        self._read_account = read_account
+        self._made: list[MemoryLimiter] = []
+
+    def make(self, clock: IReactorTime) -> MemoryLimiter:
+        """Return another one."""
+        limiter = MemoryLimiter(clock, read_account=self._read_account)
+        self._made.append(limiter)
+        return limiter
+
+    def added(self, accounts: Mapping[str, Account], events: Sequence[UsageEvent] = ()) -> None:
+        """``accounts`` were changed, to what they are now, as by ``events``."""
+        for limiter in self._made:
+            limiter.accounts.added(accounts, events)
+
+    def changed(self, writes: Writes) -> None:
+        """Keys were changed: where one is gone, or has another's account, what is known of it is not true any more."""
+        for token in (*writes.remove, *writes.inherits):
+            for limiter in self._made:
+                limiter.accounts.forget(token)
 
 
 class _Counters:

@@ -1,7 +1,6 @@
 """The store that forgets: keys in this process, gone with it."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import ParamSpec
+from collections.abc import Sequence
 
 from twisted.internet.interfaces import IReactorTime
 
@@ -9,14 +8,12 @@ from vllmproxy.keys.key import VirtualKey
 from vllmproxy.limits.interface import Limiter
 from vllmproxy.store.changes import Changes, account_changes, alias_changes
 from vllmproxy.store.interface import AliasTaken, AuditEntry, Decide, StoredEntry, StoreUnavailable, Writes
-from vllmproxy.store.limits_memory import MemoryLimiter
+from vllmproxy.store.limits_memory import MemoryLimiters
 from vllmproxy.store.listing import KeyPage, KeyQuery, Selection
 from vllmproxy.store.rows import dump_entry, dump_row, load_entry, load_row
 from vllmproxy.store.usage_memory import MemoryUsage
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
-
-P = ParamSpec("P")
 
 
 class MemoryStore(Changes):
@@ -29,6 +26,7 @@ class MemoryStore(Changes):
         self._aliases: dict[str, str] = {}
         self._audit: list[str] = []
         self._usage = MemoryUsage()
+        self._limiters = MemoryLimiters(self.read_account)
 
     async def open(self) -> None:
         self._open = True
@@ -41,7 +39,7 @@ class MemoryStore(Changes):
         self._usage.clear()
 
     def limiter(self, clock: IReactorTime) -> Limiter:
-        return MemoryLimiter(clock)
+        return self._limiters.make(clock)
 
     async def ping(self) -> None:
         self._check_open()
@@ -72,6 +70,7 @@ class MemoryStore(Changes):
         self._rows.update(rows)
         self._usage.change(account_changes(found, writes))
         self._audit += [dump_entry(entry) for entry in writes.audit]
+        self._limiters.changed(writes)
         return writes
 
     async def list_audit(self, limit: int, before: str | None = None) -> list[StoredEntry]:
@@ -80,7 +79,8 @@ class MemoryStore(Changes):
         return [StoredEntry(str(id), load_entry(self._audit[id])) for id in range(end - 1, max(end - limit, 0) - 1, -1)]
 
     async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
-        self._book(self._usage.add, writer, first, events)
+        self._check_open()
+        self._limiters.added(self._usage.add(writer, first, events), events)
 
     async def last_usage(self, writer: str) -> int:
         self._check_open()
@@ -99,14 +99,10 @@ class MemoryStore(Changes):
         return self._usage.account(token)
 
     async def set_account(self, token: str, account: Account, audit: Sequence[AuditEntry] = ()) -> None:
-        entries = [dump_entry(entry) for entry in audit]
-        self._book(self._usage.set_account, token, account)
-        self._audit += entries
-
-    def _book(self, work: Callable[P, Mapping[str, Account]], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Have ``work`` change accounts; it returns them as they are afterwards."""
         self._check_open()
-        work(*args, **kwargs)
+        entries = [dump_entry(entry) for entry in audit]
+        self._limiters.added(self._usage.set_account(token, account))
+        self._audit += entries
 
     async def _list(self, query: KeyQuery) -> KeyPage:
         self._check_open()

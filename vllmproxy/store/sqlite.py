@@ -24,7 +24,7 @@ from vllmproxy.store.interface import (
     StoreUnavailable,
     Writes,
 )
-from vllmproxy.store.limits_memory import MemoryLimiter
+from vllmproxy.store.limits_memory import MemoryLimiters
 from vllmproxy.store.listing import KeyPage, KeyQuery, Selection
 from vllmproxy.store.rows import dump_entry, dump_row, load_entry, load_row, name_bytes, name_text
 from vllmproxy.store.sqlite_schema import BUSY_SECONDS, prepare
@@ -53,6 +53,7 @@ class SqliteStore(Changes):
         self._timeout = timeout
         self._calls = Calls(reactor)
         self._pool: ConnectionPool | None = None
+        self._limiters = MemoryLimiters(self.read_account)
 
     async def open(self) -> None:
         if self._pool is not None:
@@ -87,13 +88,15 @@ class SqliteStore(Changes):
             pool.close()
 
     def limiter(self, clock: IReactorTime) -> Limiter:
-        return MemoryLimiter(clock)
+        return self._limiters.make(clock)
 
     async def ping(self) -> None:
         await self._run(_ping)
 
     async def change_keys(self, tokens: Sequence[str], decide: Decide) -> Writes:
-        return await self._run(_in_time, self._lateness(), _change, tuple(tokens), decide)
+        writes = await self._run(_in_time, self._lateness(), _change, tuple(tokens), decide)
+        self._limiters.changed(writes)
+        return writes
 
     async def get_key(self, token: str) -> VirtualKey | None:
         return await self._run(_get, token)
@@ -105,7 +108,7 @@ class SqliteStore(Changes):
         return await self._run(_list_audit, limit, before)
 
     async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
-        await self._book(usage_sqlite.add, writer, first, tuple(events))
+        self._limiters.added(await self._book(usage_sqlite.add, writer, first, tuple(events)), events)
 
     async def last_usage(self, writer: str) -> int:
         return await self._run(usage_sqlite.last, writer)
@@ -120,13 +123,13 @@ class SqliteStore(Changes):
         return await self._run(usage_sqlite.account, token)
 
     async def set_account(self, token: str, account: Account, audit: Sequence[AuditEntry] = ()) -> None:
-        await self._book(_set_account, token, account, tuple(audit))
+        self._limiters.added(await self._book(_set_account, token, account, tuple(audit)))
 
     async def _book(
         self, work: Callable[Concatenate[Transaction, P], dict[str, Account]], *args: P.args, **kwargs: P.kwargs
-    ) -> None:
-        """Have ``work`` change accounts; it returns them as they are afterwards."""
-        await self._run(_in_time, self._lateness(), work, *args, **kwargs)
+    ) -> dict[str, Account]:
+        """Have ``work`` change accounts, and return those as they are afterwards."""
+        return await self._run(_in_time, self._lateness(), work, *args, **kwargs)
 
     async def _list(self, query: KeyQuery) -> KeyPage:
         return await self._run_within(LIST_SECONDS, _list_keys, query)

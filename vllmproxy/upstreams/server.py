@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from attrs import frozen
+from attrs import define, field, frozen
 from treq.client import HTTPClient
 from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.endpoints import (
@@ -20,6 +20,16 @@ from vllmproxy.http1.message import Limits
 from vllmproxy.upstreams.upstream import Upstream
 
 
+@define(eq=False)
+class Told:
+    """What the server has told of itself.
+
+    :ivar fingerprint: see :class:`~vllmproxy.usage.withhold.Withholder`.
+    """
+
+    fingerprint: bytes | None = None
+
+
 @frozen(eq=False)
 class Server:
     """A vLLM server and the way to it.
@@ -34,6 +44,7 @@ class Server:
     agent: UpstreamAgent
     client: HTTPClient
     authorization: bytes = b""
+    told: Told = field(factory=Told)
 
 
 def make_server(

@@ -2,11 +2,10 @@
 
 import secrets
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.task import LoopingCall
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
@@ -159,7 +158,7 @@ class Bookkeeper:
         self._most_bytes = most_bytes
         self._books: list[Book] = []
         self._ids = 0
-        self._flushing: Deferred[None] | None = None
+        self._turns = DeferredLock()
         self._is_late = False
         self._loop = LoopingCall(self.flush)
         self._loop.clock = reactor
@@ -205,14 +204,11 @@ class Bookkeeper:
         return Entry(book, id)
 
     def flush(self) -> Deferred[None]:
-        """Have the store add what there is; one such call at a time."""
-        if self._flushing is None:
-            self._flushing = Deferred.fromCoroutine(self._flush())
-            self._flushing.addErrback(self._not_flushed)
-            self._flushing.addBoth(self._flushed)
-        waiter: Deferred[None] = Deferred()
-        self._flushing.addBoth(_tell(waiter))
-        return waiter
+        """Have the store add what there is, after what it is adding now."""
+        return self._turns.run(self._flush_once)
+
+    def _flush_once(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._flush()).addErrback(self._not_flushed)
 
     async def _flush(self) -> None:
         for book in list(self._books):
@@ -234,10 +230,6 @@ class Bookkeeper:
         book.journal.remove()
         await self._store.forget_writer(book.journal.writer)
 
-    def _flushed(self, result: Any) -> Any:
-        self._flushing = None
-        return result
-
     def _not_flushed(self, reason: Failure) -> None:
         if not self._is_late:
             self._is_late = True
@@ -251,7 +243,6 @@ class Bookkeeper:
         if not self._loop.running:
             return
         self._loop.stop()
-        await self.flush()  # one that is under way may have looked before the last event came
         await self.flush()
         books, self._books = self._books, []
         for book in books:
@@ -259,11 +250,3 @@ class Bookkeeper:
                 book.journal.remove()
             else:
                 book.journal.close()
-
-
-def _tell(waiter: Deferred[None]) -> Callable[[Any], Any]:
-    def tell(result: Any) -> Any:
-        waiter.callback(None)
-        return result
-
-    return tell

@@ -1,0 +1,208 @@
+"""What a request has to pass before it is forwarded: who calls, where to, for which model, and for how much."""
+
+from typing import TYPE_CHECKING, Final, Literal
+
+from twisted.internet.defer import Deferred
+
+from vllmproxy.errors import BadRequest, Forbidden, ModelDenied, StoreDown, TooLarge
+from vllmproxy.http1.stream import Stream
+from vllmproxy.inspection.request import Asked, read_request
+from vllmproxy.inspection.routes import takes_model
+from vllmproxy.inspection.splice import with_model, with_usage
+from vllmproxy.keys.gate import RETRY_AFTER, Caller
+from vllmproxy.keys.key import VirtualKey
+from vllmproxy.keys.routes import Group, group_for, reading_of
+from vllmproxy.relay.demand import NO_DEMAND, Demand, expected_tokens
+from vllmproxy.relay.quotas import Reservation
+
+if TYPE_CHECKING:
+    from vllmproxy.relay.relay import Relay
+
+#: How the tokens of a stream are known whose client did not ask vLLM for them; ``auto``: exactly where a limit or a
+#: budget of the key needs them.
+UsageMode = Literal["auto", "exact", "passive"]
+
+#: The end user of a request, in LiteLLM's names and order.
+_END_USER_HEADERS: Final = (b"x-litellm-customer-id", b"x-litellm-end-user-id")
+_LONGEST_END_USER: Final = 256
+
+#: What a body is read by; of several, vLLM takes the first, and others the last.
+_DECIDING: Final = {b"content-type": "Content-Type", b"content-encoding": "Content-Encoding"}
+#: What vLLM takes for the model on ``/invocations``, whatever the body says (its SageMaker router).
+_OVERRIDES: Final = frozenset({b"x-amzn-sagemaker-adapter-identifier"})
+
+_NO_TUNNEL = (
+    "This key is for certain models, or has a limit of tokens or a budget. What passes in a WebSocket is not read, so "
+    "that could not be kept: use a key without them."
+)
+
+
+class Admission:
+    """What is known of one request while it is being judged.
+
+    :ivar path: as it is forwarded, raw, without the query.
+    :ivar body: all of the request's body, as it is forwarded, where that had to be read; else ``None``.
+    :ivar demand: what it is expected to use.
+    :ivar withholds: the answer has one event that the client did not ask for.
+    """
+
+    def __init__(self, relay: "Relay", stream: Stream, path: bytes) -> None:
+        self._relay = relay
+        self._stream = stream
+        self._base = relay.server.upstream.base_path
+        self.path = path
+        self.group: Group = group_for(path, self._base)
+        self.caller = Caller(None)
+        self.end_user = end_user_in(stream.head.fields)
+        self.body: bytes | None = None
+        self.demand: Demand = NO_DEMAND
+        self.withholds = False
+        self._pieces: list[bytes] = []
+        self._held = 0
+
+    @property
+    def is_preflight(self) -> bool:
+        """Whether this is a CORS preflight, which vLLM answers without a key (its ``AuthenticationMiddleware``)."""
+        head = self._stream.head
+        return (
+            head.method == b"OPTIONS"
+            and not head.has_body
+            and self.group in ("inference", "info")
+            and not head.websocket
+        )
+
+    @property
+    def uses_tokens(self) -> bool:
+        """Whether vLLM may read or make tokens for it."""
+        return self.group == "inference" and takes_model(self._method, self._route)
+
+    def check(self, caller: Caller) -> bool:
+        """Tell whether the body has to be read first. Raises :class:`~vllmproxy.errors.ApiError`: it does not pass."""
+        self.caller = caller
+        self._relay.gate.check_route(caller, self.group, self.path, self._base)
+        key, head = caller.key, self._stream.head
+        if key is None or self.group != "inference":
+            return False
+        if head.websocket and (key.needs_model or key.counts_tokens):
+            raise Forbidden(_NO_TUNNEL)
+        if not (takes_model(self._method, self._route) and self._reads_body_of(key)):
+            return False
+        if head.content_length is not None:
+            self._check_size(head.content_length)
+        return True
+
+    def _reads_body_of(self, key: VirtualKey) -> bool:
+        return key.needs_body or self._relay.usage == "exact"
+
+    def hold(self, data: bytes) -> None:
+        """Keep a piece of the body. Raises :class:`TooLarge`, :class:`StoreDown`."""
+        self._check_size(self._held + len(data))
+        self._pieces.append(data)
+        self._held += len(data)
+        self._relay.held += len(data)
+
+    def _check_size(self, size: int) -> None:
+        relay = self._relay
+        if size > relay.max_inspected_body:
+            raise TooLarge(
+                f"This key's rules need the body read before it is forwarded, and at most {relay.max_inspected_body} "
+                "bytes of it are held for that (--max-inspected-body)."
+            )
+        if relay.held + size - self._held > relay.max_held:
+            raise StoreDown("Too many bodies are being read just now. Try again in a moment.", headers=RETRY_AFTER)
+
+    def judge(self) -> None:
+        """Read the body that was held: is its model open, and what is it going to use? Changes the few bytes of it that
+        an alias or ``--usage exact`` change. Raises :class:`~vllmproxy.errors.ApiError`."""
+        key = self.caller.key
+        assert key is not None
+        body = b"".join(self._pieces)
+        self._pieces.clear()
+        asked = self._read(body)
+        named, model = asked.model, self._model_for(key, asked)
+        if model is not None and model != named:
+            body = with_model(body, asked, model)
+            asked = self._read(body)
+        if self._is_exact_for(key):
+            changed = with_usage(self._route, body, asked)
+            self.withholds = changed is not None
+            body = body if changed is None else changed
+        self.end_user = self.end_user or asked.end_user
+        self.body = body
+        prompt, output = expected_tokens(self._route, len(body), asked.output_tokens)
+        self.demand = Demand(
+            asked=named,
+            model=model,
+            prompt_tokens=prompt,
+            output_tokens=output,
+            is_bounded=asked.output_tokens is not None,
+            spend=self._price(key, model, prompt, output),
+        )
+
+    def _read(self, body: bytes) -> Asked:
+        fields = self._stream.head.fields
+        for name, said in _DECIDING.items():
+            if len(fields.get(name, ())) > 1:
+                return Asked(surety="ambiguous", reason=f"there are several headers {said}")
+        if _OVERRIDES & fields.keys():
+            return Asked(surety="ambiguous", reason="a header names another")
+        content_type, encoding = (fields.get(name, [None])[0] for name in _DECIDING)
+        return read_request(self._route, body, content_type, encoding)
+
+    def _model_for(self, key: VirtualKey, asked: Asked) -> str | None:
+        """Return what vLLM calls the model. Raises where the key may not use it, or nobody can say which it is."""
+        if asked.surety != "named":
+            if key.needs_model and asked.surety == "ambiguous":
+                raise BadRequest(
+                    f"This key is for certain models, and {asked.reason}: it could be read as another one. Send plain "
+                    "UTF-8 JSON with one model, a string.",
+                    param="model",
+                )
+            if key.needs_model:
+                raise ModelDenied("This key is for certain models: say which one in the body's model.")
+            return None
+        assert asked.model is not None
+        if not key.model_rules.allows(asked.model):
+            names = ", ".join(key.models)
+            raise ModelDenied(f"This key is not allowed to use the model {asked.model[:64]!r}. It may use: {names}.")
+        return key.model_rules.resolve(asked.model)
+
+    def _is_exact_for(self, key: VirtualKey) -> bool:
+        return self._relay.usage == "exact" or (self._relay.usage == "auto" and key.counts_tokens)
+
+    def _price(self, key: VirtualKey, model: str | None, prompt: int, output: int) -> int:
+        prices = self._relay.prices
+        cost = None if prices is None or model is None else prices.cost(model, prompt, output, 0, 0)
+        if cost is None and key.budget.is_priced:
+            raise Forbidden(
+                f"This key has a budget, and the model {(model or '')[:64]!r} has no price, so that it cannot be kept. "
+                "Whoever runs this proxy can give it one (--prices)."
+            )
+        return cost or 0
+
+    def reserve(self) -> Reservation | Deferred[Reservation] | None:
+        """Take what it needs of the key's limits; see :meth:`~vllmproxy.relay.quotas.Quotas.reserve`."""
+        key = self.caller.key
+        return None if key is None else self._relay.quotas.reserve(key, self.demand)
+
+    def release(self) -> None:
+        """The body is held no longer."""
+        self._relay.held -= self._held
+        self._held = 0
+        self._pieces.clear()
+
+    @property
+    def _method(self) -> str:
+        return self._stream.head.method.decode("ascii")
+
+    @property
+    def _route(self) -> str:
+        return reading_of(self.path, self._base)
+
+
+def end_user_in(fields: dict[bytes, list[bytes]]) -> str | None:
+    """Return the end user that the headers name."""
+    for name in _END_USER_HEADERS:
+        if name in fields:
+            return fields[name][0].decode("utf-8", "replace")[:_LONGEST_END_USER]
+    return None

@@ -1,0 +1,149 @@
+"""What one request owes: reserved, written down, and settled once, whatever becomes of it."""
+
+from attrs import evolve, frozen
+
+from vllmproxy.observers.record import Ended
+from vllmproxy.relay.admission import Admission
+from vllmproxy.relay.quotas import Quotas, Reservation
+from vllmproxy.usage.bookkeeper import Bookkeeper, Entry
+from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.prices import Prices
+from vllmproxy.usage.tokens import Usage
+
+
+@frozen
+class Outcome:
+    """How a request went, as far as that decides what it costs.
+
+    :ivar forwarded: vLLM was asked.
+    :ivar status: of vLLM's answer, 0 if there was none.
+    :ivar was_read: the answer is of a kind that tells its usage, if there is any.
+    """
+
+    ended: Ended
+    forwarded: bool
+    status: int = 0
+    was_read: bool = False
+    model: str | None = None
+    usage: Usage | None = None
+
+
+class Bill:
+    """One request's.
+
+    :param entry: where it stands in the journal; ``None`` for what is not counted.
+    :param expected: what it stands there as.
+    """
+
+    def __init__(
+        self,
+        quotas: Quotas,
+        prices: Prices | None,
+        reservation: Reservation | None,
+        entry: Entry | None,
+        expected: UsageEvent,
+    ) -> None:
+        self._quotas = quotas
+        self._prices = prices
+        self._reservation = reservation
+        self._entry = entry
+        self._expected = expected
+
+    @property
+    def lines(self) -> bytes:
+        """Header lines for the answer."""
+        return b"" if self._reservation is None else self._reservation.lines
+
+    def settle(self, outcome: Outcome) -> None:
+        """Give back what was reserved and not used, and write down what was."""
+        event = self._event(outcome)
+        if self._reservation is not None:
+            tokens = None if event.quality == "unknown" else event.tokens
+            self._quotas.settle(self._reservation, forwarded=outcome.forwarded, tokens=tokens)
+        if self._entry is not None:
+            self._entry.end(event)
+
+    def _event(self, outcome: Outcome) -> UsageEvent:
+        event = evolve(
+            self._expected,
+            prompt_tokens=0,
+            completion_tokens=0,
+            spend=0,
+            quality="none",
+            model=outcome.model or self._expected.model,
+        )
+        if not outcome.forwarded:
+            return evolve(event, requests=0)
+        if outcome.status >= 400:
+            return event
+        if outcome.usage is not None:
+            return self._priced(self._of_usage(event, outcome.usage))
+        return self._without_usage(event, outcome)
+
+    def _of_usage(self, event: UsageEvent, usage: Usage) -> UsageEvent:
+        prompt = usage.prompt_tokens
+        if prompt is None and usage.source == "counted":
+            prompt = self._expected.prompt_tokens
+        return evolve(
+            event,
+            prompt_tokens=prompt or 0,
+            completion_tokens=usage.completion_tokens or 0,
+            cached_tokens=usage.cached_prompt_tokens or 0,
+            audio_ms=round((usage.audio_seconds or 0) * 1000),
+            quality="reported" if usage.source == "reported" else "estimated",
+        )
+
+    def _without_usage(self, event: UsageEvent, outcome: Outcome) -> UsageEvent:
+        """Nothing was said. Of an answer that could not be read (compressed, binary), or not to its end, what was
+        expected is charged; of one that never began, the prompt."""
+        expected = self._expected
+        if outcome.ended == "done" and outcome.was_read:
+            return event  # it is one that uses none
+        if not expected.tokens:
+            return evolve(event, quality="unknown" if self._entry is not None else "none")
+        if not outcome.status:
+            return self._priced(evolve(event, prompt_tokens=expected.prompt_tokens, quality="estimated"))
+        return self._priced(
+            evolve(
+                event,
+                prompt_tokens=expected.prompt_tokens,
+                completion_tokens=expected.completion_tokens,
+                quality="estimated",
+            )
+        )
+
+    def _priced(self, event: UsageEvent) -> UsageEvent:
+        if self._prices is None:
+            return event
+        counts = (event.prompt_tokens, event.completion_tokens, event.cached_tokens, event.audio_ms)
+        costs = (self._prices.cost(model, *counts) for model in (event.model, self._expected.model) if model)
+        return evolve(event, spend=next((cost for cost in costs if cost is not None), 0))
+
+
+def open_bill(
+    admission: Admission,
+    reservation: Reservation | None,
+    *,
+    time: float,
+    quotas: Quotas,
+    prices: Prices | None,
+    books: Bookkeeper,
+) -> Bill:
+    """Begin the bill of a request that is about to be forwarded. Raises
+    :class:`~vllmproxy.usage.bookkeeper.CannotWriteDown`."""
+    demand = admission.demand
+    expected = UsageEvent(
+        time=time,
+        key=admission.caller.key_id or "",
+        model=demand.model or "",
+        end_user=admission.end_user or "",
+        prompt_tokens=demand.prompt_tokens,
+        completion_tokens=demand.output_tokens,
+        spend=demand.spend,
+        quality="estimated" if demand.tokens else "unknown",
+        period=0 if reservation is None else reservation.period,
+        held=0 if reservation is None else reservation.held("budget"),
+        held_tokens=0 if reservation is None else reservation.held("budget_tokens"),
+    )
+    entry = books.begin(expected) if admission.uses_tokens else None
+    return Bill(quotas, prices, reservation, entry, expected)
