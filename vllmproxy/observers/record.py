@@ -4,6 +4,8 @@ from typing import Literal, Protocol
 
 from attrs import define
 
+from vllmproxy.usage.tokens import Usage
+
 #: Why a request ended: the answer passed whole; the client closed or reset first; vLLM failed before or in
 #: the middle of its answer; the proxy itself answered (401, 403, 400 …).
 Ended = Literal["done", "client_gone", "upstream_failed", "refused"]
@@ -50,6 +52,14 @@ class RequestRecord:
     tokens_estimated: bool | None = None
     ended: Ended = "done"
     error: str | None = None
+
+    def tell(self, usage: Usage | None) -> None:
+        """Take over what an answer told of its tokens, if it did."""
+        if usage is not None:
+            self.prompt_tokens = usage.prompt_tokens
+            self.completion_tokens = usage.completion_tokens
+            self.total_tokens = usage.total_tokens
+            self.tokens_estimated = True if usage.source == "counted" else None
 
 
 class Observer(Protocol):

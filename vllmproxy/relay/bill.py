@@ -4,6 +4,7 @@ from attrs import evolve, frozen
 
 from vllmproxy.observers.record import Ended
 from vllmproxy.relay.admission import Admission
+from vllmproxy.relay.passing import Passing
 from vllmproxy.relay.quotas import Quotas, Reservation
 from vllmproxy.usage.bookkeeper import Bookkeeper, Entry
 from vllmproxy.usage.event import UsageEvent
@@ -17,15 +18,13 @@ class Outcome:
 
     :ivar forwarded: vLLM was asked.
     :ivar status: of vLLM's answer, 0 if there was none.
-    :ivar was_read: the answer is of a kind that tells its usage, if there is any.
+    :ivar answer: its body, ``None`` if it had none of its own.
     """
 
     ended: Ended
     forwarded: bool
     status: int = 0
-    was_read: bool = False
-    model: str | None = None
-    usage: Usage | None = None
+    answer: Passing | None = None
 
 
 class Bill:
@@ -64,20 +63,15 @@ class Bill:
             self._entry.end(event)
 
     def _event(self, outcome: Outcome) -> UsageEvent:
-        event = evolve(
-            self._expected,
-            prompt_tokens=0,
-            completion_tokens=0,
-            spend=0,
-            quality="none",
-            model=outcome.model or self._expected.model,
-        )
+        answer, expected = outcome.answer, self._expected
+        model = expected.model if answer is None or answer.model is None else answer.model
+        event = evolve(expected, prompt_tokens=0, completion_tokens=0, spend=0, quality="none", model=model)
         if not outcome.forwarded:
-            return evolve(event, requests=0)
+            return evolve(event, requests=0, held=0, held_tokens=0)  # the limiter gives back what it held
         if outcome.status >= 400:
             return event
-        if outcome.usage is not None:
-            return self._priced(self._of_usage(event, outcome.usage))
+        if answer is not None and answer.usage is not None:
+            return self._priced(self._of_usage(event, answer.usage))
         return self._without_usage(event, outcome)
 
     def _of_usage(self, event: UsageEvent, usage: Usage) -> UsageEvent:
@@ -97,7 +91,7 @@ class Bill:
         """Nothing was said. Of an answer that could not be read (compressed, binary), or not to its end, what was
         expected is charged; of one that never began, the prompt."""
         expected = self._expected
-        if outcome.ended == "done" and outcome.was_read:
+        if outcome.ended == "done" and outcome.answer is not None and outcome.answer.was_read:
             return event  # it is one that uses none
         if not expected.tokens:
             return evolve(event, quality="unknown" if self._entry is not None else "none")

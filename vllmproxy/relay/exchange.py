@@ -1,36 +1,32 @@
 """One request on its way to vLLM and back, as a state machine with its table at the end."""
 
 from collections.abc import Callable
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from vllmproxy.errors import ApiError, AuthError, BadRequest, Internal, StoreDown, UpstreamTimeout
+from vllmproxy.errors import ApiError, AuthError, BadRequest, Internal, UpstreamTimeout
 from vllmproxy.http1.agent import NO_COOKIES, ConnectFailed, RawURL
 from vllmproxy.http1.answer import Answer, OutgoingHeaders
 from vllmproxy.http1.bodies import StreamedBody, WholeBody
 from vllmproxy.http1.message import ResponseHead, WireError
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.credentials import read_credential
-from vllmproxy.keys.gate import RETRY_AFTER, Caller
+from vllmproxy.keys.gate import Caller
 from vllmproxy.keys.routes import is_anthropic
 from vllmproxy.observers.record import Ended, RequestRecord
 from vllmproxy.relay.admission import Admission, end_user_in
 from vllmproxy.relay.bill import Bill, Outcome
 from vllmproxy.relay.failures import error_of
 from vllmproxy.relay.headers import answer_lines, request_id, request_lines
+from vllmproxy.relay.passing import Passing
 from vllmproxy.relay.quotas import Reservation
 from vllmproxy.relay.refuse import refuse, refuse_body
+from vllmproxy.relay.states import Event, State
 from vllmproxy.relay.targets import is_unsafe, split_target, upstream_path
 from vllmproxy.relay.tunnel import Tunnel
-from vllmproxy.usage.bookkeeper import CannotWriteDown
-from vllmproxy.usage.reader import UsageReader, reader_for
-from vllmproxy.usage.sse import SseReader
-from vllmproxy.usage.tokens import Usage
-from vllmproxy.usage.withhold import Withholder
 
 if TYPE_CHECKING:
     from vllmproxy.relay.relay import Relay
@@ -41,36 +37,7 @@ _UNSAFE_PATH = (
     "The path has dot segments, //, ;, a backslash, %2f, %5c or %00, which could be read as another path. "
     "Write it plainly."
 )
-_NOT_WRITTEN = "What is used cannot be written down just now. Try again in a moment."
 _REVOKED = "Authentication Error, Key is blocked, or deleted, since this request began."
-
-
-class State(Enum):
-    """Where an exchange is."""
-
-    ADMITTING = "the key is being looked up, or its limits"
-    HOLDING = "the body is being read, as the key's rules need it"
-    WAITING = "vLLM has the request, or is getting it"
-    ANSWERING = "the answer passes"
-    TUNNELLING = "bytes pass both ways"
-    OVER = "settled"
-
-
-class Event(Enum):
-    """What can happen to an exchange from outside."""
-
-    ADMITTED = "the caller is known"
-    HELD = "the body is here"
-    RESERVED = "the key's limits have room for this"
-    REFUSED = "the proxy answers itself"
-    ANSWERED = "the head of vLLM's answer is here"
-    NO_ANSWER = "there will be none"
-    BODY_ENDED = "the answer is whole"
-    BODY_FAILED = "the answer broke off"
-    UPLOAD_FAILED = "the request's body broke its framing, or stopped coming"
-    CLIENT_GONE = "the client left"
-    LATE = "vLLM did not begin to answer in time"
-    REVOKED = "the key was blocked or deleted, and what runs is to end"
 
 
 class Exchange:
@@ -88,9 +55,7 @@ class Exchange:
         self._body: StreamedBody | WholeBody | None = None
         self._sending: Deferred[Any] | None = None
         self._answer: Answer | None = None
-        self._reader: UsageReader | None = None
-        self._told: tuple[str | None, Usage | None] = (None, None)
-        self._withholder: Withholder | None = None
+        self._passing: Passing | None = None
         self._tunnel: Tunnel | None = None
         self._client = relay.client_of(stream)
         self._id = request_id(stream.head)
@@ -145,11 +110,7 @@ class Exchange:
         self._record.key_id = caller.key_id
         self._record.key_alias = caller.key_alias
         assert self._admission is not None
-        try:
-            holds = self._admission.check(caller)
-        except ApiError as error:
-            self._refused(error)
-            return
+        holds = self._admission.check(caller)
         self._relay.began(self, caller.key_id)
         if not holds:
             self._reserve()
@@ -159,24 +120,20 @@ class Exchange:
         else:
             self._held()
 
+    def _hold(self, data: bytes) -> None:
+        assert self._admission is not None
+        self._admission.hold(data)
+
     def _held(self) -> None:
         self._state = State.ADMITTING
         assert self._admission is not None
-        try:
-            self._admission.judge()
-        except ApiError as error:
-            self._refused(error)
-            return
+        self._admission.judge()
         self._record.end_user = self._admission.end_user
         self._reserve()
 
     def _reserve(self) -> None:
         assert self._admission is not None
-        try:
-            reserved = self._admission.reserve()
-        except ApiError as error:
-            self._refused(error)
-            return
+        reserved = self._admission.reserve()
         if isinstance(reserved, Deferred):
             reserved.addCallbacks(self._got_reservation, self._not_admitted)
             reserved.addErrback(_unexpected)
@@ -187,20 +144,12 @@ class Exchange:
         if self._state is State.ADMITTING:
             self._feed(Event.RESERVED, reservation)
         else:  # the client left meanwhile
-            self._open_bill(reservation).settle(Outcome("client_gone", False))
+            self._relay.cancel(reservation)
 
     def _reserved(self, reservation: Reservation | None) -> None:
-        try:
-            self._bill = self._open_bill(reservation)
-        except CannotWriteDown as error:
-            _log.error("A request was refused: {error}", error=str(error))
-            self._refused(StoreDown(_NOT_WRITTEN, headers=RETRY_AFTER))
-        else:
-            self._send()
-
-    def _open_bill(self, reservation: Reservation | None) -> Bill:
         assert self._admission is not None
-        return self._relay.open_bill(self._admission, reservation, self._record.time)
+        self._bill = self._relay.open_bill(self._admission, reservation, self._record.time)
+        self._send()
 
     def _refused(self, error: ApiError) -> None:
         self._explain(error, "refused")
@@ -306,11 +255,9 @@ class Exchange:
             self._tunnel.begin(answer, head.reason, lines)
             return
         self._state = State.ANSWERING
-        content_type = head.get(b"content-type")
-        self._record.streamed = content_type is not None and content_type.startswith(b"text/event-stream")
-        self._reader = reader_for(head.status, content_type, head.get(b"content-encoding"))
-        if self._admission is not None and self._admission.withholds and isinstance(self._reader, SseReader):
-            self._withholder = Withholder(relay.server.told.fingerprint)
+        assert self._admission is not None
+        self._passing = Passing(head, relay.server.told, withholds=self._admission.withholds)
+        self._record.streamed = self._passing.streamed
         stream.start_response(head.status, head.reason, lines, length=head.content_length, bodiless=head.bodiless)
         stream.set_producer(self)
         answer.pipe(self)
@@ -320,10 +267,8 @@ class Exchange:
         """A piece of vLLM's answer (:class:`~vllmproxy.http1.answer.AnswerReceiver`)."""
         if self._record.time_to_first_byte is None:
             self._record.time_to_first_byte = self._relay.clock.seconds() - self._began
-        if self._reader is not None:
-            self._reader.feed(data)
-        if self._withholder is not None:
-            data = self._withholder.feed(data)
+        assert self._passing is not None
+        data = self._passing.feed(data)
         if last:
             self._feed(Event.BODY_ENDED, data)
         else:
@@ -339,9 +284,8 @@ class Exchange:
 
     def _body_ended(self, data: bytes = b"") -> None:
         self._state = State.OVER
-        if self._withholder is not None:
-            data += self._withholder.finish()
-            self._relay.server.told.fingerprint = self._withholder.fingerprint
+        assert self._passing is not None
+        data += self._passing.finish()
         self._release("done")
         if data:
             self._stream.write(data, last=True)
@@ -359,12 +303,8 @@ class Exchange:
     def body_received(self, data: bytes) -> None:
         if isinstance(self._body, StreamedBody):
             self._body.body_received(data)
-        elif self._state is State.HOLDING:
-            assert self._admission is not None
-            try:
-                self._admission.hold(data)
-            except ApiError as error:
-                self._feed(Event.REFUSED, error)
+        else:
+            self._feed(Event.PIECE, data)
 
     def body_complete(self) -> None:
         self._feed(Event.HELD)
@@ -435,12 +375,12 @@ class Exchange:
         request is over: its next one may be waiting on the same connection for the place."""
         if self._admission is not None:
             self._admission.release()
-        if self._reader is not None and self._bill is not None:
-            self._told = self._reader.finish()
+        if self._passing is not None:
+            self._passing.read()
         bill, self._bill = self._bill, None
         if bill is not None:
             status = 0 if self._answer is None else self._answer.head.status
-            bill.settle(Outcome(why, self._forwarded, status, self._reader is not None, *self._told))
+            bill.settle(Outcome(why, self._forwarded, status, self._passing))
 
     def _settle(self, why: Ended, error: str | None = None) -> None:
         """Report, once: every way out ends here, after the stream was told."""
@@ -455,19 +395,19 @@ class Exchange:
         record.bytes_in = stream.bytes_in
         record.bytes_out = stream.bytes_out
         record.duration = relay.clock.seconds() - self._began
-        record.model, usage = self._told
-        if usage is not None:
-            record.prompt_tokens = usage.prompt_tokens
-            record.completion_tokens = usage.completion_tokens
-            record.total_tokens = usage.total_tokens
-            record.tokens_estimated = True if usage.source == "counted" else None
+        if self._passing is not None:
+            record.model = self._passing.model
+            record.tell(self._passing.usage)
         relay.observer.finished(record)
 
     def _feed(self, event: Event, *args: Any) -> None:
         """Act on ``event`` as the table says; a pair that is not in it came too late to matter."""
         action = _TABLE.get((self._state, event))
         if action is not None:
-            action(self, *args)
+            try:
+                action(self, *args)
+            except ApiError as error:  # only what admits a request raises one: it does not pass
+                self._explain(error, "refused")
 
 
 def _unexpected(reason: Failure) -> None:
@@ -482,8 +422,8 @@ _TABLE: dict[tuple[State, Event], Callable[..., None]] = {
     (State.ADMITTING, Event.UPLOAD_FAILED): Exchange._upload_failed,
     (State.ADMITTING, Event.CLIENT_GONE): Exchange._client_gone,
     (State.ADMITTING, Event.REVOKED): Exchange._revoked,
+    (State.HOLDING, Event.PIECE): Exchange._hold,
     (State.HOLDING, Event.HELD): Exchange._held,
-    (State.HOLDING, Event.REFUSED): Exchange._refused,
     (State.HOLDING, Event.UPLOAD_FAILED): Exchange._upload_failed,
     (State.HOLDING, Event.CLIENT_GONE): Exchange._client_gone,
     (State.HOLDING, Event.REVOKED): Exchange._revoked,

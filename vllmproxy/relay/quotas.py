@@ -131,8 +131,8 @@ class Quotas:
         return Reservation(ask, decision.remaining, demand)
 
     def settle(self, reservation: Reservation, *, forwarded: bool, tokens: int | None = None) -> None:
-        """Give back what was not used: all of it, where the request was never forwarded. What is held of a budget stays
-        held until the usage event is added.
+        """Give back what was not used: all of it, where the request was never forwarded. Else what is held of a budget
+        stays held until the usage event is added.
 
         :param tokens: what the request has used, ``None`` where nobody knows: then the estimate counts.
         """
@@ -202,8 +202,6 @@ class Quotas:
 
 
 def _cost(rule: Rule, forwarded: bool, tokens: int | None) -> int | None:
-    if rule.kind in BUDGETS:
-        return None
     if not forwarded:
         return 0
     return tokens if rule.kind == "tokens" else None

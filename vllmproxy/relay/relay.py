@@ -2,10 +2,12 @@
 
 from attrs import define, field
 from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
 
+from vllmproxy.errors import StoreDown
 from vllmproxy.http1.deadlines import Deadlines
 from vllmproxy.http1.stream import Stream
-from vllmproxy.keys.gate import Gate
+from vllmproxy.keys.gate import RETRY_AFTER, Gate
 from vllmproxy.observers.record import Observer
 from vllmproxy.relay.admission import Admission, UsageMode
 from vllmproxy.relay.bill import Bill, open_bill
@@ -13,8 +15,12 @@ from vllmproxy.relay.exchange import Exchange
 from vllmproxy.relay.headers import Client, TrustedProxies
 from vllmproxy.relay.quotas import Quotas, Reservation
 from vllmproxy.upstreams.server import Server
-from vllmproxy.usage.bookkeeper import Bookkeeper
+from vllmproxy.usage.bookkeeper import Bookkeeper, CannotWriteDown
 from vllmproxy.usage.prices import Prices
+
+_log = Logger()
+
+_NOT_WRITTEN = "What is used cannot be written down just now. Try again in a moment."
 
 
 @define(eq=False)
@@ -78,8 +84,20 @@ class Relay:
             exchange.revoke()
 
     def open_bill(self, admission: Admission, reservation: Reservation | None, time: float) -> Bill:
-        """Begin the bill of a request that is about to be forwarded; see :func:`vllmproxy.relay.bill.open_bill`."""
-        return open_bill(admission, reservation, time=time, quotas=self.quotas, prices=self.prices, books=self.books)
+        """Begin the bill of a request that is about to be forwarded. Raises :class:`StoreDown`."""
+        try:
+            return open_bill(
+                admission, reservation, time=time, quotas=self.quotas, prices=self.prices, books=self.books
+            )
+        except CannotWriteDown as error:
+            _log.error("A request was refused: {error}", error=str(error))
+            if reservation is not None:
+                self.cancel(reservation)
+            raise StoreDown(_NOT_WRITTEN, headers=RETRY_AFTER) from None
+
+    def cancel(self, reservation: Reservation) -> None:
+        """Give back all of a reservation whose request was never forwarded."""
+        self.quotas.settle(reservation, forwarded=False)
 
     async def close(self) -> None:
         """End the waits and the connections to vLLM, and settle what is left."""

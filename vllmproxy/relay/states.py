@@ -1,0 +1,32 @@
+"""Where an exchange can be, and what can happen to it. What then follows stands in the table of ``exchange.py``."""
+
+from enum import Enum
+
+
+class State(Enum):
+    """Where an exchange is."""
+
+    ADMITTING = "the key is being looked up, or its limits"
+    HOLDING = "the body is being read, as the key's rules need it"
+    WAITING = "vLLM has the request, or is getting it"
+    ANSWERING = "the answer passes"
+    TUNNELLING = "bytes pass both ways"
+    OVER = "settled"
+
+
+class Event(Enum):
+    """What can happen to an exchange from outside."""
+
+    ADMITTED = "the caller is known"
+    PIECE = "a piece of the body is here"
+    HELD = "the body is here"
+    RESERVED = "the key's limits have room for this"
+    REFUSED = "the proxy answers itself"
+    ANSWERED = "the head of vLLM's answer is here"
+    NO_ANSWER = "there will be none"
+    BODY_ENDED = "the answer is whole"
+    BODY_FAILED = "the answer broke off"
+    UPLOAD_FAILED = "the request's body broke its framing, or stopped coming"
+    CLIENT_GONE = "the client left"
+    LATE = "vLLM did not begin to answer in time"
+    REVOKED = "the key was blocked or deleted, and what runs is to end"
