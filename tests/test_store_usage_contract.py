@@ -19,7 +19,7 @@ from vllmproxy.store.memory import MemoryStore
 from vllmproxy.store.opening import make_store
 from vllmproxy.store.sqlite import SqliteStore
 from vllmproxy.usage.event import UsageEvent
-from vllmproxy.usage.ledger import MOST_END_USERS, MOST_MODELS, OTHER
+from vllmproxy.usage.ledger import MOST_END_USERS, MOST_GROUPS, MOST_MODELS, OTHER, TooManySums
 from vllmproxy.usage.sums import GROUPS, NUMBERS, Account, UsageQuery, UsageSum
 
 DAY = 86_400.0
@@ -382,6 +382,18 @@ async def test_a_long_batch_and_a_month_of_rows(store: Store) -> None:
     assert sum(each.requests for each in found) == 9000
     by_key = await store.read_usage(UsageQuery(since="2026-10-01", until=DAYS[2], key="k5", group_by=("key",)))
     assert [each.requests for each in by_key] == [sum(each.key == "k5" for each in events)]
+
+
+@pytest_twisted.ensureDeferred
+async def test_only_so_many_groups_are_answered(store: Store) -> None:
+    for number in range(11):
+        events = [event(number % 3, f"k{number}", end_user=f"u{user}") for user in range(MOST_GROUPS // 10)]
+        await store.add_usage("w", number * len(events) + 1, events)
+    with pytest.raises(TooManySums):
+        await read(store, "key", "end_user")
+    assert len(await read(store, "key")) == 11
+    assert len(await read(store, "key", "end_user", since=DAYS[1])) == 7 * MOST_GROUPS // 10
+    await store.ping()
 
 
 @pytest_twisted.ensureDeferred

@@ -17,6 +17,7 @@ from vllmproxy.api.health import HealthApi
 from vllmproxy.api.keys import KeyApi
 from vllmproxy.api.keyviews import KeyViewApi
 from vllmproxy.api.metrics import MetricsApi
+from vllmproxy.api.usage import UsageApi
 from vllmproxy.errors import BadRequest
 from vllmproxy.keys.gate import Gate
 from vllmproxy.store.interface import Store
@@ -49,6 +50,7 @@ class Api:
         app.route("/", methods=["GET"])(self.index)
         KeyApi(gate, store, clock).register(app)
         KeyViewApi(gate, store, clock).register(app)
+        UsageApi(gate, store, clock).register(app)
         AuditApi(gate, store).register(app)
         HealthApi(store, version).register(app)
         MetricsApi(gate, metrics_text, open_metrics).register(app)

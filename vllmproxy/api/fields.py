@@ -15,6 +15,8 @@ from vllmproxy.keys.durations import seconds_of
 from vllmproxy.keys.key import VirtualKey, hash_key
 from vllmproxy.keys.policy import KEY_TYPES, ROUTE_GROUPS, parse_route
 from vllmproxy.limits.values import MAX_AMOUNT
+from vllmproxy.usage.prices import currency
+from vllmproxy.usage.sums import NO_ACCOUNT, Account
 
 MINIMUM_CUSTOM_KEY: Final = 16
 _MAXIMUM_TEXT: Final = 255
@@ -195,8 +197,8 @@ def name_of(key: str) -> str:
     return f"sk-...{key[-4:]}"
 
 
-def row_of(key: VirtualKey) -> dict[str, Any]:
-    """Return LiteLLM's row for ``key``, without its token."""
+def row_of(key: VirtualKey, account: Account = NO_ACCOUNT) -> dict[str, Any]:
+    """Return LiteLLM's row for ``key``, without its token; ``account`` is what it has spent."""
     return {
         "key_name": key.key_name,
         "key_alias": key.key_alias,
@@ -225,6 +227,7 @@ def row_of(key: VirtualKey) -> dict[str, Any]:
         "created_by": key.created_by,
         "updated_by": key.updated_by,
         **_NOT_ENFORCED,
+        "spend": currency(account.spend),
     }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from attrs import evolve
 from klein import Klein
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -21,12 +22,14 @@ from vllmproxy.api.patches import (
     parse_bulk,
     parse_name,
     parse_regenerate,
+    parse_reset,
     parse_update,
 )
 from vllmproxy.errors import ApiError, BadRequest, NotFound
 from vllmproxy.keys.gate import Gate
 from vllmproxy.keys.key import VirtualKey, hash_key
 from vllmproxy.store.interface import AliasTaken, Decide, Store, StoreUnavailable, TokenTaken, Writes
+from vllmproxy.usage.prices import currency
 
 _log = Logger()
 
@@ -55,8 +58,9 @@ class KeyApi:
         }
         for endpoint, work in works.items():
             app.route(endpoint, methods=["POST"], endpoint=endpoint)(self._handler(endpoint, work))
-        named = "/key/<key>/regenerate"
-        app.route(named, methods=["POST"], endpoint=named)(self._handler("/key/regenerate", self.regenerate))
+        for name, work in {"regenerate": self.regenerate, "reset_spend": self.reset_spend}.items():
+            named = f"/key/<key>/{name}"
+            app.route(named, methods=["POST"], endpoint=named)(self._handler(f"/key/{name}", work))
 
     def _handler(self, endpoint: str, work: Work) -> Callable[..., Awaitable[bytes]]:
         """Return the handler that does ``work`` for those who may, and writes down what was refused to them."""
@@ -91,12 +95,11 @@ class KeyApi:
         """Change what a merge patch names: absent fields stay, null clears."""
         name, patch = parse_update(body, call.time)
         row = await self._patch(call, name, patch)
-        return {"key": name.key or row.token, "token": row.token, **row_of(row)}
+        return {"key": name.key or row["token"], **row}
 
     async def block(self, call: ManagementCall, body: dict[str, Any], *, blocked: bool) -> dict[str, Any]:
         """Block a key, or let it work again; answer with its row."""
-        row = await self._patch(call, parse_block(body), KeyPatch(fields={"blocked": blocked}))
-        return {"token": row.token, **row_of(row)}
+        return await self._patch(call, parse_block(body), KeyPatch(fields={"blocked": blocked}))
 
     async def bulk_update(self, call: ManagementCall, body: dict[str, Any]) -> dict[str, Any]:
         """Make several updates, each by itself; what fails is told and leaves the others alone."""
@@ -136,11 +139,26 @@ class KeyApi:
             after = wanted.replace(before, new, call.time, call.actor, is_master=call.caller.is_master)
             call.check(after)
             kept = wanted.retire(before, call.time, call.actor)
-            audit = (call.changed(before, after),)
-            return Writes((after,), (old,), audit) if kept is None else Writes((after, kept), audit=audit)
+            audit, heir = (call.changed(before, after),), {token: old}
+            if kept is None:
+                return Writes((after,), (old,), audit, heir)
+            return Writes((after, kept), (), audit, heir)
 
+        account = await self._store.read_account(old)  # before: afterwards nothing may fail, the key is shown only once
         row = (await self._change(call, [old, token], replace, made=token, param="new_key", alias=alias)).put[0]
-        return {"key": new, "token": token, "token_id": token, "duration": wanted.duration, **row_of(row)}
+        return {"key": new, "token": token, "token_id": token, "duration": wanted.duration, **row_of(row, account)}
+
+    async def reset_spend(self, call: ManagementCall, body: dict[str, Any]) -> dict[str, Any]:
+        """Set what a key has spent in the period of its budget; answer with its row, and what it was before."""
+        name, spend = parse_reset(body)
+        token = await self._token_of(name)
+        row = await self._store.get_key(token)
+        key = call.find({} if row is None else {token: row}, token)
+        before = await self._store.read_account(token)
+        after = evolve(before, spend=spend)
+        await self._store.set_account(token, after, (call.spent(key, before, after),))
+        _log.info("What key {key_id} has spent was set by {actor}", key_id=token, actor=call.actor)
+        return {"token": token, **row_of(key, after), "previous_spend": currency(before.spend)}
 
     async def delete(self, call: ManagementCall, body: dict[str, Any]) -> dict[str, Any]:
         """Delete keys by themselves, their hashes or their aliases, and answer with those names.
@@ -168,8 +186,9 @@ class KeyApi:
         missing = [name for name in names if tokens.get(name) not in removed]
         return {"deleted_keys": gone, **({"not_found": missing} if missing else {})}
 
-    async def _patch(self, call: ManagementCall, name: KeyName, patch: KeyPatch) -> VirtualKey:
+    async def _patch(self, call: ManagementCall, name: KeyName, patch: KeyPatch) -> dict[str, Any]:
         token = await self._token_of(name)
+        account = await self._store.read_account(token)
 
         def change(found: Found) -> Writes:
             before = call.find(found, token, name.alias)
@@ -177,7 +196,8 @@ class KeyApi:
             call.check(after)
             return Writes(put=(after,), audit=(call.changed(before, after),))
 
-        return (await self._change(call, [token], change, alias=patch.fields.get("key_alias"))).put[0]
+        (row,) = (await self._change(call, [token], change, alias=patch.fields.get("key_alias"))).put
+        return {"token": token, **row_of(row, account)}
 
     async def _token_of(self, name: KeyName) -> str:
         if name.token is not None:

@@ -42,14 +42,16 @@ class KeyViewApi:
         row = await self._store.get_key(token)
         if row is None:
             raise NotFound(f"{KEY_NOT_FOUND}.", param="key")
-        return answer_json(request, {"key": asked or token, "info": row_of(row)})
+        return answer_json(request, {"key": asked or token, "info": await self._row(row)})
 
     async def list(self, request: IRequest) -> bytes:
         """Show a page of the keys' ids, or of their rows."""
         caller = await reader_of(self._gate, request, "/key/list")
         query, full = parse_list(request.uri, self._clock.seconds())
         page = await self._page(caller, "/key/list", query)
-        keys: Any = [_full(key) for key in page.keys] if full else [key.token for key in page.keys]
+        keys: Any = [key.token for key in page.keys]
+        if full:
+            keys = [{"token": key.token, **await self._row(key)} for key in page.keys]
         return answer_json(request, {"keys": keys, **pages_of(query, page.total)})
 
     async def aliases(self, request: IRequest) -> bytes:
@@ -72,9 +74,8 @@ class KeyViewApi:
             query = evolve(query, token=caller.key_id)
         return await self._store.list_keys(query)
 
-
-def _full(key: VirtualKey) -> dict[str, Any]:
-    return {"token": key.token, **row_of(key)}
+    async def _row(self, key: VirtualKey) -> dict[str, Any]:
+        return row_of(key, await self._store.read_account(key.token))
 
 
 def _token_to_show(caller: Caller, asked: str | None) -> str:

@@ -13,6 +13,7 @@ from vllmproxy.keys.gate import Caller
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.keys.policy import compile_policy
 from vllmproxy.store.interface import AuditEntry
+from vllmproxy.usage.sums import NO_ACCOUNT, Account
 
 KEY_NOT_FOUND: Final = "Key not found in database"
 _SANE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -68,6 +69,10 @@ class ManagementCall:
             after=None if after is None else _audited(after),
         )
 
+    def spent(self, key: VirtualKey, before: Account, after: Account) -> AuditEntry:
+        """Return what is written down when it is set what a key has spent."""
+        return self._entry(target=key.token, before=_audited(key, before), after=_audited(key, after))
+
     def refused(self, status: int) -> AuditEntry:
         """Return what is written down when nothing comes of it."""
         return self._entry(status=status)
@@ -82,5 +87,8 @@ def request_id_of(request: IRequest) -> str | None:
     return given[0] if len(given) == 1 and _SANE_ID.fullmatch(given[0]) else None
 
 
-def _audited(key: VirtualKey) -> dict[str, Any]:
-    return {"token": key.token, **row_of(key)}
+def _audited(key: VirtualKey, account: Account | None = None) -> dict[str, Any]:
+    row = {"token": key.token, **row_of(key, account or NO_ACCOUNT)}
+    if account is None:
+        del row["spend"]  # it is no part of the key, and changes by itself
+    return row

@@ -17,9 +17,13 @@ from vllmproxy.api.fields import (
 )
 from vllmproxy.errors import BadRequest
 from vllmproxy.keys.key import VirtualKey, hash_key
+from vllmproxy.usage.prices import micros_of
 
 #: Keys in one ``POST /key/bulk_update``, as at LiteLLM.
 MAXIMUM_BULK: Final = 500
+
+#: What a key can be said to have spent, in currency.
+_MAXIMUM_SPEND: Final = 10**9
 
 #: Changing one of these decides anew what a key opens.
 _POWERS: Final = frozenset({"allowed_routes", "key_type"})
@@ -129,6 +133,18 @@ def parse_regenerate(body: Mapping[str, Any], now: float) -> Regeneration:
         grace=grace or 0,
         patch=KeyPatch(fields=fields),
     )
+
+
+def parse_reset(body: Mapping[str, Any]) -> tuple[KeyName, int]:
+    """Return which key ``POST /key/{key}/reset_spend`` means, and the micro-units that it is to have spent.
+
+    :raises BadRequest: that is no amount of money.
+    """
+    refuse_unknown(body, frozenset({"key", "reset_to"}))
+    amount = body.get("reset_to")
+    if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount <= _MAXIMUM_SPEND:
+        raise BadRequest(f"reset_to must be a number from 0 to {_MAXIMUM_SPEND}.", param="reset_to")
+    return parse_name(body, alias=False), micros_of(amount)
 
 
 def parse_bulk(body: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,12 +2,17 @@
 
 import re
 from collections.abc import Set
+from datetime import UTC, date, datetime, timedelta
 from typing import Any, Final
 from urllib.parse import parse_qs
+
+from attrs import frozen
 
 from vllmproxy.api.fields import token_of
 from vllmproxy.errors import BadRequest
 from vllmproxy.store.listing import SORT_FIELDS, STATUSES, KeyQuery
+from vllmproxy.usage.ledger import KEPT_DAYS
+from vllmproxy.usage.sums import GROUPS, GroupBy, UsageQuery
 
 MAXIMUM_SIZE: Final = 100
 _MAXIMUM_NUMBER: Final = 10**9
@@ -32,6 +37,22 @@ _ALIASES: Final = _PAGING | {"search"}
 #: The id of an audit entry in any of the stores.
 _ENTRY: Final = re.compile(r"[0-9]{1,18}(-[0-9]{1,18})?")
 _AUDIT: Final = frozenset({"before", "limit"})
+_USAGE: Final = frozenset({"end_user", "format", "group_by", "model", "since", "until"})
+_DAY: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_DEFAULT_DAYS: Final = 30
+
+
+@frozen
+class UsageRequest:
+    """What ``GET /usage`` asks for.
+
+    :ivar key_alias: of the key that is meant; ``None`` where ``query`` says which.
+    :ivar csv: as CSV, not as JSON.
+    """
+
+    query: UsageQuery
+    key_alias: str | None
+    csv: bool
 
 
 def query_values(target: bytes, known: Set[str]) -> dict[str, str]:
@@ -98,6 +119,34 @@ def parse_audit(target: bytes) -> tuple[int, str | None]:
     return _number(values, "limit", 50, MAXIMUM_SIZE), before
 
 
+def parse_usage(target: bytes, now: float, accept: str, key: str | None = None) -> UsageRequest:
+    """Return what ``GET /usage`` asks for. Raises :class:`BadRequest`.
+
+    :param now: seconds since the epoch.
+    :param accept: the request's Accept.
+    :param key: the key that is in the path, itself or its hash; then the query names none.
+    """
+    values = query_values(target, _USAGE if key is not None else _USAGE | {"key", "key_alias"})
+    key, key_alias = values.get("key", key), values.get("key_alias")
+    if key is not None and key_alias is not None:
+        raise BadRequest("Give key or key_alias, not both.", param="key_alias")
+    until = _day(values, "until", datetime.fromtimestamp(now, UTC).date())
+    since = _day(values, "since", until - timedelta(days=min(_DEFAULT_DAYS, until.toordinal()) - 1))
+    if not 0 <= (until - since).days < KEPT_DAYS:
+        raise BadRequest(f"From since to until must be 1 to {KEPT_DAYS} days.", param="since")
+    query = UsageQuery(
+        since=str(since),
+        until=str(until),
+        # "master" is no virtual key: its use is kept by that name.
+        key=key if key in (None, "master") else token_of(key or ""),
+        model=values.get("model"),
+        end_user=values.get("end_user"),
+        group_by=_groups(values),
+    )
+    preferred = "csv" if "text/csv" in accept.lower() else "json"
+    return UsageRequest(query, key_alias, _one_of(values, "format", ("json", "csv"), preferred) == "csv")
+
+
 def pages_of(query: KeyQuery, total: int) -> dict[str, int]:
     """Return where in the whole listing a page is, in LiteLLM's words."""
     return {
@@ -110,6 +159,24 @@ def pages_of(query: KeyQuery, total: int) -> dict[str, int]:
 def _page(values: dict[str, str], default: int) -> tuple[int, int]:
     size = _number(values, "size", default, MAXIMUM_SIZE)
     return (_number(values, "page", 1, _MAXIMUM_NUMBER) - 1) * size, size
+
+
+def _day(values: dict[str, str], name: str, default: date) -> date:
+    text = values.get(name)
+    if text is None:
+        return default
+    try:
+        return date.fromisoformat(text if _DAY.fullmatch(text) else "")
+    except ValueError:
+        raise BadRequest(f"{name} must be a day (UTC), as in {name}=2026-11-26.", param=name) from None
+
+
+def _groups(values: dict[str, str]) -> tuple[GroupBy, ...]:
+    names = values.get("group_by", "day").split(",")
+    known: dict[str, GroupBy] = {name: name for name in GROUPS}
+    if len(set(names)) < len(names) or not known.keys() >= set(names):
+        raise BadRequest(f"group_by must be some of {','.join(GROUPS)}, each once.", param="group_by")
+    return tuple(known[name] for name in names)
 
 
 def _number(values: dict[str, str], name: str, default: int, maximum: int) -> int:

@@ -27,8 +27,8 @@ ROUTE_GROUPS: Final[dict[str, frozenset[Group]]] = {
 }
 
 #: What a key may ask about itself.
-READ_ROUTES: Final = frozenset({"/key/info", "/key/list", "/key/aliases", "/key/health"})
-_KEY_API: Final = "/key"
+READ_ROUTES: Final = frozenset({"/key/info", "/key/list", "/key/aliases", "/key/health", "/usage"})
+_KEY_API: Final = ("/key", "/usage")
 
 
 @frozen
@@ -165,7 +165,7 @@ def _manages(route: Route, key_type: str) -> bool:
 
 
 def _is_of_key_api(route: Route) -> bool:
-    return route.text == _KEY_API or route.text.startswith(_KEY_API + "/")
+    return any(route.text == path or route.text.startswith(path + "/") for path in _KEY_API)
 
 
 def _forwarded(route: Route) -> Route:

@@ -169,6 +169,8 @@ class Store(Protocol):
         """Return the sums that ``query`` asks for, one for each group that there is, in the order of the groups.
 
         What is added meanwhile may be in it or not.
+
+        :raises TooManySums: there are more than ``MOST_GROUPS``, see :mod:`vllmproxy.usage.ledger`.
         """
 
     async def read_account(self, token: str) -> Account:

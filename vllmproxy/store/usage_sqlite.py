@@ -10,8 +10,10 @@ from vllmproxy.store.rows import name_bytes, name_text
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.ledger import (
     MOST_END_USERS,
+    MOST_GROUPS,
     MOST_MODELS,
     OTHER,
+    TooManySums,
     batch_of,
     days_of,
     oldest_kept,
@@ -66,7 +68,7 @@ def read(transaction: Transaction, query: UsageQuery) -> list[UsageSum]:
     """Return the sums that ``query`` asks for."""
     days = days_of(query)
     # Day by day, for that is how the rows lie: so the rows of one key are found without reading those of all.
-    conditions, values = [f"day IN ({', '.join('?' * len(days))})"], [*days]
+    conditions = [f"day IN ({', '.join('?' * len(days))})"]
     wanted: list[bytes] = []
     for column, name in (("key", query.key), ("model", query.model), ("end_user", query.end_user)):
         if name is not None:
@@ -75,10 +77,13 @@ def read(transaction: Transaction, query: UsageQuery) -> list[UsageSum]:
     groups = ", ".join(query.group_by)
     columns = ", ".join([*query.group_by, *(f"sum({name})" for name in NUMBERS)])
     order = f" GROUP BY {groups} ORDER BY {groups}" if groups else ""
-    transaction.execute(f"SELECT {columns} FROM usage WHERE {' AND '.join(conditions)}{order}", (*values, *wanted))
+    select = f"SELECT {columns} FROM usage WHERE {' AND '.join(conditions)}{order} LIMIT ?"
+    transaction.execute(select, (*days, *wanted, MOST_GROUPS + 1))
     count = len(query.group_by)
     # Without groups there is a row even where there is nothing to sum up.
     rows = [row for row in transaction.fetchall() if row[count] is not None]
+    if len(rows) > MOST_GROUPS:
+        raise TooManySums
     return [sum_of(tuple(map(_text, row[:count])), row[count:]) for row in rows]
 
 

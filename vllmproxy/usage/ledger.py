@@ -18,9 +18,16 @@ MOST_MODELS: Final = 200
 #: … and all further ones have them under this name.
 OTHER: Final = "(other)"
 
+#: Groups that one query may have.
+MOST_GROUPS: Final = 10_000
+
 #: A sum's numbers, in the order of :data:`~vllmproxy.usage.sums.NUMBERS`.
 Numbers = tuple[int, ...]
 NOTHING: Final[Numbers] = (0,) * len(NUMBERS)
+
+
+class TooManySums(Exception):
+    """The query has more than ``MOST_GROUPS`` groups; ask for fewer days, or group by less."""
 
 
 @frozen
@@ -113,7 +120,7 @@ class Summing:
         self._sums: dict[tuple[str, ...], Numbers] = {}
 
     def add(self, day: str, key: str, model: str, end_user: str, numbers: Iterable[int]) -> None:
-        """Add the row of that day, key, model and end user."""
+        """Add the row of that day, key, model and end user. Raises :class:`TooManySums`."""
         query = self._query
         wanted = ((query.key, key), (query.model, model), (query.end_user, end_user))
         if not query.since <= day <= query.until or any(asked not in (None, found) for asked, found in wanted):
@@ -121,6 +128,8 @@ class Summing:
         names = {"day": day, "key": key, "model": model, "end_user": end_user}
         group = tuple(names[name] for name in query.group_by)
         self._sums[group] = added(self._sums.get(group, NOTHING), numbers)
+        if len(self._sums) > MOST_GROUPS:
+            raise TooManySums
 
     def result(self) -> list[UsageSum]:
         """Return the sums so far, in the order of their groups."""

@@ -123,3 +123,13 @@ def _micros(what: str, value: Any, decimals: int) -> int:
     if scaled.denominator != 1:
         raise ValueError(f"{what} may have {decimals} decimals")
     return int(scaled)
+
+
+def currency(micros: int) -> float:
+    """Return micro-units as the number that is nearest to them in currency: it is written with 6 decimals at most."""
+    return micros / MICRO
+
+
+def micros_of(amount: float) -> int:
+    """Return an amount of currency in micro-units, as it is written and rounded to the nearest."""
+    return round(Decimal(repr(amount)) * MICRO)
