@@ -311,6 +311,11 @@ async def test_an_heir_of_nothing_has_nothing(store: Store) -> None:
     await store.add_usage("w", 1, [event(0, TWO, spend=1)])
     await store.change_keys([ONE, TWO], lambda _: Writes((key("sk-two"),), (ONE,), inherits={TWO: ONE}))
     assert await store.read_account(TWO) == Account()
+    # Nor has one that was there before.
+    await store.add_key(key("sk-one"))
+    await store.add_usage("w", 2, [event(0, TWO, spend=1)])
+    await store.change_keys([ONE, TWO], lambda _: Writes((key("sk-two"),), inherits={TWO: ONE}))
+    assert await store.read_account(TWO) == Account()
 
 
 @pytest_twisted.ensureDeferred

@@ -93,7 +93,8 @@ def alias_changes(found: Mapping[str, VirtualKey], writes: Writes) -> AliasChang
 class AccountChanges:
     """What a change does to accounts.
 
-    :ivar ended: tokens whose accounts go: of keys that are removed, and of new ones, which begin with nothing.
+    :ivar ended: tokens whose accounts go once it is known what is inherited: of keys that are removed, and of new ones,
+        which begin with nothing or with what they inherit.
     :ivar inherited: token → token of the key whose account, as it was before, it takes over.
     """
 
@@ -104,4 +105,4 @@ class AccountChanges:
 def account_changes(found: Mapping[str, VirtualKey], writes: Writes) -> AccountChanges:
     """Return what ``writes`` does to accounts, where ``found`` are the keys as they are."""
     new = (key.token for key in writes.put if key.token not in found)
-    return AccountChanges(tuple(dict.fromkeys((*writes.remove, *new))), writes.inherits)
+    return AccountChanges(tuple(dict.fromkeys((*writes.remove, *new, *writes.inherits))), writes.inherits)

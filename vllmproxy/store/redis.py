@@ -75,7 +75,6 @@ for place = aliases + 1, aliases + freed do redis.call('DEL', KEYS[place]) end
 for place = 1, given do redis.call('SET', KEYS[aliases + freed + place], ARGV[arg + place]) end
 for place = accounts + 2 * #inherited + 1, #KEYS do redis.call('DEL', KEYS[place]) end
 for heir, account in ipairs(inherited) do
-  redis.call('DEL', KEYS[accounts + 2 * heir - 1])
   if #account > 0 then redis.call('HSET', KEYS[accounts + 2 * heir - 1], unpack(account)) end
 end
 for place = arg + given + 1, #ARGV do redis.call('XADD', KEYS[2], '*', 'entry', ARGV[place]) end

@@ -15,6 +15,7 @@ from vllmproxy.usage.ledger import (
     Summing,
     added,
     batch_of,
+    days_of,
     oldest_kept,
     unseen,
 )
@@ -79,9 +80,10 @@ class MemoryUsage:
 
     def read(self, query: UsageQuery) -> list[UsageSum]:
         summing = Summing(query)
-        for day, keys in self._days.items():
-            for key, keyday in keys.items():
-                for (model, end_user), numbers in keyday.sums.items():
+        for day in days_of(query):
+            keys = self._days.get(day, {})
+            for key in keys if query.key is None else keys.keys() & {query.key}:
+                for (model, end_user), numbers in keys[key].sums.items():
                     summing.add(day, key, model, end_user, numbers)
         return summing.result()
 
