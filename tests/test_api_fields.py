@@ -61,33 +61,43 @@ def test_everything_taken_comes_back_in_the_row() -> None:
             "duration": "1h",
             "key_type": "llm_api",
             "allowed_routes": ["/v1/chat/*", "info", "/v1/chat/*"],
+            "models": ["m", "n*", "m"],
+            "aliases": {"fast": "m"},
+            "tpm_limit": 1000,
+            "model_rpm_limit": {"m": 1},
+            "model_tpm_limit": {"m": 0},
+            "max_budget": 12.5,
+            "soft_budget": 0.0000001,
+            "max_budget_tokens": 7,
+            "budget_duration": "30d",
+            "spend": 1,
             # Restrictions that are left open are no restrictions.
-            "models": [],
-            "max_budget": None,
-            "budget_duration": "",
-            "aliases": {},
-            "spend": 0,
+            "permissions": {},
             "auto_rotate": False,
         },
         NOW,
     )
     key = new_key(wanted, CUSTOM, NOW, "master")
     assert (key.token, key.key_name) == (hash_key(CUSTOM), "sk-...9abc")
-    row = row_of(key)
+    row = row_of(key, NOW)
     assert row["expires"] == "2023-11-14T23:13:20.000Z"
     assert row["created_at"] == row["updated_at"] == "2023-11-14T22:13:20.000Z"
     assert row["created_by"] == row["updated_by"] == "master"
     assert (row["key_alias"], row["user_id"], row["team_id"]) == ("équipe a", "u", "t")
     assert (row["metadata"], row["tags"], row["blocked"]) == ({"a": [1, {"b": None}]}, ["x", "y"], True)
     assert (row["key_type"], row["allowed_routes"]) == ("llm_api", ["/v1/chat/*", "info"])
-    assert (row["models"], row["spend"], row["max_budget"]) == ([], 0.0, None)
+    assert (row["models"], row["aliases"]) == (["m", "n*"], {"fast": "m"})
+    assert (row["tpm_limit"], row["model_rpm_limit"], row["model_tpm_limit"]) == (1000, {"m": 1}, {"m": 0})
+    assert (row["max_budget"], row["soft_budget"], row["max_budget_tokens"]) == (12.5, 0.0, 7)
+    assert (row["budget_duration"], row["budget_reset_at"]) == ("30d", "2023-12-14T22:13:20.000Z")
+    assert wanted.spend == 1_000_000
     assert "token" not in row
     assert CUSTOM not in json.dumps(row) + repr(wanted) + repr(key)
 
 
 def test_nothing_asked_for_is_a_plain_key() -> None:
     wanted = parse_generate({}, NOW)
-    row = row_of(new_key(wanted, CUSTOM, NOW, None))
+    row = row_of(new_key(wanted, CUSTOM, NOW, None), NOW)
     assert (row["key_alias"], row["expires"], row["blocked"], row["metadata"], row["tags"]) == (
         None,
         None,
@@ -97,15 +107,35 @@ def test_nothing_asked_for_is_a_plain_key() -> None:
     )
     assert parse_generate({"duration": "-1"}, NOW).fields == {"expires": None}
     nulls = {"duration": None, "key_alias": "", "key": "", "blocked": None, "allowed_routes": None, "key_type": None}
-    assert row_of(new_key(parse_generate(nulls, NOW), CUSTOM, NOW, None)) == row
+    assert row_of(new_key(parse_generate(nulls, NOW), CUSTOM, NOW, None), NOW) == row
     assert parse_generate({"duration": ""}, NOW).fields == {}
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("models", ["m"]),
-        ("aliases", {"a": "b"}),
+        ("models", "m"),
+        ("models", ["a*b"]),
+        ("models", ["all-team-models"]),
+        ("models", [f"m{number}" for number in range(129)]),
+        ("aliases", ["a"]),
+        ("aliases", {"a": 1}),
+        ("aliases", {"a": ""}),
+        ("aliases", {"a\n": "b"}),
+        ("max_budget", -0.01),
+        ("max_budget", "10"),
+        ("max_budget", True),
+        ("max_budget", 1e300),
+        ("max_budget_tokens", 1.5),
+        ("soft_budget", -1),
+        ("budget_duration", "0s"),
+        ("budget_duration", 30),
+        ("tpm_limit", -1),
+        ("tpm_limit", "5"),
+        ("model_rpm_limit", 1),
+        ("model_rpm_limit", {"m": -1}),
+        ("model_tpm_limit", {"m": "1"}),
+        ("spend", -1),
         ("allowed_routes", "/x"),
         ("allowed_routes", ["x"]),
         ("allowed_routes", ["/x", "openai_routes"]),
@@ -113,20 +143,11 @@ def test_nothing_asked_for_is_a_plain_key() -> None:
         ("allowed_routes", [f"/{number}" for number in range(129)]),
         ("key_type", "internal"),
         ("key_type", 3),
-        ("max_budget", 10),
-        ("max_budget", 0),
-        ("soft_budget", 1.0),
-        ("budget_duration", "30d"),
-        ("tpm_limit", 5),
         ("rpm_limit", -1),
         ("rpm_limit", True),
         ("max_parallel_requests", 1.5),
-        ("tpm_limit", 0),
-        ("model_rpm_limit", {"m": 1}),
-        ("model_tpm_limit", {"m": 1}),
         ("model_max_budget", {"m": 1}),
         ("permissions", {"a": True}),
-        ("spend", 1),
         ("guardrails", ["g"]),
         ("auto_rotate", True),
         ("unheard_of", None),

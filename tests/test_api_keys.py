@@ -115,8 +115,8 @@ async def test_update_of_the_duration_counts_from_now(house: House, duration: st
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tpm_limit", 5),
-        ("models", ["m"]),
+        ("tpm_limit", -5),
+        ("models", "m"),
         ("max_budget", 1),
         ("unheard_of", 1),
         ("blocked", "yes"),
@@ -236,7 +236,7 @@ async def test_what_regenerate_refuses(house: House) -> None:
         ({"key": made["key"], "grace_period": "-1"}, 400, "grace_period"),
         ({"key": made["key"], "grace_period": "soon"}, 400, "grace_period"),
         ({"key": made["key"], "key_alias": "b"}, 400, "key_alias"),
-        ({"key": made["key"], "tpm_limit": 1}, 400, "tpm_limit"),
+        ({"key": made["key"], "guardrails": ["g"]}, 400, "guardrails"),
     ]
     for body, status, param in table:
         refused(await post(house, "/key/regenerate", body), status, param)
@@ -253,7 +253,7 @@ async def test_bulk_update_tells_what_failed(house: House) -> None:
             {"key": one["key"], "user_id": "u"},
             {"key": CUSTOM, "user_id": "u"},
             {"key_alias": "two", "tags": ["t"]},
-            {"key": two["key"], "tpm_limit": 1},
+            {"key": two["key"], "guardrails": ["g"]},
         ]
     }
     answer = await post(house, "/key/bulk_update", body)
@@ -264,7 +264,7 @@ async def test_bulk_update_tells_what_failed(house: House) -> None:
         ("two", two["token"]),
     ]
     assert [each["key"] for each in failed] == [CUSTOM, two["key"]]
-    assert [each["failed_reason"][:9] for each in failed] == ["Key not f", "tpm_limit"]
+    assert [each["failed_reason"][:9] for each in failed] == ["Key not f", "guardrail"]
     assert ((await row(house, one["key"]))["user_id"], (await row(house, two["key"]))["tags"]) == ("u", ["t"])
     for bad in ({}, {"keys": []}, {"keys": ["x"]}, {"keys": [{}] * 501}):
         refused(await post(house, "/key/bulk_update", bad), 400, "keys")
@@ -466,7 +466,7 @@ async def test_the_audit_trail(house: House) -> None:
     new = (await post(house, "/key/regenerate", {"key": CUSTOM, "new_key": OTHER})).json
     await post(house, "/key/delete", {"keys": [OTHER]})
     await post(house, "/key/delete", {"keys": [OTHER]})
-    await post(house, "/key/update", {"key": manager["key"], "tpm_limit": 3}, manager["key"])
+    await post(house, "/key/update", {"key": manager["key"], "guardrails": ["g"]}, manager["key"])
     await house.ask("GET", "/key/list")
     await post(house, "/key/generate", {}, key=CUSTOM)
     answer = await house.ask("GET", "/audit")
@@ -559,3 +559,41 @@ async def test_the_same_with_sqlite(tmp_path: Path) -> None:
     finally:
         await house.close()
         await house.store.close()
+
+
+@pytest.mark.parametrize("field", ["max_budget", "soft_budget"])
+@pytest_twisted.ensureDeferred
+async def test_a_budget_of_money_needs_prices(house: House, field: str) -> None:
+    made = await house.make(max_budget_tokens=5)
+    assert "--prices" in refused(await post(house, "/key/generate", {field: 1}), 400, field)
+    refused(await post(house, "/key/update", {"key": made["key"], field: 1}), 400, field)
+    refused(await post(house, "/key/regenerate", {"key": made["key"], field: 1}), 400, field)
+    assert (await row(house, made["key"]))["max_budget_tokens"] == 5
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_was_spent_can_be_said_with_a_key(house: House) -> None:
+    made = await house.make(spend=2.5)
+    assert made["spend"] == (await row(house, made["key"]))["spend"] == 2.5
+    changed = (await post(house, "/key/update", {"key": made["key"], "spend": 0, "user_id": "u"})).json
+    assert (changed["spend"], changed["user_id"]) == (0.0, "u")
+    assert (await row(house, made["key"]))["spend"] == 0.0
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_period_that_is_over_has_nothing_spent_in_it(house: House) -> None:
+    made = await house.make(spend=2.5, budget_duration="30d", max_budget_tokens=5)
+    assert made["budget_reset_at"] == "2023-12-14T22:13:20.000Z"
+    house.clock.advance(31 * 86_400)
+    shown = await row(house, made["key"])
+    assert (shown["spend"], shown["budget_reset_at"]) == (0.0, "2024-01-13T22:13:20.000Z")
+
+
+@pytest_twisted.ensureDeferred
+async def test_another_length_of_the_period_leaves_what_is_spent(house: House) -> None:
+    made = await house.make(spend=2.5, budget_duration="30d")
+    house.clock.advance(20 * 86_400)
+    changed = (await post(house, "/key/update", {"key": made["key"], "budget_duration": "1d"})).json
+    assert (changed["spend"], changed["budget_reset_at"]) == (2.5, "2023-12-05T22:13:20.000Z")
+    house.clock.advance(86_400)
+    assert (await row(house, made["key"]))["spend"] == 0.0

@@ -70,6 +70,12 @@ def test_defaults() -> None:
         max_headers=128,
         max_target=16384,
         max_api_body=1048576,
+        max_inspected_body=33554432,
+        max_held_bodies=536870912,
+        prices=None,
+        budget_status=422,
+        usage="auto",
+        cut_revoked=False,
         key_cache_ttl=1.0,
     )
     assert settings() == expected
@@ -357,3 +363,23 @@ def test_files_are_really_read(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(f'master-key-file = "{tmp_path}/key"\n')
     result = load({**BASE, "config": str(tmp_path / "c.toml")}, HOME)
     assert result.master_key == Secret("sk-from-disk")
+
+
+PRICES = '[models."*"]\ninput = 1\n'
+
+
+def test_prices_are_read_out_of_their_file() -> None:
+    files = {"/prices.toml": PRICES}
+    read = lambda path: files[str(path)]  # noqa: E731
+    loaded = load({"upstream": URL, "prices": "/prices.toml"}, HOME, read)
+    assert loaded.prices is not None
+    assert loaded.prices.cost("any", 2_000_000, 0, 0, 0) == 2_000_000
+    files["/prices.toml"] = "[models.m]\noutput = 1\n"
+    with pytest.raises(SettingsError, match=r"--prices: '/prices.toml': the price of 'm' has no input"):
+        load({"upstream": URL, "prices": "/prices.toml"}, HOME, read)
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("usage", "often"), ("budget-status", "200"), ("budget-status", "4o2")])
+def test_a_choice_is_one_of_those_that_there_are(name: str, wrong: str) -> None:
+    with pytest.raises(SettingsError, match=f"--{name}: .*choose"):
+        load({"upstream": URL, name: wrong}, HOME)

@@ -94,6 +94,7 @@ class Proxy:
             metrics_text=metrics.text,
             open_metrics=settings.open_metrics,
             version=__version__,
+            priced=settings.prices is not None,
         )
         self.api = ApiBranch(reactor, api.site(), api.routes, self.observer, trusted, settings.max_api_body)
         self.hangups = HangupWatcher(reactor)

@@ -29,6 +29,7 @@ class Api:
     :param clock: ``seconds()`` is the time of day, seconds since the epoch.
     :param metrics_text: returns the content type and the body of ``/metrics``.
     :param open_metrics: show the metrics to everybody.
+    :param priced: there are prices, so that budgets of money can be kept.
     :ivar routes: the paths that it answers, variable parts in angle brackets.
     """
 
@@ -41,6 +42,7 @@ class Api:
         metrics_text: Callable[[], tuple[bytes, bytes]],
         open_metrics: bool,
         version: str,
+        priced: bool = False,
     ) -> None:
         self._clock = clock
         self._version = version
@@ -48,7 +50,7 @@ class Api:
         # Klein's defaults answer // and a missing slash with redirects.
         app.url_map.merge_slashes = app.url_map.strict_slashes = False
         app.route("/", methods=["GET"])(self.index)
-        KeyApi(gate, store, clock).register(app)
+        KeyApi(gate, store, clock, priced=priced).register(app)
         KeyViewApi(gate, store, clock).register(app)
         UsageApi(gate, store, clock).register(app)
         AuditApi(gate, store).register(app)

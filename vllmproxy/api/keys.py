@@ -5,7 +5,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from attrs import evolve
 from klein import Klein
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -29,7 +28,7 @@ from vllmproxy.errors import ApiError, BadRequest, NotFound
 from vllmproxy.keys.gate import Gate
 from vllmproxy.keys.key import VirtualKey, hash_key
 from vllmproxy.store.interface import AliasTaken, Decide, Store, StoreUnavailable, TokenTaken, Writes
-from vllmproxy.usage.prices import currency
+from vllmproxy.usage.sums import NO_ACCOUNT, Account
 
 _log = Logger()
 
@@ -38,9 +37,14 @@ Work = Callable[[ManagementCall, dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
 class KeyApi:
-    """The handlers; ``clock.seconds()`` is the time of day, seconds since the epoch."""
+    """The handlers.
 
-    def __init__(self, gate: Gate, store: Store, clock: IReactorTime) -> None:
+    :param clock: ``seconds()`` is the time of day, seconds since the epoch.
+    :param priced: there are prices, so that budgets of money can be kept.
+    """
+
+    def __init__(self, gate: Gate, store: Store, clock: IReactorTime, *, priced: bool = False) -> None:
+        self._priced = priced
         self._gate = gate
         self._store = store
         self._clock = clock
@@ -81,7 +85,7 @@ class KeyApi:
         wanted = parse_generate(body, call.time)
         key = wanted.key or _fresh_key()
         row = new_key(wanted, key, call.time, call.actor, granted_by_master=call.caller.is_master)
-        call.check(row)
+        self._check(call, None, row)
 
         def add(found: Found) -> Writes:
             if found:
@@ -89,7 +93,9 @@ class KeyApi:
             return Writes(put=(row,), audit=(call.changed(None, row),))
 
         await self._change(call, [row.token], add, made=row.token, alias=row.key_alias)
-        return {"key": key, "token": row.token, "token_id": row.token, "duration": wanted.duration, **row_of(row)}
+        account = NO_ACCOUNT if wanted.spend is None else await self._spend(call, row, NO_ACCOUNT, wanted.spend)
+        shown = row_of(row, call.time, account)
+        return {"key": key, "token": row.token, "token_id": row.token, "duration": wanted.duration, **shown}
 
     async def update(self, call: ManagementCall, body: dict[str, Any]) -> dict[str, Any]:
         """Change what a merge patch names: absent fields stay, null clears."""
@@ -137,7 +143,7 @@ class KeyApi:
             if token in found:
                 raise TokenTaken
             after = wanted.replace(before, new, call.time, call.actor, is_master=call.caller.is_master)
-            call.check(after)
+            self._check(call, before, after)
             kept = wanted.retire(before, call.time, call.actor)
             audit, heir = (call.changed(before, after),), {token: old}
             if kept is None:
@@ -146,7 +152,8 @@ class KeyApi:
 
         account = await self._store.read_account(old)  # before: afterwards nothing may fail, the key is shown only once
         row = (await self._change(call, [old, token], replace, made=token, param="new_key", alias=alias)).put[0]
-        return {"key": new, "token": token, "token_id": token, "duration": wanted.duration, **row_of(row, account)}
+        shown = row_of(row, call.time, account)
+        return {"key": new, "token": token, "token_id": token, "duration": wanted.duration, **shown}
 
     async def reset_spend(self, call: ManagementCall, body: dict[str, Any]) -> dict[str, Any]:
         """Set what a key has spent in the period of its budget; answer with its row, and what it was before."""
@@ -155,10 +162,28 @@ class KeyApi:
         row = await self._store.get_key(token)
         key = call.find({} if row is None else {token: row}, token)
         before = await self._store.read_account(token)
-        after = evolve(before, spend=spend)
-        await self._store.set_account(token, after, (call.spent(key, before, after),))
-        _log.info("What key {key_id} has spent was set by {actor}", key_id=token, actor=call.actor)
-        return {"token": token, **row_of(key, after), "previous_spend": currency(before.spend)}
+        after = await self._spend(call, key, before, spend)
+        previous = row_of(key, call.time, before)["spend"]
+        return {"token": token, **row_of(key, call.time, after), "previous_spend": previous}
+
+    async def _spend(self, call: ManagementCall, key: VirtualKey, before: Account, spend: int) -> Account:
+        """Set what a key has spent in the period of its budget that it is now; the tokens of that period stay."""
+        period, _ = key.budget.period(call.time)
+        after = Account(period, spend, before.tokens if before.period == period else 0)
+        await self._store.set_account(key.token, after, (call.spent(key, before, after),))
+        _log.info("What key {key_id} has spent was set by {actor}", key_id=key.token, actor=call.actor)
+        return after
+
+    def _check(self, call: ManagementCall, before: VirtualKey | None, after: VirtualKey) -> None:
+        """Raise :class:`~vllmproxy.errors.ApiError` if a key may not become this."""
+        call.check(after)
+        for name in ("max_budget", "soft_budget"):
+            value = getattr(after, name)
+            if value is not None and value != getattr(before, name, None) and not self._priced:
+                raise BadRequest(
+                    f"{name} cannot be kept: this proxy has no prices (--prices). max_budget_tokens needs none.",
+                    param=name,
+                )
 
     async def delete(self, call: ManagementCall, body: dict[str, Any]) -> dict[str, Any]:
         """Delete keys by themselves, their hashes or their aliases, and answer with those names.
@@ -193,11 +218,13 @@ class KeyApi:
         def change(found: Found) -> Writes:
             before = call.find(found, token, name.alias)
             after = patch.apply(before, call.time, call.actor, is_master=call.caller.is_master)
-            call.check(after)
+            self._check(call, before, after)
             return Writes(put=(after,), audit=(call.changed(before, after),))
 
         (row,) = (await self._change(call, [token], change, alias=patch.fields.get("key_alias"))).put
-        return {"token": token, **row_of(row, account)}
+        if patch.spend is not None:
+            account = await self._spend(call, row, account, patch.spend)
+        return {"token": token, **row_of(row, call.time, account)}
 
     async def _token_of(self, name: KeyName) -> str:
         if name.token is not None:

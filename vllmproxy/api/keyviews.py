@@ -75,7 +75,7 @@ class KeyViewApi:
         return await self._store.list_keys(query)
 
     async def _row(self, key: VirtualKey) -> dict[str, Any]:
-        return row_of(key, await self._store.read_account(key.token))
+        return row_of(key, self._clock.seconds(), await self._store.read_account(key.token))
 
 
 def _token_to_show(caller: Caller, asked: str | None) -> str:

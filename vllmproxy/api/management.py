@@ -65,13 +65,14 @@ class ManagementCall:
         target = before or after
         return self._entry(
             target=None if target is None else target.token,
-            before=None if before is None else _audited(before),
-            after=None if after is None else _audited(after),
+            before=None if before is None else _audited(before, self.time),
+            after=None if after is None else _audited(after, self.time),
         )
 
     def spent(self, key: VirtualKey, before: Account, after: Account) -> AuditEntry:
         """Return what is written down when it is set what a key has spent."""
-        return self._entry(target=key.token, before=_audited(key, before), after=_audited(key, after))
+        rows = (_audited(key, self.time, account) for account in (before, after))
+        return self._entry(target=key.token, **dict(zip(("before", "after"), rows, strict=True)))
 
     def refused(self, status: int) -> AuditEntry:
         """Return what is written down when nothing comes of it."""
@@ -87,8 +88,8 @@ def request_id_of(request: IRequest) -> str | None:
     return given[0] if len(given) == 1 and _SANE_ID.fullmatch(given[0]) else None
 
 
-def _audited(key: VirtualKey, account: Account | None = None) -> dict[str, Any]:
-    row = {"token": key.token, **row_of(key, account or NO_ACCOUNT)}
+def _audited(key: VirtualKey, now: float, account: Account | None = None) -> dict[str, Any]:
+    row = {"token": key.token, **row_of(key, now, account or NO_ACCOUNT)}
     if account is None:
         del row["spend"]  # it is no part of the key, and changes by itself
     return row

@@ -5,25 +5,13 @@ from typing import Any, Final
 
 from attrs import evolve, field, frozen
 
-from vllmproxy.api.fields import (
-    custom_key,
-    name_of,
-    parse_duration,
-    parse_fields,
-    refuse_unknown,
-    text,
-    token_of,
-    typed,
-)
+from vllmproxy.api.fields import name_of, parse_fields, token_of
+from vllmproxy.api.values import custom_key, money, parse_duration, refuse_unknown, text, typed
 from vllmproxy.errors import BadRequest
 from vllmproxy.keys.key import VirtualKey, hash_key
-from vllmproxy.usage.prices import micros_of
 
 #: Keys in one ``POST /key/bulk_update``, as at LiteLLM.
 MAXIMUM_BULK: Final = 500
-
-#: What a key can be said to have spent, in currency.
-_MAXIMUM_SPEND: Final = 10**9
 
 #: Changing one of these decides anew what a key opens.
 _POWERS: Final = frozenset({"allowed_routes", "key_type"})
@@ -47,9 +35,11 @@ class KeyPatch:
     """A merge patch for a key.
 
     :ivar fields: those of :class:`VirtualKey` that change.
+    :ivar spend: what it is to have spent, in micro-units, ``None``: what it has.
     """
 
     fields: Mapping[str, Any]
+    spend: int | None = None
 
     def apply(self, key: VirtualKey, now: float, updated_by: str, *, is_master: bool) -> VirtualKey:
         """Return ``key`` changed at ``now`` (epoch seconds) by ``updated_by``."""
@@ -109,8 +99,8 @@ def parse_name(body: Mapping[str, Any], *, alias: bool = True) -> KeyName:
 def parse_update(body: Mapping[str, Any], now: float) -> tuple[KeyName, KeyPatch]:
     """Return which key ``POST /key/update`` means, and what changes. Raises :class:`BadRequest`."""
     name = parse_name(body)
-    naming = {"key"} if name.alias is None else {"key", "key_alias"}
-    return name, KeyPatch(fields=parse_fields(_without(body, naming), now))
+    naming = {"key", "spend"} if name.alias is None else {"key", "key_alias", "spend"}
+    return name, KeyPatch(fields=parse_fields(_without(body, naming), now), spend=money(body, "spend"))
 
 
 def parse_block(body: Mapping[str, Any]) -> KeyName:
@@ -141,10 +131,10 @@ def parse_reset(body: Mapping[str, Any]) -> tuple[KeyName, int]:
     :raises BadRequest: that is no amount of money.
     """
     refuse_unknown(body, frozenset({"key", "reset_to"}))
-    amount = body.get("reset_to")
-    if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount <= _MAXIMUM_SPEND:
-        raise BadRequest(f"reset_to must be a number from 0 to {_MAXIMUM_SPEND}.", param="reset_to")
-    return parse_name(body, alias=False), micros_of(amount)
+    amount = money(body, "reset_to")
+    if amount is None:
+        raise BadRequest("Say what it is to have spent: reset_to, a number from 0 up.", param="reset_to")
+    return parse_name(body, alias=False), amount
 
 
 def parse_bulk(body: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from attrs import evolve, frozen
 
+from vllmproxy.keys.key import VirtualKey
 from vllmproxy.observers.record import Ended
 from vllmproxy.relay.admission import Admission
 from vllmproxy.relay.passing import Passing
@@ -125,7 +126,7 @@ def open_bill(
 ) -> Bill:
     """Begin the bill of a request that is about to be forwarded. Raises
     :class:`~vllmproxy.usage.bookkeeper.CannotWriteDown`."""
-    demand = admission.demand
+    demand, key = admission.demand, admission.caller.key
     expected = UsageEvent(
         time=time,
         key=admission.caller.key_id or "",
@@ -135,9 +136,16 @@ def open_bill(
         completion_tokens=demand.output_tokens,
         spend=demand.spend,
         quality="estimated" if demand.tokens else "unknown",
-        period=0 if reservation is None else reservation.period,
+        period=_period(key, reservation, time),
         held=0 if reservation is None else reservation.held("budget"),
         held_tokens=0 if reservation is None else reservation.held("budget_tokens"),
     )
     entry = books.begin(expected) if admission.uses_tokens else None
     return Bill(quotas, prices, reservation, entry, expected)
+
+
+def _period(key: VirtualKey | None, reservation: Reservation | None, time: float) -> int:
+    """Return the period that the key's account is charged in: the one that was asked about, if any was."""
+    if reservation is not None and reservation.period is not None:
+        return reservation.period
+    return 0 if key is None else key.budget.period(time)[0]

@@ -75,9 +75,9 @@ class Reservation:
         return 0 if rule is None else rule.cost
 
     @property
-    def period(self) -> int:
-        """When the budget's period began that this was taken in; 0 without a budget."""
-        return next((rule.period for rule in self.ask.rules if rule.kind in BUDGETS), 0)
+    def period(self) -> int | None:
+        """When the budget's period began that this was taken in; ``None`` without a budget."""
+        return next((rule.period for rule in self.ask.rules if rule.kind in BUDGETS), None)
 
     def used_of_budget(self) -> int:
         """Return how much money is spent or held, this request's share included."""
