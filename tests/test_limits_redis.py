@@ -22,7 +22,7 @@ from vllmproxy.store.scripts import LATE
 RULES = requests(10), tokens(1000, 100), parallel(10)
 FIRST = Granted((9, 900, 9))
 
-#: Seconds after which a call has hung, on however busy a machine; its deadline is 0.25.
+#: Seconds after which a call has hung, on however busy a machine; its deadline is 0.2.
 HUNG = 20.0
 
 
@@ -111,9 +111,9 @@ async def test_a_stopped_redis_costs_the_deadline_and_takes_nothing(server: Redi
         started = time.monotonic()
         pending = [limiter.reserve(ask(f"late-{number}")) for number in range(20)]
         for call in pending:
-            with pytest.raises(StoreUnavailable, match=r"0\.25 s"):
+            with pytest.raises(StoreUnavailable, match=r"0\.2 s"):
                 await call
-        assert 0.2 < time.monotonic() - started < HUNG
+        assert 0.15 < time.monotonic() - started < HUNG
         with pytest.raises(StoreUnavailable):
             await limiter.settle(TOKEN, "before", (0,))
         with pytest.raises(StoreUnavailable):
@@ -188,7 +188,7 @@ async def test_a_clock_that_was_set_is_noticed(links: list[Link], error: float) 
     true = wire.offset
     wire.offset += error
     assert await limiter.reserve(ask("one")) == FIRST
-    assert abs(wire.offset - true) < 0.25
+    assert abs(wire.offset - true) < 0.2
     assert await limiter.reserve(ask("two")) == Granted((8, 800, 8))
 
 

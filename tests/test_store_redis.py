@@ -222,9 +222,9 @@ async def test_a_lookup_gives_up_before_its_caller_notices(server: RedisServer) 
     await store.open()
     server.stall()
     started = time.monotonic()
-    with pytest.raises(StoreUnavailable, match=r"within 0\.25 s"):
+    with pytest.raises(StoreUnavailable, match=r"within 0\.2 s"):
         await store.get_key(KEY.token)
-    assert 0.2 < time.monotonic() - started < HUNG / 2
+    assert 0.15 < time.monotonic() - started < HUNG / 2
     server.resume()
     await store.close()
 

@@ -40,7 +40,7 @@ class RedisLimiter:
     """
 
     def __init__(
-        self, link: Link, clock: IReactorTime, *, window: float = 60.0, lease: float = 45.0, timeout: float = 0.25
+        self, link: Link, clock: IReactorTime, *, window: float = 60.0, lease: float = 45.0, timeout: float = 0.2
     ) -> None:
         self._clock = clock
         self._timeout = timeout

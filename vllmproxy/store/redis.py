@@ -116,7 +116,7 @@ class RedisStore(Changes):
     :raises ValueError: a bad URL; the message does not repeat it.
     """
 
-    def __init__(self, url: str, reactor: Any, *, timeout: float = 2.0, lookup_timeout: float = 0.25) -> None:
+    def __init__(self, url: str, reactor: Any, *, timeout: float = 2.0, lookup_timeout: float = 0.2) -> None:
         self._address = parse_redis_url(url)
         self._clock = reactor
         self._timeout = timeout
@@ -254,15 +254,15 @@ class RedisStore(Changes):
     async def _ask(self, seconds: float, command: Callable[[Wire], Deferred[Any]]) -> Any:
         """Return Redis's reply. A call that is cancelled or late leaves its place in the queue of replies."""
         started = self._clock.seconds()
-        used: list[Wire] = []
+        wire: Wire | None = None
 
         async def exchange() -> Any:
-            used.append(await self._link.get())
-            return await command(used[0])
+            nonlocal wire
+            wire = await self._link.get()
+            return await command(wire)
 
         def late() -> None:
-            for wire in used:
-                wire.unanswered(started, self._clock.seconds())
+            self._link.late(wire, started)
 
         try:
             return await self._calls.run(Deferred.fromCoroutine(exchange()), seconds, late)

@@ -88,8 +88,7 @@ class Scripts:
             return reply
 
         def late() -> None:
-            if call.wire is not None:
-                call.wire.unanswered(started, self._clock.seconds())
+            self._link.late(call.wire, started)
 
         try:
             return await self._calls.run(Deferred.fromCoroutine(exchange()), seconds, late)
