@@ -73,3 +73,82 @@ def test_made_up_keys_are_bounded_and_push_no_real_one_out() -> None:
     assert len(cache) == 6
     assert cache.is_unknown("made-up-999")
     assert not cache.is_unknown("made-up-994")
+
+
+def test_a_key_is_stale_for_its_time_after_the_store_gave_it() -> None:
+    clock = Clock()
+    cache = KeyCache(clock, ttl=1.0, max_stale=300.0)
+    assert cache.get_stale("a") is None
+    cache.put("a", key("a"))
+    clock.advance(1)
+    assert cache.get("a") is None
+    assert cache.get_stale("a") == key("a")
+    clock.advance(298.9)
+    assert cache.get_stale("a") == key("a")
+    clock.advance(0.1)
+    assert cache.get_stale("a") is None
+    assert len(cache) == 0
+
+
+def test_giving_it_does_not_prolong_it_and_the_store_does() -> None:
+    clock = Clock()
+    cache = KeyCache(clock, ttl=1.0, max_stale=10.0)
+    cache.put("a", key("a"))
+    clock.advance(9)
+    assert cache.get_stale("a") is not None
+    cache.put("a", key("a"))
+    clock.advance(9)
+    assert cache.get_stale("a") is not None
+    clock.advance(1)
+    assert cache.get_stale("a") is None
+
+
+def test_without_staleness_nothing_is_given_after_its_time() -> None:
+    clock = Clock()
+    cache = KeyCache(clock, ttl=1.0)
+    cache.put("a", key("a"))
+    assert cache.get_stale("a") is None
+    assert cache.get("a") == key("a")
+
+
+def test_a_key_that_is_believed_for_longer_is_not_dropped_for_being_stale() -> None:
+    clock = Clock()
+    cache = KeyCache(clock, ttl=600.0, max_stale=10.0)
+    cache.put("a", key("a"))
+    clock.advance(11)
+    assert cache.get_stale("a") is None
+    assert cache.get("a") == key("a")
+
+
+def test_what_is_doubted_is_stale_and_no_longer_fresh() -> None:
+    clock = Clock()
+    cache = KeyCache(clock, ttl=60.0, negative_ttl=60.0, max_stale=300.0)
+    cache.put("a", key("a"))
+    cache.put("b", None)
+    cache.doubt()
+    assert cache.get("a") is None
+    assert cache.get_stale("a") == key("a")
+    assert not cache.is_unknown("b")
+    cache.put("a", key("a"))
+    assert cache.get("a") == key("a")
+
+
+def test_what_is_forgotten_or_known_not_to_exist_is_not_stale() -> None:
+    cache = KeyCache(Clock(), max_stale=300.0)
+    cache.put("a", key("a"))
+    cache.forget("a")
+    assert cache.get_stale("a") is None
+    cache.put("b", key("b"))
+    cache.put("b", None)
+    assert cache.get_stale("b") is None
+
+
+def test_stale_keys_are_bounded_too() -> None:
+    clock = Clock()
+    cache = KeyCache(clock, max_entries=3, max_stale=300.0)
+    for name in "abcde":
+        cache.put(name, key(name))
+        clock.advance(2)
+        assert cache.get_stale("a") is not None  # used all the time
+    assert len(cache) == 3
+    assert [name for name in "abcde" if cache.get_stale(name)] == ["a", "d", "e"]

@@ -49,11 +49,11 @@ class SlowStore:
 
 
 class House:
-    def __init__(self, *, auth: bool = True) -> None:
+    def __init__(self, *, auth: bool = True, max_stale: float = 0.0) -> None:
         self.clock = Clock()
         self.clock.advance(NOW)
         self.store = SlowStore()
-        self.cache = KeyCache(self.clock, ttl=10.0, negative_ttl=10.0, max_unknown=50)
+        self.cache = KeyCache(self.clock, ttl=10.0, negative_ttl=10.0, max_unknown=50, max_stale=max_stale)
         self.gate = Gate(self.store, self.cache, MasterKey(MASTER_SECRET) if auth else None, self.clock)
 
     def ask(self, secret: bytes = SECRET) -> Deferred[Caller]:
@@ -227,6 +227,105 @@ def test_an_answer_older_than_the_invalidation_is_not_remembered() -> None:
     assert isinstance(failure_of(after), UnknownKey)
     assert isinstance(failure_of(joined), UnknownKey)
     assert house.cache.is_unknown(TOKEN)
+
+
+def test_a_stale_key_is_asked_for_and_works_while_the_store_is_away() -> None:
+    house = House(max_stale=300.0)
+    house.know(KEY)
+    house.clock.advance(299)
+    first, second = house.ask(), house.ask()
+    assert len(house.store.asked) == 1
+    house.store.asked[0][1].errback(StoreUnavailable())
+    assert result_of(first) == result_of(second) == Caller(TOKEN, "team-a", False, KEY)
+    house.clock.advance(1)
+    late = house.ask()
+    house.store.asked[1][1].errback(StoreUnavailable())
+    error = failure_of(late)
+    assert isinstance(error, StoreDown)
+    assert (b"retry-after", b"1") in error.headers
+
+
+def test_an_answer_counts_more_than_what_is_stale() -> None:
+    house = House(max_stale=300.0)
+    house.know(KEY)
+    house.clock.advance(10)
+    answer = house.ask()
+    house.store.asked[0][1].callback(None)
+    assert isinstance(failure_of(answer), UnknownKey)
+    house.clock.advance(10)
+    again = house.ask()
+    house.store.asked[1][1].errback(StoreUnavailable())
+    assert isinstance(failure_of(again), StoreDown)
+
+
+def test_a_fault_of_the_store_is_no_outage() -> None:
+    house = House(max_stale=300.0)
+    house.know(KEY)
+    house.clock.advance(10)
+    answer = house.ask()
+    house.store.asked[0][1].errback(ZeroDivisionError())
+    assert isinstance(failure_of(answer), ZeroDivisionError)
+
+
+def test_a_stranger_is_one_for_its_time_only() -> None:
+    house = House(max_stale=300.0)
+    answer = house.ask()
+    house.store.asked[0][1].callback(None)
+    assert isinstance(failure_of(answer), UnknownKey)
+    house.clock.advance(10)
+    again = house.ask()
+    house.store.asked[1][1].errback(StoreUnavailable())
+    assert isinstance(failure_of(again), StoreDown)
+
+
+@pytest.mark.parametrize(("fields", "kind"), [({"expires": NOW + 60}, ExpiredKey), ({"blocked": True}, AuthError)])
+def test_what_was_known_of_a_stale_key_applies(fields: dict[str, object], kind: type[AuthError]) -> None:
+    house = House(max_stale=300.0)
+    house.cache.put(TOKEN, evolve(KEY, **fields))
+    house.clock.advance(60)
+    answer = house.ask()
+    house.store.asked[0][1].errback(StoreUnavailable())
+    assert type(failure_of(answer)) is kind
+
+
+def test_a_key_that_was_changed_is_not_stale() -> None:
+    house = House(max_stale=300.0)
+    house.know(KEY)
+    house.gate.changed(TOKEN)
+    answer = house.ask()
+    house.gate.changed(TOKEN)
+    house.store.asked[0][1].errback(StoreUnavailable())
+    assert isinstance(failure_of(answer), StoreDown)
+
+
+def test_what_may_have_changed_is_asked_for_and_stale_meanwhile() -> None:
+    house = House(max_stale=300.0)
+    house.know(KEY)
+    house.gate.changed(None)
+    answer = house.ask()
+    house.store.asked[0][1].errback(StoreUnavailable())
+    assert result_of(answer).key_id == TOKEN
+    asked = house.ask()
+    house.gate.changed(None)
+    house.store.asked[1][1].callback(KEY)  # it may be older than what was missed: it is not remembered
+    assert result_of(asked).key_id == TOKEN
+    last = house.ask()
+    house.store.asked[2][1].callback(None)
+    assert isinstance(failure_of(last), UnknownKey)
+
+
+def test_who_watches_hears_of_changes_here_and_elsewhere() -> None:
+    house = House()
+    heard: list[tuple[str, str | None, bool]] = []
+    for name in ("one", "two"):
+        house.gate.watch(lambda token, name=name: heard.append((name, token, house.cache.get(TOKEN) is None)))  # type: ignore[misc]
+    house.know(KEY)
+    house.gate.invalidate(TOKEN)
+    house.know(KEY)
+    house.gate.changed(TOKEN)
+    house.know(KEY)
+    house.gate.changed(None)
+    assert heard == [(name, token, True) for token in (TOKEN, TOKEN, None) for name in ("one", "two")]
 
 
 @pytest.mark.parametrize("group", ["inference", "info"])

@@ -77,6 +77,9 @@ def test_defaults() -> None:
         usage="auto",
         cut_revoked=False,
         key_cache_ttl=1.0,
+        key_max_stale=300.0,
+        store_outage="closed",
+        local_share=0.5,
     )
     assert settings() == expected
 
@@ -232,7 +235,7 @@ def test_stores_are_taken_as_written(text: str) -> None:
     assert settings({**BASE, "store": text}).store == text
 
 
-_NUMBERS = [name for name in TABLE if name.startswith(("max-", "key-")) or name.endswith("-timeout")]
+_NUMBERS = [name for name in TABLE if name.startswith(("max-", "key-", "local-")) or name.endswith("-timeout")]
 
 
 @pytest.mark.parametrize("name", _NUMBERS)
@@ -242,7 +245,7 @@ def test_bad_numbers(name: str, text: str) -> None:
         settings({**BASE, name: text})
 
 
-@pytest.mark.parametrize("name", [name for name in _NUMBERS if name != "key-cache-ttl"])
+@pytest.mark.parametrize("name", [name for name in _NUMBERS if not name.startswith("key-")])
 def test_zero_is_no_limit(name: str) -> None:
     with pytest.raises(SettingsError, match=f"^--{name}: "):
         settings({**BASE, name: "0"})
@@ -257,6 +260,8 @@ def test_zero_is_no_limit(name: str) -> None:
         ({"upstream": "http://u:hunter2@h"}, ["--upstream: ", "--upstream-key-file"]),
         ({**BASE, "listen": ["tcp:1", "4000"]}, ["--listen: '4000'", "tcp, tcp6, unix, ssl, tls, systemd"]),
         ({**BASE, "listen": ["tcp"]}, ["--listen: 'tcp'", "colon"]),
+        ({**BASE, "store-outage": "open"}, ["--store-outage: 'open'", "closed or local"]),
+        ({**BASE, "local-share": "1.1"}, ["--local-share: 1.1", "up to 1"]),
         ({**BASE, "listen": ["stdio:"]}, ["--listen: 'stdio:'", "begin with"]),
         ({**BASE, "listen": ["tcp:http"]}, ["--listen: 'tcp:http'", "tcp:4000"]),
         ({**BASE, "listen": ["tcp:1:nonsense=2"]}, ["--listen: ", "tcp:4000"]),

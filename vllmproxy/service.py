@@ -59,7 +59,8 @@ class Proxy:
         metrics = MetricsObserver(known_routes=KNOWN_ROUTES)
         self.observer = FanOut([self.access_log, metrics])
         master = MasterKey(settings.master_key.reveal()) if settings.master_key else None
-        gate = Gate(self.store, KeyCache(reactor, ttl=settings.key_cache_ttl), master, reactor)
+        cache = KeyCache(reactor, ttl=settings.key_cache_ttl, max_stale=settings.key_max_stale)
+        gate = Gate(self.store, cache, master, reactor)
         trusted = TrustedProxies(settings.trusted_proxy)
         server = make_server(
             reactor,

@@ -52,6 +52,8 @@ class Settings:
     :ivar head_timeout: for a whole request head, from its first byte; ``idle_timeout``: between requests.
     :ivar first_byte_timeout: from the request's last byte to the first of vLLM's answer.
     :ivar max_headers: the number of header lines.
+    :ivar store_outage: ``closed`` or ``local``.
+    :ivar local_share: above 0, up to 1.
     """
 
     upstream: Upstream | None
@@ -83,6 +85,9 @@ class Settings:
     usage: UsageMode
     cut_revoked: bool
     key_cache_ttl: float
+    key_max_stale: float
+    store_outage: str
+    local_share: float
 
 
 class _Level(IntEnum):

@@ -45,7 +45,10 @@ def _store(text: str) -> str:
     if scheme in REDIS_SCHEMES:
         parse_redis_url(text)
     elif text != "memory:" and (scheme != "sqlite" or not rest):  # not repeated: it may hold a password
-        raise ValueError("no such store; it is memory:, sqlite:PATH, redis://HOST, rediss://HOST or unix:///SOCKET")
+        raise ValueError(
+            "no such store; it is memory:, sqlite:PATH, redis://HOST, rediss://HOST, unix:///SOCKET or "
+            "redis+sentinel://HOST/NAME"
+        )
     return text
 
 
@@ -98,6 +101,22 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _outage(text: str) -> str:
+    if text not in {"closed", "local"}:
+        raise ValueError(f"{text!r} is not known; write closed or local")
+    return text
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number; write it like 0.5") from None
+    if not 0 < share <= 1:
+        raise ValueError(f"{text} is no share; give a number above 0 and up to 1")
+    return share
+
+
 @frozen
 class Kind:
     """What a setting holds: the TOML types it may have, how to call them, and the converter from text."""
@@ -117,6 +136,8 @@ STORE = Kind((str,), "a string", _store)
 NETWORK = Kind((str,), "a string or a list of strings", _network)
 SECONDS = Kind((int, float), "a number", _seconds)
 SECONDS_OR_ZERO = Kind((int, float), "a number", _seconds_or_zero)
+OUTAGE = Kind((str,), "closed or local", _outage)
+SHARE = Kind((int, float), "a number", _share)
 COUNT = Kind((int,), "a whole number", _count)
 PRICES = Kind((str,), "a string (the file's name)", _filled)
 BUDGET_STATUS = Kind((int,), "an HTTP status", _budget_status)
@@ -175,7 +196,8 @@ _ROWS = (
     Row(
         "store",
         STORE,
-        "Where keys are kept: memory:, sqlite:PATH, redis://..., rediss://... or unix://... (Redis).",
+        "Where keys are kept: memory:, sqlite:PATH, or Redis: redis://..., rediss://..., unix://... or "
+        "redis+sentinel://....",
         ("VLLMPROXY_STORE", "REDIS_URL"),
         default_note="sqlite: and vllmproxy.sqlite in the state directory",
     ),
@@ -243,6 +265,25 @@ _ROWS = (
         SECONDS_OR_ZERO,
         "Seconds that a key looked up is remembered; 0 asks the store each time.",
         default="1",
+    ),
+    Row(
+        "key-max-stale",
+        SECONDS_OR_ZERO,
+        "Seconds that a key goes on working after the store last gave it, while the store does not answer; 0: off.",
+        default="300",
+    ),
+    Row(
+        "store-outage",
+        OUTAGE,
+        "What becomes of keys with limits while the store does not answer: closed (503), or local: each proxy "
+        "counts a share of the limits by itself.",
+        default="closed",
+    ),
+    Row(
+        "local-share",
+        SHARE,
+        "With --store-outage local, how much of each limit a proxy gives, above 0 and up to 1.",
+        default="0.5",
     ),
 )
 

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from typing import Final
 
+from attrs import frozen
 from twisted.internet.interfaces import IReactorTime
 
 from vllmproxy.keys.key import VirtualKey
@@ -11,12 +12,26 @@ from vllmproxy.keys.key import VirtualKey
 MAX_UNKNOWN: Final = 10_000
 
 
+@frozen
+class _Known:
+    """A key as the store gave it.
+
+    :ivar since: when it did.
+    :ivar doubts: how many times :meth:`KeyCache.doubt` had been called then.
+    """
+
+    key: VirtualKey
+    since: float
+    doubts: int
+
+
 class KeyCache:
     """Token (sha256 hex) → key, least recently used out first; and, apart from it, tokens known not to exist.
 
     :param max_entries: how many keys are kept.
     :param ttl: seconds a key is believed, which is how late another process's revocation may take effect.
     :param negative_ttl: the same for keys that do not exist: how late another process's new key may begin.
+    :param max_stale: seconds that :meth:`get_stale` goes on giving a key; 0: it gives none.
     """
 
     def __init__(
@@ -26,26 +41,30 @@ class KeyCache:
         ttl: float = 1.0,
         negative_ttl: float = 1.0,
         max_unknown: int = MAX_UNKNOWN,
+        *,
+        max_stale: float = 0.0,
     ) -> None:
         self._clock = clock
         self._max_entries = max_entries
         self._ttl = ttl
         self._negative_ttl = negative_ttl
         self._max_unknown = max_unknown
-        self._keys: OrderedDict[str, tuple[VirtualKey, float]] = OrderedDict()
+        self._max_stale = max_stale
+        self._doubts = 0
+        self._keys: OrderedDict[str, _Known] = OrderedDict()
         self._unknown: OrderedDict[str, float] = OrderedDict()
 
     def get(self, token: str) -> VirtualKey | None:
         """Return the key if it is held and fresh; ``None`` says nothing about whether it exists."""
-        entry = self._keys.get(token)
-        if entry is None:
+        known = self._held(token)
+        if known is None or known.doubts != self._doubts or self._age(known) >= self._ttl:
             return None
-        key, until = entry
-        if self._clock.seconds() >= until:
-            del self._keys[token]
-            return None
-        self._keys.move_to_end(token)
-        return key
+        return known.key
+
+    def get_stale(self, token: str) -> VirtualKey | None:
+        """Return the key if the store gave it within ``max_stale`` seconds: for when the store cannot be asked."""
+        known = self._held(token)
+        return known.key if known is not None and self._age(known) < self._max_stale else None
 
     def is_unknown(self, token: str) -> bool:
         """Tell whether the store has lately said that there is no such key."""
@@ -66,7 +85,7 @@ class KeyCache:
             if len(self._unknown) > self._max_unknown:
                 self._unknown.popitem(last=False)
         else:
-            self._keys[token] = (key, now + self._ttl)
+            self._keys[token] = _Known(key, now, self._doubts)
             if len(self._keys) > self._max_entries:
                 self._keys.popitem(last=False)
 
@@ -74,6 +93,25 @@ class KeyCache:
         """Drop whatever is held for ``token``."""
         self._keys.pop(token, None)
         self._unknown.pop(token, None)
+
+    def doubt(self) -> None:
+        """Take nothing for fresh any more; what is held now goes on being stale."""
+        self._doubts += 1
+        self._unknown.clear()
+
+    def _held(self, token: str) -> _Known | None:
+        """Return what is held of a key, unless it is good for nothing any more."""
+        known = self._keys.get(token)
+        if known is None:
+            return None
+        if self._age(known) >= max(self._ttl, self._max_stale):
+            del self._keys[token]
+            return None
+        self._keys.move_to_end(token)
+        return known
+
+    def _age(self, known: _Known) -> float:
+        return self._clock.seconds() - known.since
 
     def __len__(self) -> int:
         """Return how many entries of both kinds are held."""

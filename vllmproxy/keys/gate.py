@@ -1,5 +1,6 @@
 """Who is calling, and may they call this route."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Final
 
@@ -78,12 +79,14 @@ class Gate:
         self._master = master
         self._clock = clock
         self._pending: dict[str, list[Deferred[VirtualKey | None]]] = {}
+        self._watchers: list[Callable[[str | None], None]] = []
 
     def identify(self, credential: Credential) -> Caller | Deferred[Caller]:
         """Return the caller at once where the cache knows the key, else when the store has answered.
 
-        Raises (or fails with) :class:`AuthError` and its kin, and :class:`StoreDown`. Cancelling the
-        Deferred leaves other callers who wait for the same key alone.
+        While the store does not answer, a key that it gave not long ago is as it was then (see
+        :class:`~vllmproxy.keys.cache.KeyCache`). Raises (or fails with) :class:`AuthError` and its kin, and
+        :class:`StoreDown`. Cancelling the Deferred leaves other callers who wait for the same key alone.
         """
         if self._master is None:
             return ANONYMOUS
@@ -123,6 +126,28 @@ class Gate:
         """
         self._cache.forget(token)
         self._pending.pop(token, None)
+        self._tell(token)
+
+    def changed(self, token: str | None) -> None:
+        """Take in what :meth:`Store.watch_keys <vllmproxy.store.interface.Store.watch_keys>` tells."""
+        if token is not None:
+            self.invalidate(token)
+            return
+        self._cache.doubt()
+        self._pending.clear()
+        self._tell(None)
+
+    def watch(self, changed: Callable[[str | None], None]) -> None:
+        """Have ``changed`` called for every key that is changed or deleted, here or by another process.
+
+        It gets the key's token, perhaps more than once for one change, or ``None``: any of them may have changed
+        unheard. By then this gate knows nothing of the key that is older. It must not raise.
+        """
+        self._watchers.append(changed)
+
+    def _tell(self, token: str | None) -> None:
+        for changed in self._watchers:
+            changed(token)
 
     def _admit(self, key: VirtualKey | None) -> Caller:
         if key is None:
@@ -152,6 +177,8 @@ class Gate:
             del self._pending[token]
             if not isinstance(result, Failure):
                 self._cache.put(token, result)
+        if isinstance(result, Failure) and result.check(StoreUnavailable):
+            result = self._cache.get_stale(token) or result
         for waiter in waiters:
             # One that was cancelled meanwhile drops this silently: Deferred's own rule.
             waiter.callback(result)
