@@ -61,6 +61,7 @@ class Proxy:
         master = MasterKey(settings.master_key.reveal()) if settings.master_key else None
         cache = KeyCache(reactor, ttl=settings.key_cache_ttl, max_stale=settings.key_max_stale)
         gate = Gate(self.store, cache, master, reactor)
+        self.store.watch_keys(gate.changed)
         trusted = TrustedProxies(settings.trusted_proxy)
         server = make_server(
             reactor,

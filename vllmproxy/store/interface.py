@@ -108,6 +108,14 @@ class Store(Protocol):
     async def ping(self) -> None:
         """Return when the store answers."""
 
+    def watch_keys(self, changed: Callable[[str | None], None]) -> None:
+        """Have ``changed`` called when keys change behind this process's back. Before :meth:`open`.
+
+        It gets the token of a key that was changed or deleted, by another process or by this one; or ``None`` when
+        that may have gone unheard, for any key, as when the connection to hear it over was lost or made again. A
+        store that only one process writes never calls it; nor does one that cannot tell (SQLite). It must not raise.
+        """
+
     def limiter(self, clock: IReactorTime) -> Limiter:
         """Return what counts requests where this store keeps keys; ``docs/limits.rst`` says what it guarantees."""
 

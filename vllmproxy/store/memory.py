@@ -1,6 +1,6 @@
 """The store that forgets: keys in this process, gone with it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from twisted.internet.interfaces import IReactorTime
 
@@ -37,6 +37,9 @@ class MemoryStore(Changes):
         self._aliases.clear()
         self._audit.clear()
         self._usage.clear()
+
+    def watch_keys(self, changed: Callable[[str | None], None]) -> None:
+        """Nobody else can change them."""
 
     def limiter(self, clock: IReactorTime) -> Limiter:
         return self._limiters.make(clock)

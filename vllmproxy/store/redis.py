@@ -1,7 +1,8 @@
 """The shared store: several processes or machines meet in one Redis (6.2 or newer) or Valkey.
 
 What is kept is said in :mod:`vllmproxy.store.redis_schema`. An ACL user needs ``~vllmproxy:*``, and the commands
-named there, here and in :mod:`vllmproxy.store.link`. The braces give whatever belongs to one key one hash tag.
+named there, here, in :mod:`vllmproxy.store.link` and in :mod:`vllmproxy.store.dialling`, and to hear and tell of
+changes also ``&vllmproxy:*``. The braces give whatever belongs to one key one hash tag.
 No key has a time to live: an expired one must still be known, so that its owner is told that it has expired.
 """
 
@@ -37,6 +38,7 @@ from vllmproxy.store.link import Link, Wire
 from vllmproxy.store.listing import KeyPage, KeyQuery, Selection
 from vllmproxy.store.redis_schema import AUDIT_KEY, INDEX_KEY, account_name, alias_name, key_name
 from vllmproxy.store.rows import dump_entry, dump_row, load_entry, load_row, name_bytes, name_text
+from vllmproxy.store.subscription import Subscription
 from vllmproxy.store.usage_redis import RedisUsage
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
@@ -62,6 +64,8 @@ local accounts = aliases + freed + given + taken
 for heir = 1, tonumber(ARGV[6]) do inherited[heir] = redis.call('HGETALL', KEYS[accounts + 2 * heir]) end
 for place = 1, keys do
   local row, token, score = ARGV[arg + 4 * place - 2], ARGV[arg + 4 * place - 1], ARGV[arg + 4 * place]
+  -- pcall: what was written stays written, and answered, when this user may not publish.
+  if row ~= '' then redis.pcall('PUBLISH', 'vllmproxy:changes', token) end
   if row == 'remove' then
     redis.call('DEL', KEYS[name + place])
     redis.call('ZREM', KEYS[1], token)
@@ -125,6 +129,10 @@ class RedisStore(Changes):
         self._calls = Calls(reactor)
         self._usage = RedisUsage(self._link, reactor, self._calls, timeout)
         self._limiters: list[RedisLimiter] = []
+        self._subscriptions: list[Subscription] = []
+
+    def watch_keys(self, changed: Callable[[str | None], None]) -> None:
+        self._subscriptions.append(Subscription(self._address, self._clock, changed))
 
     def limiter(self, clock: IReactorTime) -> RedisLimiter:
         limiter = RedisLimiter(self._link, clock)
@@ -142,11 +150,15 @@ class RedisStore(Changes):
         finally:
             if not opened:
                 await self._link.close()
+        for subscription in self._subscriptions:
+            subscription.open()
 
     async def close(self) -> None:
         self._calls.end()
         for limiter in self._limiters:
             limiter.close()
+        for subscription in self._subscriptions:
+            await subscription.close()
         await self._link.close()
 
     async def ping(self) -> None:

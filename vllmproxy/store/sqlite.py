@@ -87,6 +87,9 @@ class SqliteStore(Changes):
         if pool is not None:
             pool.close()
 
+    def watch_keys(self, changed: Callable[[str | None], None]) -> None:
+        """Another process with the same file is not heard of: what it changes takes as long as keys are cached."""
+
     def limiter(self, clock: IReactorTime) -> Limiter:
         return self._limiters.make(clock)
 

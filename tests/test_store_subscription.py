@@ -1,0 +1,158 @@
+"""Who hears of a change, through a real Redis, and what happens when nobody can."""
+
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import attrs
+import pytest
+import pytest_twisted
+from _redis import RedisServer, redis_server
+from twisted.internet import reactor
+from twisted.internet.task import deferLater
+from twisted.logger import LogEvent, eventAsText, globalLogPublisher
+
+from vllmproxy.keys.key import VirtualKey, hash_key
+from vllmproxy.store.interface import AliasTaken, CannotOpenStore, Writes
+from vllmproxy.store.redis import RedisStore
+
+ONE = VirtualKey(token=hash_key("sk-one"), key_name="sk-...-one", key_alias="one")
+TWO = VirtualKey(token=hash_key("sk-two"), key_name="sk-...-two", key_alias="two")
+
+#: Seconds after which something has hung, on however busy a machine.
+HUNG = 20.0
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    with redis_server() as started:
+        yield started
+
+
+class Watching:
+    """A store that notes what it hears."""
+
+    def __init__(self, url: str) -> None:
+        self.heard: list[str | None] = []
+        self.store = RedisStore(url, reactor)
+        self.store.watch_keys(self.heard.append)
+
+    async def open(self) -> None:
+        await self.store.open()
+        await until(lambda: self.heard == [None])
+        self.heard.clear()
+
+
+async def until(what: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + HUNG
+    while not what():
+        assert time.monotonic() < give_up
+        await deferLater(reactor, 0.01)
+
+
+@pytest_twisted.async_yield_fixture
+async def watching(server: RedisServer) -> AsyncIterator[Watching]:
+    made = Watching(server.url)
+    await made.open()
+    yield made
+    await made.store.close()
+
+
+@pytest_twisted.async_yield_fixture
+async def other(server: RedisServer) -> AsyncIterator[RedisStore]:
+    made = RedisStore(server.url, reactor)
+    await made.open()
+    yield made
+    await made.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_every_change_is_heard_and_in_order(watching: Watching, other: RedisStore) -> None:
+    await other.add_key(ONE)
+    await other.update_key(ONE.token, lambda key: attrs.evolve(key, blocked=True))
+    await other.change_keys([ONE.token, TWO.token], lambda _: Writes(put=(TWO,), remove=(ONE.token,)))
+    await other.delete_keys([TWO.token])
+    await watching.store.add_key(ONE)  # its own, too
+    await until(lambda: len(watching.heard) == 6)
+    assert watching.heard == [ONE.token, ONE.token, ONE.token, TWO.token, TWO.token, ONE.token]
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_changes_nothing_is_not_told(watching: Watching, other: RedisStore) -> None:
+    await other.add_key(ONE)
+    await other.delete_keys([TWO.token])
+    with pytest.raises(AliasTaken):
+        await other.add_key(attrs.evolve(TWO, key_alias="one"))
+    await other.add_key(TWO)
+    await until(lambda: TWO.token in watching.heard)
+    assert watching.heard == [ONE.token, TWO.token]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_lost_subscription_is_told_and_made_again(
+    server: RedisServer, watching: Watching, other: RedisStore
+) -> None:
+    assert server.command("CLIENT", "KILL", "TYPE", "pubsub") == b":1\r\n"
+    await until(lambda: watching.heard == [None, None])  # when it was lost, and when nothing is missed any more
+    await other.add_key(ONE)
+    await until(lambda: watching.heard == [None, None, ONE.token])
+
+
+@pytest.mark.parametrize("outage", ["killed", "stopped"])
+@pytest_twisted.ensureDeferred
+async def test_an_outage_is_noticed_and_ends_by_itself(server: RedisServer, watching: Watching, outage: str) -> None:
+    if outage == "killed":
+        server.kill()
+    else:
+        server.stall()  # the connection stays, and is silent
+    await until(lambda: watching.heard == [None])
+    if outage == "killed":
+        server.start()
+    else:
+        server.resume()
+    await until(lambda: watching.heard == [None, None])
+    await until(lambda: watching.store._link._breaker.reason is None)
+    await watching.store.add_key(ONE)
+    await until(lambda: watching.heard == [None, None, ONE.token])
+
+
+@pytest_twisted.ensureDeferred
+async def test_whoever_may_not_publish_changes_keys_all_the_same() -> None:
+    lines: list[str] = []
+
+    def observe(event: LogEvent) -> None:
+        lines.append(eventAsText(event, includeTimestamp=False))
+
+    acl = ("--user", "me", "on", ">secret", "~vllmproxy:*", "+@all", "resetchannels")
+    with redis_server(*acl) as server:
+        watching = Watching(f"redis://me:secret@127.0.0.1:{server.port}")
+        globalLogPublisher.addObserver(observe)
+        await watching.store.open()
+        await watching.store.add_key(ONE)
+        assert await watching.store.get_key(ONE.token) == ONE
+        assert await watching.store.find_aliases(["one"]) == {"one": ONE.token}
+        await until(lambda: any("NOPERM" in line for line in lines))
+        await deferLater(reactor, 1.2)  # it was tried again, and not told of again
+        globalLogPublisher.removeObserver(observe)
+        assert sum("not heard" in line for line in lines) == 1
+        assert watching.heard == []
+        await watching.store.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_foreign_messages_do_no_harm(server: RedisServer, watching: Watching, other: RedisStore) -> None:
+    server.command("PUBLISH", "vllmproxy:changes", "é no token")
+    await other.add_key(ONE)
+    await until(lambda: ONE.token in watching.heard)
+    assert None not in watching.heard
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_store_that_cannot_be_opened_does_not_listen() -> None:
+    with redis_server() as server:
+        url = server.url
+    watching = Watching(url)
+    with pytest.raises(CannotOpenStore):
+        await watching.store.open()
+    assert reactor.getDelayedCalls() == []
+    await watching.store.close()
+    assert watching.heard == []
