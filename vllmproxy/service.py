@@ -23,6 +23,7 @@ from vllmproxy.keys.cache import KeyCache
 from vllmproxy.keys.gate import Gate
 from vllmproxy.keys.masterkey import MasterKey
 from vllmproxy.keys.routes import KNOWN_ROUTES
+from vllmproxy.limits.fallback import FallbackLimiter
 from vllmproxy.listening import CannotListen, accept, listen
 from vllmproxy.observers.fanout import FanOut
 from vllmproxy.observers.jsonlines import open_access_log
@@ -36,6 +37,7 @@ from vllmproxy.relay.targets import is_under_prefix
 from vllmproxy.settings import Settings, SettingsError
 from vllmproxy.simulated import base_url, key_file, start_simulator, what_to_try
 from vllmproxy.store.interface import CannotOpenStore
+from vllmproxy.store.limits_memory import MemoryLimiter
 from vllmproxy.store.opening import make_store
 from vllmproxy.upstreams.server import make_server
 from vllmproxy.usage.bookkeeper import Bookkeeper
@@ -75,13 +77,16 @@ class Proxy:
         # Where keys are forgotten with the process, so is what they used.
         journals = None if settings.store == "memory:" else settings.state_directory / "usage"
         self.books = Bookkeeper(self.store, reactor, journals)
+        limiter = self.store.limiter(reactor)
+        if settings.store_outage == "local":
+            limiter = FallbackLimiter(limiter, MemoryLimiter(reactor), settings.local_share)
         self.relay = Relay(
             reactor,
             gate,
             server,
             self.observer,
             trusted,
-            Quotas(self.store.limiter(reactor), reactor, settings.budget_status),
+            Quotas(limiter, reactor, settings.budget_status),
             self.books,
             settings.prices,
             settings.first_byte_timeout,
