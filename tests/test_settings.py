@@ -230,7 +230,9 @@ def test_endpoints_are_taken_as_written(text: str) -> None:
     assert settings({**BASE, "listen": [text]}).listen == (text,)
 
 
-@pytest.mark.parametrize("text", ["memory:", "sqlite:a.db", "redis://h", "rediss://u:p@h:1/0", "unix:///r.sock"])
+@pytest.mark.parametrize(
+    "text", ["memory:", "sqlite:a.db", "redis://h", "rediss://u:p@h:1/0", "unix:///r.sock", "redis+sentinel://h,h/m"]
+)
 def test_stores_are_taken_as_written(text: str) -> None:
     assert settings({**BASE, "store": text}).store == text
 

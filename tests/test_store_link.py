@@ -105,7 +105,7 @@ async def test_closing_ends_the_probes(server: RedisServer, link: Link) -> None:
     server.resume()
     await deferLater(reactor, 0.5)
     assert link._wire is None
-    assert not link._dialler._lines
+    assert not link.dialler._lines
 
 
 @pytest_twisted.ensureDeferred

@@ -24,6 +24,7 @@ CANARY = "canary-s3cret"
         ("redis://localhost", RedisStore),
         ("rediss://localhost/3?ca=/ca.pem", RedisStore),
         ("unix:///run/redis.sock?db=1", RedisStore),
+        ("redis+sentinel://one,two/mymaster", RedisStore),
     ],
 )
 def test_each_form_makes_its_store(url: str, kind: type, tmp_path: Path) -> None:
@@ -42,6 +43,25 @@ def test_each_form_makes_its_store(url: str, kind: type, tmp_path: Path) -> None
         ("redis://me:pw@h/", RedisAddress(host="h", username="me", password="pw")),
         ("rediss://h", RedisAddress(host="h", tls=True)),
         ("rediss://h/1?ca=/a%20b.pem", RedisAddress(host="h", database=1, tls=True, ca=Path("/a b.pem"))),
+        (
+            "redis+sentinel://one,two:7000/my%20master",
+            RedisAddress(sentinels=(("one", 26379), ("two", 7000)), service="my master"),
+        ),
+        (
+            "redis+sentinel://me:p,%40@[::1]:1,one,[::2]/m/3",
+            RedisAddress(
+                sentinels=(("::1", 1), ("one", 26379), ("::2", 26379)),
+                service="m",
+                database=3,
+                username="me",
+                password="p,@",
+            ),
+        ),
+        ("redis+sentinel://one/m?db=4", RedisAddress(sentinels=(("one", 26379),), service="m", database=4)),
+        (
+            "rediss+sentinel://:pw@one/m?ca=/ca.pem",
+            RedisAddress(sentinels=(("one", 26379),), service="m", password="pw", tls=True, ca=Path("/ca.pem")),
+        ),
         ("unix:///run/r.sock", RedisAddress(path="/run/r.sock")),
         ("unix://me:pw@/r.sock?db=2", RedisAddress(path="/r.sock", database=2, username="me", password="pw")),
     ],
@@ -81,6 +101,18 @@ def test_redis_urls(url: str, expected: RedisAddress) -> None:
         "redis://h?ca=/ca.pem",
         f"redis://[{CANARY}@h",
         f"unix://h/{CANARY}",
+        f"redis+sentinel://:{CANARY}@h",
+        f"redis+sentinel://:{CANARY}@h/",
+        f"redis+sentinel://:{CANARY}@/m",
+        f"redis+sentinel://:{CANARY}@h,/m",
+        f"redis+sentinel://:{CANARY}@,h/m",
+        f"redis+sentinel://:pw@h,h:{CANARY}/m",
+        f"redis+sentinel://:pw@h,[{CANARY}/m",
+        f"redis+sentinel://:pw@h/m/{CANARY}",
+        f"redis+sentinel://:a/{CANARY}@h,h/m",
+        f"redis+sentinel://{CANARY}@h,h/m",
+        f"redis+sentinel://h/m?password={CANARY}",
+        "redis+sentinel://h/m?ca=/ca.pem",
         "unix:///",
         f"unix:///r.sock?password={CANARY}",
     ],
@@ -102,6 +134,8 @@ def test_a_bad_url_is_one_sentence_that_does_not_repeat_it(url: str) -> None:
         (f"redis://:{CANARY}@h", "redis://h:6379/0"),
         (f"rediss://me:{CANARY}@[::1]:7/2?ca=/x", "rediss://[::1]:7/2"),
         (f"unix://me:{CANARY}@/r.sock?db=2", "unix:///r.sock?db=2"),
+        (f"redis+sentinel://me:{CANARY}@h,[::1]:7/m", "redis+sentinel://h:26379,[::1]:7/m/0"),
+        (f"rediss+sentinel://:{CANARY}@h/m/2?ca=/x", "rediss+sentinel://h:26379/m/2"),
     ],
 )
 def test_redact(url: str, shown: str) -> None:

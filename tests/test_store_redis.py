@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import attrs
@@ -77,6 +78,13 @@ async def eventually(call: Callable[[], Awaitable[object]]) -> None:
             await deferLater(reactor, 0.05)
         else:
             return
+
+
+async def until(what: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + HUNG
+    while not what():
+        assert time.monotonic() < give_up
+        await deferLater(reactor, 0.01)
 
 
 async def until_refused(store: RedisStore, why: str) -> str:
@@ -347,11 +355,14 @@ async def test_scripts_come_back_after_a_flush(server: RedisServer, store: Redis
 class Tls:
     """A Redis behind a TLS server, and the authority that vouches for it."""
 
-    def __init__(self, directory: Path, *names: str) -> None:
+    def __init__(self, directory: Path, *names: str, days: int = 30) -> None:
+        """``days``: when the certificate ends, from now."""
+        directory.mkdir(exist_ok=True)
         self.authority = trustme.CA()
         self.ca = directory / "ca.pem"
         self.authority.cert_pem.write_to_path(str(self.ca))
-        certificate = self.authority.issue_cert(*names)
+        not_after = datetime.now(UTC) + timedelta(days)
+        certificate = self.authority.issue_cert(*names, not_before=not_after - timedelta(60), not_after=not_after)
         pem = certificate.private_key_and_cert_chain_pem.bytes()
         self.options = PrivateCertificate.loadPEM(pem).options()
 
@@ -373,9 +384,13 @@ async def test_tls_with_an_authority_of_ones_own(guarded: RedisServer, tmp_path:
     port = await SSL4ServerEndpoint(reactor, 0, tls.options, interface="127.0.0.1").listen(factory)
     for host in ("localhost", "127.0.0.1"):
         store = RedisStore(f"rediss://:{CANARY}@{host}:{port.getHost().port}/0?ca={tls.ca}", reactor)
+        heard: list[str | None] = []
+        store.watch_keys(heard.append)
         await store.open()
+        await until(lambda heard=heard: None in heard)  # type: ignore[misc]
         await store.add_key(KEY)
         assert await store.get_key(KEY.token) == KEY
+        await until(lambda heard=heard: KEY.token in heard)  # type: ignore[misc]
         await store.delete_keys([KEY.token])
         await store.close()
     await port.stopListening()
@@ -383,10 +398,10 @@ async def test_tls_with_an_authority_of_ones_own(guarded: RedisServer, tmp_path:
 
 @pytest_twisted.ensureDeferred
 async def test_tls_refuses_whom_it_cannot_verify(guarded: RedisServer, tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
     other = Tls(tmp_path / "other", "localhost")
     good = Tls(tmp_path, "localhost")
-    elsewhere = Tls(tmp_path, "redis.example")
+    elsewhere = Tls(tmp_path / "elsewhere", "redis.example")
+    expired = Tls(tmp_path / "expired", "localhost", days=-1)
     empty = tmp_path / "empty.pem"
     empty.touch()
     broken = tmp_path / "broken.pem"
@@ -394,6 +409,7 @@ async def test_tls_refuses_whom_it_cannot_verify(guarded: RedisServer, tmp_path:
     assert "verify failed" in await tls_refusal(guarded, good, f"?ca={other.ca}")
     assert "verify failed" in await tls_refusal(guarded, good, "")
     assert "another host" in await tls_refusal(guarded, elsewhere, f"?ca={elsewhere.ca}")
+    assert "verify failed" in await tls_refusal(guarded, expired, f"?ca={expired.ca}")
     assert "missing.pem" in await tls_refusal(guarded, good, f"?ca={tmp_path}/missing.pem")
     assert "damaged" in await tls_refusal(guarded, good, f"?ca={broken}")
     assert "no PEM" in await tls_refusal(guarded, good, f"?ca={empty}")

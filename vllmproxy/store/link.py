@@ -9,16 +9,12 @@ from txredisapi import RedisError
 
 from vllmproxy.store.address import RedisAddress
 from vllmproxy.store.breaker import Breaker
-from vllmproxy.store.dialling import EXPECTED, Dialler, Line, describe
+from vllmproxy.store.dialling import CONNECT_SECONDS, EXPECTED, RECONNECT_SECONDS, Dialler, Line, describe
 from vllmproxy.store.interface import SCHEMA_VERSION, StoreUnavailable
 from vllmproxy.store.redis_schema import OLDER_VERSIONS, SCHEMA_KEY, migrate
 
 _log = Logger()
 
-#: Seconds for the first connection: TCP, TLS, AUTH, SELECT and the schema.
-_CONNECT_SECONDS = 5.0
-#: The same for every later one: a packet that was lost is sent again soon.
-_RECONNECT_SECONDS = 1.0
 #: Seconds for the answer to a PING.
 _PING_SECONDS = 1.0
 #: Seconds of silence, with calls unanswered, after which a connection is given up.
@@ -54,21 +50,22 @@ class Link:
     answer in time, the breaker opens: calls fail at once, until Redis has answered a probe.
 
     :param reactor: what Twisted's client endpoints need: it connects, resolves names, and tells the time.
+    :ivar dialler: for other connections to the same Redis; :meth:`close` drops them too.
     """
 
     def __init__(self, address: RedisAddress, reactor: Any) -> None:
         self._address = address
         self._reactor = reactor
-        self._dialler = Dialler(address, reactor)
+        self.dialler = Dialler(address, reactor)
         self._breaker = Breaker(reactor, lambda: Deferred.fromCoroutine(self._probe()))
-        self._patience = _CONNECT_SECONDS
+        self._patience = CONNECT_SECONDS
         self._wire: Wire | None = None
         self._dial: Deferred[Wire] | None = None
         self._waiting: set[Deferred[Wire]] = set()
 
     def open(self) -> None:
         """Allow connections; the first call makes one."""
-        self._patience = _CONNECT_SECONDS
+        self._patience = CONNECT_SECONDS
         self._breaker.start()
 
     async def close(self) -> None:
@@ -76,7 +73,7 @@ class Link:
         self._breaker.end()
         if self._dial is not None:
             self._dial.cancel()
-        await self._dialler.close()
+        await self.dialler.close()
 
     def get(self) -> Deferred[Wire]:
         """Return the connection; it may be cancelled, which disturbs nobody else.
@@ -116,37 +113,21 @@ class Link:
 
     def _start_dialling(self) -> None:
         if self._dial is None:
-            self._dial = Deferred.fromCoroutine(self._connect())
-            self._dial.addTimeout(self._patience, self._reactor)
+            self._dial = Deferred.fromCoroutine(self.dialler.connect(Wire, self._greet, self._patience))
             self._dial.addCallbacks(self._connected, self._failed)
-
-    async def _connect(self) -> Wire:
-        wire = await self._dialler.connect(Wire)
-        greeted = False
-        try:
-            await self._greet(wire)
-            greeted = True
-        finally:
-            if not greeted:
-                wire.drop()
-        return wire
 
     async def _greet(self, wire: Wire) -> None:
         """Choose the database, check the schema, compare clocks."""
-        try:
-            if self._address.database:
-                await wire.select(self._address.database)
+        if self._address.database:
+            await wire.select(self._address.database)
+        version = await wire.get(SCHEMA_KEY)
+        if version is None:
+            await wire.setnx(SCHEMA_KEY, SCHEMA_VERSION)
             version = await wire.get(SCHEMA_KEY)
-            if version is None:
-                await wire.setnx(SCHEMA_KEY, SCHEMA_VERSION)
-                version = await wire.get(SCHEMA_KEY)
-            if version in OLDER_VERSIONS:
-                await migrate(wire, version)
-                version = await wire.get(SCHEMA_KEY)
-            seconds, microseconds = await wire.execute_command("TIME")
-        except RedisError as error:
-            # "from None": what it says has been cleaned, the original has not.
-            raise StoreUnavailable(self._dialler.clean(wire.why or str(error))) from None
+        if version in OLDER_VERSIONS:
+            await migrate(wire, version)
+            version = await wire.get(SCHEMA_KEY)
+        seconds, microseconds = await wire.execute_command("TIME")
         if version != str(SCHEMA_VERSION).encode():
             raise StoreUnavailable(
                 f"it holds schema version {version!r}, and this vllmproxy reads version {SCHEMA_VERSION}: "
@@ -156,7 +137,7 @@ class Link:
 
     def _connected(self, wire: Wire) -> None:
         self._dial = None
-        self._patience = _RECONNECT_SECONDS
+        self._patience = RECONNECT_SECONDS
         self._wire = wire
         wire.whenDisconnected().addCallback(self._lost)
         waiting, self._waiting = self._waiting, set()

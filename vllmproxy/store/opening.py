@@ -32,7 +32,7 @@ def make_store(url: str, *, reactor: Any, state_directory: Path | None = None) -
         from vllmproxy.store.redis import RedisStore  # noqa: PLC0415
 
         return RedisStore(url, reactor)
-    raise ValueError("the store must be memory:, sqlite:PATH, redis://…, rediss://… or unix://…")
+    raise ValueError("the store must be memory:, sqlite:PATH, redis://…, rediss://…, unix://… or redis+sentinel://…")
 
 
 def _sqlite_path(text: str, state_directory: Path | None) -> Path:

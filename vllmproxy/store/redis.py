@@ -132,7 +132,7 @@ class RedisStore(Changes):
         self._subscriptions: list[Subscription] = []
 
     def watch_keys(self, changed: Callable[[str | None], None]) -> None:
-        self._subscriptions.append(Subscription(self._address, self._clock, changed))
+        self._subscriptions.append(Subscription(self._link.dialler, self._clock, changed))
 
     def limiter(self, clock: IReactorTime) -> RedisLimiter:
         limiter = RedisLimiter(self._link, clock)
@@ -158,7 +158,7 @@ class RedisStore(Changes):
         for limiter in self._limiters:
             limiter.close()
         for subscription in self._subscriptions:
-            await subscription.close()
+            subscription.close()
         await self._link.close()
 
     async def ping(self) -> None:

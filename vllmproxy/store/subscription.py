@@ -1,18 +1,16 @@
 """Hears from Redis which keys other processes change, over a connection of its own."""
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IDelayedCall
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from txredisapi import RedisError, SubscriberProtocol
 
-from vllmproxy.store.address import RedisAddress
-from vllmproxy.store.dialling import EXPECTED, Dialler, Line, describe
-from vllmproxy.store.interface import StoreUnavailable
+from vllmproxy.store.dialling import EXPECTED, RECONNECT_SECONDS, Dialler, Line, describe
 
 _log = Logger()
 
@@ -23,8 +21,7 @@ CHANNEL: Final = b"vllmproxy:changes"
 #: Seconds between two questions whether the connection lives. When the answers to two are missing it is dropped.
 _BEAT: Final = 1.0
 _MISSING: Final = 2
-#: Seconds for a connection to be made and to be subscribed, and between attempts.
-_CONNECT_SECONDS: Final = 2.0
+#: Seconds between attempts.
 _PAUSE: Final = 0.5
 
 
@@ -45,22 +42,21 @@ class Ear(Line, SubscriberProtocol):  # type: ignore[misc]  # txredisapi has no 
 class Subscription:
     """Keeps an :class:`Ear`: made again whenever it was lost, dropped when it has gone deaf.
 
-    :param reactor: as for :class:`~vllmproxy.store.dialling.Dialler`.
+    :param dialler: makes the connections; whoever made it closes it.
     :param heard: called with the token of a key that was changed or deleted, by whatever process; with ``None`` when
         changes may have been missed.
     """
 
-    def __init__(self, address: RedisAddress, reactor: Any, heard: Callable[[str | None], None]) -> None:
-        self._address = address
-        self._reactor = reactor
+    def __init__(self, dialler: Dialler, clock: IReactorTime, heard: Callable[[str | None], None]) -> None:
+        self._dialler = dialler
+        self._clock = clock
         self._heard = heard
-        self._dialler = Dialler(address, reactor)
         self._closed = True
         self._ear: Ear | None = None
         self._dial: Deferred[Ear] | None = None
         self._due: IDelayedCall | None = None
         self._beating = LoopingCall(self._beat)
-        self._beating.clock = reactor
+        self._beating.clock = clock
         self._missing = 0
         self._reason: str | None = None
 
@@ -69,33 +65,21 @@ class Subscription:
         self._closed = False
         self._start_dialling()
 
-    async def close(self) -> None:
-        """Give everything up and return when no socket is left."""
+    def close(self) -> None:
+        """Try no more, and be silent when the connection is dropped."""
         self._closed = True
         if self._due is not None and self._due.active():
             self._due.cancel()
         if self._dial is not None:
             self._dial.cancel()
-        await self._dialler.close()
 
     def _start_dialling(self) -> None:
-        self._dial = Deferred.fromCoroutine(self._subscribe())
-        self._dial.addTimeout(_CONNECT_SECONDS, self._reactor)
+        self._dial = Deferred.fromCoroutine(self._dialler.connect(Ear, self._subscribe, RECONNECT_SECONDS))
         self._dial.addCallbacks(self._subscribed, self._failed)
 
-    async def _subscribe(self) -> Ear:
-        ear = await self._dialler.connect(Ear)
+    async def _subscribe(self, ear: Ear) -> None:
         ear.heard = self._heard
-        subscribed = False
-        try:
-            await ear.subscribe([CHANNEL])
-            subscribed = True
-        except RedisError as error:
-            raise StoreUnavailable(self._dialler.clean(ear.why or str(error))) from None
-        finally:
-            if not subscribed:
-                ear.drop()
-        return ear
+        await ear.subscribe([CHANNEL])
 
     def _subscribed(self, ear: Ear) -> None:
         self._ear, self._dial = ear, None
@@ -103,7 +87,7 @@ class Subscription:
         ear.whenDisconnected().addCallback(self._lost)
         self._beating.start(_BEAT, now=False)
         if self._reason is not None:
-            _log.info("changes by other processes are heard again from {address}", address=str(self._address))
+            _log.info("changes by other processes are heard again")
         self._reason = None
         self._heard(None)
 
@@ -117,11 +101,10 @@ class Subscription:
         self._reason = reason
         if reason != known:
             _log.warn(
-                "changes by other processes are not heard, and take as long as keys are cached: {address}: {reason}",
-                address=str(self._address),
+                "changes by other processes are not heard, and take as long as keys are cached: {reason}",
                 reason=reason,
             )
-        self._due = self._reactor.callLater(_PAUSE, self._start_dialling)
+        self._due = self._clock.callLater(_PAUSE, self._start_dialling)
 
     def _lost(self, ear: Ear) -> None:
         self._ear = None
