@@ -9,6 +9,7 @@ from _redis import RedisServer, redis_server
 from _sentinel import NAME, Group, replica_of, sentinel_group
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
+from twisted.logger import LogEvent, eventAsText, globalLogPublisher
 
 from vllmproxy.keys.key import VirtualKey, hash_key
 from vllmproxy.store.interface import CannotOpenStore, StoreUnavailable
@@ -26,6 +27,18 @@ HUNG = 30.0
 def group() -> Iterator[Group]:
     with sentinel_group() as started:
         yield started
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    lines: list[str] = []
+
+    def observe(event: LogEvent) -> None:
+        lines.append(eventAsText(event, includeTimestamp=False))
+
+    globalLogPublisher.addObserver(observe)
+    yield lines
+    globalLogPublisher.removeObserver(observe)
 
 
 async def until(what: Callable[[], bool]) -> None:
@@ -58,7 +71,7 @@ def master_port(store: RedisStore) -> int:
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_master_is_found_and_after_a_failover_the_next_one(group: Group) -> None:
+async def test_the_master_is_found_and_after_a_failover_the_next_one(group: Group, logged: list[str]) -> None:
     heard: list[str | None] = []
     store = RedisStore(f"{group.url}/0", reactor)
     store.watch_keys(heard.append)
@@ -68,6 +81,7 @@ async def test_the_master_is_found_and_after_a_failover_the_next_one(group: Grou
     await until(lambda: holds(group.replica, KEY) and None in heard)
     group.fail_over()
     await until(lambda: store._link._wire is not None and master_port(store) == group.replica.port)
+    assert any("no longer" in line for line in logged)  # the sentinels said so; the old master did not yet
     await until_written(store, OTHER)
     assert holds(group.replica, OTHER)
     assert await store.get_key(KEY.token) == KEY
