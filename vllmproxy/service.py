@@ -33,6 +33,7 @@ from vllmproxy.relay.headers import TrustedProxies, fresh_id
 from vllmproxy.relay.quotas import Quotas
 from vllmproxy.relay.refuse import wire_refusal
 from vllmproxy.relay.relay import Relay
+from vllmproxy.relay.revocation import Revocation
 from vllmproxy.relay.targets import is_under_prefix
 from vllmproxy.settings import Settings, SettingsError
 from vllmproxy.simulated import base_url, key_file, start_simulator, what_to_try
@@ -94,6 +95,8 @@ class Proxy:
             settings.max_inspected_body,
             settings.max_held_bodies,
         )
+        if settings.cut_revoked:
+            gate.watch(Revocation(gate, self.relay).changed)
         api = Api(
             gate,
             self.store,

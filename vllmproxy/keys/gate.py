@@ -95,6 +95,10 @@ class Gate:
         token = hash_key(credential.secret)
         if self._master.matches_token(token):
             return MASTER
+        return self.admit(token)
+
+    def admit(self, token: str) -> Caller | Deferred[Caller]:
+        """Return whom the virtual key with that id (sha256 hex) belongs to, as :meth:`identify` does."""
         key = self._cache.get(token)
         if key is not None or self._cache.is_unknown(token):
             return self._admit(key)

@@ -18,7 +18,7 @@ LOCAL_KINDS: Final = frozenset({"requests", "tokens", "max_parallel_requests"})
 class LocalLimiter(Protocol):
     """A :class:`~vllmproxy.limits.interface.Limiter` that answers at once."""
 
-    def reserve(self, ask: Ask) -> Granted | Denied: ...
+    def reserve_now(self, ask: Ask) -> Granted | Denied: ...
 
     def settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> None: ...
 
@@ -64,7 +64,7 @@ class FallbackLimiter:
     def _reserve_here(self, failure: Failure, ask: Ask) -> Granted | Denied:
         if failure.check(StoreUnavailable) is None or any(rule.kind not in LOCAL_KINDS for rule in ask.rules):
             failure.raiseException()
-        decision = self._local.reserve(evolve(ask, rules=tuple(map(self._part, ask.rules))))
+        decision = self._local.reserve_now(evolve(ask, rules=tuple(map(self._part, ask.rules))))
         if isinstance(decision, Granted):
             self._here.add((ask.key, ask.request_id))
         elif decision.never and ask.rules[decision.rule].cost <= ask.rules[decision.rule].limit:

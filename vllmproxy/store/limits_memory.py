@@ -61,7 +61,7 @@ class MemoryLimiter:
             return Granted(())
         if has_budget(ask) and ask.key not in self.accounts:
             return Deferred.fromCoroutine(self._reserve_first(ask))
-        return self._reserve(ask)
+        return self.reserve_now(ask)
 
     async def _reserve_first(self, ask: Ask) -> Granted | Denied:
         while ask.key not in self.accounts:
@@ -69,9 +69,10 @@ class MemoryLimiter:
             account = NO_ACCOUNT if self._read_account is None else await self._read_account(ask.key)
             if changes == self.accounts.changes:  # else it may have been read before the change, and told after it
                 self.accounts.open(ask.key, account)
-        return self._reserve(ask)
+        return self.reserve_now(ask)
 
-    def _reserve(self, ask: Ask) -> Granted | Denied:
+    def reserve_now(self, ask: Ask) -> Granted | Denied:
+        """:meth:`reserve` for what needs no account, or one that is known here."""
         now = self._now()
         self._keys.count(now)
         counters = self._keys.get(now, ask.key) or _Counters(self._spans, self.accounts)
