@@ -12,8 +12,10 @@ import pytest_twisted
 from twisted.internet import reactor
 
 from vllmproxy.keys.key import hash_key
+from vllmproxy.store import usage_sqlite
 from vllmproxy.store.interface import AuditEntry, StoreUnavailable
 from vllmproxy.store.sqlite import SqliteStore
+from vllmproxy.store.usage_memory import MemoryUsage
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.sums import Account, UsageQuery
 
@@ -134,6 +136,18 @@ async def test_what_has_failed_for_its_caller_is_not_done_later(tmp_path: Path) 
     await again.open()
     assert (await again.last_usage("w"), await again.read_account(TOKEN)) == (0, Account())
     await again.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_sends_events_again_is_told_of_their_accounts(tmp_path: Path) -> None:
+    """It may be that they were added and that the answer was late: then nobody was told of the accounts yet."""
+    store = SqliteStore(tmp_path / "keys", reactor)
+    await store.open()
+    memory = MemoryUsage()
+    for _ in range(2):
+        told = await store._book(usage_sqlite.add, "w", 1, [EVENT, EVENT])
+        assert told == memory.add("w", 1, [EVENT, EVENT]) == {TOKEN: Account(0, 2, 0)}
+    await store.close()
 
 
 @pytest_twisted.ensureDeferred

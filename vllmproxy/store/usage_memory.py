@@ -56,7 +56,7 @@ class MemoryUsage:
         self._accounts.clear()
 
     def add(self, writer: str, first: int, events: Sequence[UsageEvent]) -> Mapping[str, Account]:
-        """Add those of ``events`` that are new, and return the accounts that they changed."""
+        """Add those of ``events`` that are new, and return the accounts of all their keys."""
         new = unseen(first, events, self.last(writer))
         batch = batch_of(new)
         # From here on nothing fails.
@@ -66,11 +66,11 @@ class MemoryUsage:
             keyday = self._days[day].setdefault(key, _KeyDay())
             for (model, end_user), numbers in rows.items():
                 keyday.add(model, end_user, numbers)
-        accounts = {token: charge.applied(self.account(token)) for token, charge in batch.charges.items()}
-        self._accounts |= accounts
+        for token, charge in batch.charges.items():
+            self._accounts[token] = charge.applied(self.account(token))
         if new:
             self._writers[writer] = first + len(events) - 1
-        return accounts
+        return {event.key: self.account(event.key) for event in events if event.is_of_virtual_key}
 
     def last(self, writer: str) -> int:
         return self._writers.get(writer, 0)

@@ -32,7 +32,10 @@ _TABLES: Final = ("usage", "usage_names")
 
 
 def add(transaction: Transaction, writer: str, first: int, events: Sequence[UsageEvent]) -> dict[str, Account]:
-    """Add those of ``events`` that are new, and return the accounts that they changed."""
+    """Add those of ``events`` that are new, and return the accounts of all their keys.
+
+    Also of those that were added before: who sends them again was not told what came of it.
+    """
     new = unseen(first, events, last(transaction, writer))
     batch = batch_of(new)
     for (day, key), rows in batch.sums.items():
@@ -43,13 +46,12 @@ def add(transaction: Transaction, writer: str, first: int, events: Sequence[Usag
                 _name(transaction, keyday, "end_user", end_user, MOST_END_USERS),
             )
             transaction.execute(_ADD, (*keyday, *names, *numbers))
-    accounts = {token: charge.applied(account(transaction, token)) for token, charge in batch.charges.items()}
-    for token, charged in accounts.items():
-        set_account(transaction, token, charged)
+    for token, charge in batch.charges.items():
+        set_account(transaction, token, charge.applied(account(transaction, token)))
     if new:
         place = first + len(events) - 1
         transaction.execute("INSERT OR REPLACE INTO usage_writers VALUES (?, ?)", (name_bytes(writer), place))
-    return accounts
+    return {event.key: account(transaction, event.key) for event in events if event.is_of_virtual_key}
 
 
 def last(transaction: Transaction, writer: str) -> int:
