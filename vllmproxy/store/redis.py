@@ -79,7 +79,10 @@ for place = aliases + 1, aliases + freed do redis.call('DEL', KEYS[place]) end
 for place = 1, given do redis.call('SET', KEYS[aliases + freed + place], ARGV[arg + place]) end
 for place = accounts + 2 * #inherited + 1, #KEYS do redis.call('DEL', KEYS[place]) end
 for heir, account in ipairs(inherited) do
-  if #account > 0 then redis.call('HSET', KEYS[accounts + 2 * heir - 1], unpack(account)) end
+  if #account > 0 then  -- what requests under way hold, they let go of at the key that they came with
+    redis.call('HSET', KEYS[accounts + 2 * heir - 1], unpack(account))
+    redis.call('HSET', KEYS[accounts + 2 * heir - 1], 'held', 0, 'held_tokens', 0)
+  end
 end
 for place = arg + given + 1, #ARGV do redis.call('XADD', KEYS[2], '*', 'entry', ARGV[place]) end
 return 'done'

@@ -1,0 +1,238 @@
+"""Budgets, from the reservation to the account: the same on memory, on SQLite and on a real Redis."""
+
+import random
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_twisted
+from _redis import RedisServer, redis_server
+from attrs import evolve
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
+
+from vllmproxy.keys.key import VirtualKey, hash_key
+from vllmproxy.limits.values import MAX_AMOUNT, Ask, Denied, Granted, Rule
+from vllmproxy.store.interface import Store, Writes
+from vllmproxy.store.opening import make_store
+from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.sums import Account
+
+NOW = 1_795_521_600.0
+TOKEN = hash_key("sk-one")
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[RedisServer]:
+    with redis_server() as server:
+        yield server
+
+
+class Bench:
+    """A key with a budget, at one store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.limiter = store.limiter(reactor)
+        self._ids = 0
+        self._events = 0
+
+    async def reserve(self, *rules: Rule, key: str = TOKEN, id: str | None = None) -> Granted | Denied:
+        self._ids += 1
+        return await maybeDeferred(self.limiter.reserve, Ask(key, id or f"r{self._ids}", rules))
+
+    async def settle(self, id: str, *costs: int | None) -> None:
+        await maybeDeferred(self.limiter.settle, TOKEN, id, costs)
+
+    async def over(self, key: str = TOKEN, **fields: int) -> None:
+        """A request is over, and written down."""
+        self._events += 1
+        await self.store.add_usage("w", self._events, [UsageEvent(time=NOW, key=key, **fields)])
+
+
+@pytest.fixture(params=["memory", "sqlite", "redis"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "redis":
+        server: RedisServer = request.getfixturevalue("redis")
+        server.command("FLUSHALL")
+        return server.url
+    return {"memory": "memory:", "sqlite": f"sqlite:{tmp_path / 'keys.sqlite3'}"}[request.param]
+
+
+@pytest_twisted.async_yield_fixture
+async def bench(url: str) -> AsyncIterator[Bench]:
+    store = make_store(url, reactor=reactor)
+    await store.open()
+    yield Bench(store)
+    await store.close()
+
+
+def money(limit: int, cost: int, period: int = 0) -> Rule:
+    return Rule("budget", "", limit, cost, period)
+
+
+def tokens(limit: int, cost: int, period: int = 0) -> Rule:
+    return Rule("budget_tokens", "", limit, cost, period)
+
+
+def requests(limit: int) -> Rule:
+    return Rule("requests", "", limit, 1)
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_is_held_and_what_is_spent_count_together(bench: Bench) -> None:
+    assert await bench.reserve(money(100, 60)) == Granted((40,))
+    refusal = await bench.reserve(money(100, 41))
+    assert isinstance(refusal, Denied)
+    assert (refusal.rule, refusal.never) == (0, True)
+    assert await bench.reserve(money(100, 40)) == Granted((0,))
+    await bench.over(held=60, spend=10)
+    assert await bench.reserve(money(100, 50)) == Granted((0,))
+    await bench.over(held=40, spend=40)
+    await bench.over(held=50, spend=0)
+    assert await bench.store.read_account(TOKEN) == Account(0, 50, 0)
+    assert await bench.reserve(money(100, 50)) == Granted((0,))
+
+
+@pytest_twisted.ensureDeferred
+async def test_tokens_are_a_budget_of_their_own(bench: Bench) -> None:
+    both = (money(100, 1), tokens(1000, 600))
+    assert await bench.reserve(*both) == Granted((99, 400))
+    refusal = await bench.reserve(*both)
+    assert isinstance(refusal, Denied)
+    assert refusal.rule == 1
+    await bench.over(held=1, held_tokens=600, spend=3, prompt_tokens=100, completion_tokens=50)
+    assert await bench.store.read_account(TOKEN) == Account(0, 3, 150)
+    assert await bench.reserve(money(100, 97), tokens(1000, 850)) == Granted((0, 0))
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_request_may_cost_more_than_was_held(bench: Bench) -> None:
+    await bench.reserve(money(100, 1))
+    await bench.over(held=1, spend=150)
+    assert isinstance(await bench.reserve(money(100, 0)), Denied)
+    assert await bench.store.read_account(TOKEN) == Account(0, 150, 0)
+
+
+@pytest_twisted.ensureDeferred
+async def test_all_or_none(bench: Bench) -> None:
+    """What another rule refuses holds nothing, and a budget that refuses takes nothing from the others."""
+    assert isinstance(await bench.reserve(requests(0), money(100, 100)), Denied)
+    assert isinstance(await bench.reserve(requests(1), money(100, 101)), Denied)
+    assert await bench.reserve(requests(1), money(100, 100)) == Granted((0, 0))
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_was_never_forwarded_is_given_back_once(bench: Bench) -> None:
+    await bench.reserve(money(100, 60), tokens(100, 60), id="lost")
+    for _ in range(3):
+        await bench.settle("lost", 0, 0)
+    assert await bench.reserve(money(100, 100), tokens(100, 100)) == Granted((0, 0))
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_settlement_that_knows_nothing_leaves_it_held(bench: Bench) -> None:
+    await bench.reserve(money(100, 60), id="over")
+    await bench.settle("over", None)
+    assert isinstance(await bench.reserve(money(100, 41)), Denied)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_later_period_begins_with_nothing(bench: Bench) -> None:
+    await bench.reserve(money(100, 100, 1000))
+    await bench.over(held=100, spend=100, period=1000)
+    assert isinstance(await bench.reserve(money(100, 1, 1000)), Denied)
+    assert await bench.reserve(money(100, 70, 2000)) == Granted((30,))
+    # One that began in the period before spends nothing of this one; nor does it hold anything.
+    await bench.over(held=100, spend=1000, period=1000)
+    assert isinstance(await bench.reserve(money(100, 31, 2000)), Denied)
+    assert await bench.reserve(money(100, 30, 2000)) == Granted((0,))
+    await bench.over(held=70, spend=1, period=2000)
+    assert await bench.store.read_account(TOKEN) == Account(2000, 1, 0)
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_still_thinks_it_is_the_period_before_is_counted_in_this_one(bench: Bench) -> None:
+    await bench.reserve(money(100, 60, 2000))
+    assert isinstance(await bench.reserve(money(100, 41, 1000)), Denied)
+    assert isinstance(await bench.reserve(money(100, 40, 1000), id="late"), Granted)
+    await bench.settle("late", 0)
+    assert await bench.reserve(money(100, 40, 2000)) == Granted((0,))
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_was_spent_before_the_first_request_counts(bench: Bench) -> None:
+    await bench.over(spend=90)
+    asked = [Deferred.fromCoroutine(bench.reserve(money(100, 5))) for _ in range(5)]
+    answers = [answer for _, answer in await DeferredList(asked, fireOnOneErrback=True)]
+    assert sum(isinstance(answer, Granted) for answer in answers) == 2
+
+
+@pytest_twisted.ensureDeferred
+async def test_spend_that_is_set_counts_at_once(bench: Bench) -> None:
+    await bench.reserve(money(100, 10))
+    await bench.store.set_account(TOKEN, Account(0, 90, 0))
+    assert isinstance(await bench.reserve(money(100, 1)), Denied)
+    await bench.store.set_account(TOKEN, Account(0, 0, 0))
+    assert await bench.reserve(money(100, 90)) == Granted((0,))
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_key_in_the_place_of_another_has_spent_what_that_had(bench: Bench) -> None:
+    old = VirtualKey(token=TOKEN, key_name="sk-...-one", max_budget=100)
+    new = evolve(old, token=hash_key("sk-two"))
+    await bench.store.add_key(old)
+    await bench.reserve(money(100, 60))
+    await bench.over(held=60, spend=60)
+    await bench.reserve(money(100, 30))  # under way: it lets go of that at the old key, and not at the new one
+    await bench.reserve(money(100, 1), key=new.token)  # known here before it has the other's account
+    await bench.store.change_keys(
+        [old.token, new.token], lambda _: Writes((new,), (old.token,), inherits={new.token: old.token})
+    )
+    assert isinstance(await bench.reserve(money(100, 41), key=new.token), Denied)
+    assert await bench.reserve(money(100, 40), key=new.token) == Granted((0,))
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_key_that_was_deleted_and_made_again_has_spent_nothing(bench: Bench) -> None:
+    key = VirtualKey(token=TOKEN, key_name="sk-...-one", max_budget=100)
+    await bench.store.add_key(key)
+    await bench.reserve(money(100, 100))
+    await bench.store.delete_keys([TOKEN])
+    await bench.store.add_key(key)
+    assert await bench.reserve(money(100, 100)) == Granted((0,))
+
+
+@pytest_twisted.ensureDeferred
+async def test_many_at_once_never_hold_more_than_there_is(bench: Bench) -> None:
+    asked = [Deferred.fromCoroutine(bench.reserve(money(100, 7))) for _ in range(64)]
+    answers = [answer for _, answer in await DeferredList(asked, fireOnOneErrback=True)]
+    assert sum(isinstance(answer, Granted) for answer in answers) == 14
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_largest_amounts(bench: Bench) -> None:
+    assert await bench.reserve(money(MAX_AMOUNT, MAX_AMOUNT)) == Granted((0,))
+    await bench.over(held=MAX_AMOUNT, spend=MAX_AMOUNT)
+    assert isinstance(await bench.reserve(money(MAX_AMOUNT, 1)), Denied)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest_twisted.ensureDeferred
+async def test_held_and_spent_never_pass_the_limit_by_admission(bench: Bench, seed: int) -> None:
+    """Against a model: what is admitted fits beside what is spent and held, and nothing that fits is refused."""
+    dice = random.Random(seed)
+    spent, held, running = 0, 0, []
+    for _ in range(60):
+        if running and dice.random() < 0.5:
+            cost = running.pop(dice.randrange(len(running)))
+            used = dice.randrange(cost + 2)
+            await bench.over(held=cost, spend=used)
+            held, spent = held - cost, spent + used
+        cost = dice.randrange(20)
+        answer = await bench.reserve(money(100, cost))
+        assert isinstance(answer, Granted) is (spent + held + cost <= 100)
+        if isinstance(answer, Granted):
+            held += cost
+            running.append(cost)
+    assert (await bench.store.read_account(TOKEN)).spend == spent

@@ -1,0 +1,220 @@
+"""From the journal to the store: each event once, whatever fails, and nothing held in memory without bound."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from vllmproxy.store.interface import StoreUnavailable
+from vllmproxy.store.memory import MemoryStore
+from vllmproxy.usage import bookkeeper
+from vllmproxy.usage.bookkeeper import FLUSH_SECONDS, Bookkeeper, CannotWriteDown
+from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.journal import journals_in
+from vllmproxy.usage.sums import UsageQuery
+
+EXPECTED = UsageEvent(time=1.0, key="k", prompt_tokens=1000, quality="unknown")
+USED = UsageEvent(time=1.0, key="k", prompt_tokens=1, quality="reported")
+
+
+class Store(MemoryStore):
+    """One that can be away, before or after it has done what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fault: str | None = None
+        self.calls = 0
+        self.sent = 0
+        self.forgotten: list[str] = []
+
+    async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
+        self.calls += 1
+        self.sent += len(events)
+        if self.fault == "before":
+            raise StoreUnavailable
+        await super().add_usage(writer, first, events)
+        if self.fault == "after":
+            raise StoreUnavailable
+
+    async def forget_writer(self, writer: str) -> None:
+        self.forgotten.append(writer)
+        await super().forget_writer(writer)
+
+    def total(self) -> tuple[int, int, int]:
+        """Requests, those that are estimated, prompt tokens."""
+        sums = self._usage.read(UsageQuery(since="1970-01-01", until="1970-01-02"))
+        return (sums[0].requests, sums[0].estimated, sums[0].prompt_tokens) if sums else (0, 0, 0)
+
+
+class Reactor(Clock):
+    """Whose threads do their work at once."""
+
+    def getThreadPool(self) -> Any:
+        return self
+
+    def callInThreadWithCallback(self, done: Any, work: Any, *args: Any, **kwargs: Any) -> None:
+        done(True, work(*args, **kwargs))
+
+    def callFromThread(self, work: Any, *args: Any, **kwargs: Any) -> None:
+        work(*args, **kwargs)
+
+
+class Desk:
+    """A bookkeeper with what is around it."""
+
+    def __init__(self, directory: Path | None, store: Store | None = None, **options: Any) -> None:
+        self.clock = Reactor()
+        self.store = store or Store()
+        Deferred.fromCoroutine(self.store.open())
+        self.books = Bookkeeper(self.store, self.clock, directory, **options)
+        self.books.open()
+
+    def request(self) -> None:
+        self.books.begin(EXPECTED).end(USED)
+
+    def turn(self) -> None:
+        self.clock.advance(FLUSH_SECONDS)
+
+    def close(self) -> None:
+        Deferred.fromCoroutine(self.books.close())
+
+    def kill(self) -> None:
+        """As kill -9 would leave it: descriptors closed, nothing else done."""
+        self.books._loop.stop()
+        for book in self.books._books:
+            book.journal.close()
+
+
+@pytest.fixture(params=["memory", "disk"])
+def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
+    return None if request.param == "memory" else tmp_path / "usage"
+
+
+def test_what_was_used_is_added_in_batches(directory: Path | None) -> None:
+    desk = Desk(directory)
+    for _ in range(1200):
+        desk.request()
+    assert desk.store.calls == 0
+    desk.turn()
+    assert (desk.store.total(), desk.store.calls) == ((1200, 0, 1200), 3)
+    desk.turn()
+    assert desk.store.calls == 3
+    desk.request()
+    desk.close()
+    assert desk.store.total() == (1201, 0, 1201)
+    assert directory is None or journals_in(directory) == []
+
+
+@pytest.mark.parametrize("fault", ["before", "after"])
+def test_a_store_that_fails_is_told_again_and_counts_once(directory: Path | None, fault: str) -> None:
+    desk = Desk(directory)
+    desk.store.fault = fault
+    for _ in range(20):
+        desk.request()
+        desk.turn()
+    desk.store.fault = None
+    desk.turn()
+    assert desk.store.total() == (20, 0, 20)
+    desk.close()
+
+
+def test_beyond_what_memory_may_hold_the_file_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bookkeeper, "_MOST_PENDING", 7)
+    desk = Desk(tmp_path)
+    desk.store.fault = "before"
+    for _ in range(50):
+        desk.request()
+    desk.turn()
+    assert len(desk.books._books[0]._pending) == 7
+    desk.store.fault = None
+    desk.turn()
+    desk.request()
+    desk.turn()
+    assert desk.store.total() == (51, 0, 51)
+    desk.close()
+
+
+@pytest.mark.parametrize("fault", [None, "before", "after"])
+def test_killed_and_started_again_each_request_counts_once(tmp_path: Path, fault: str | None) -> None:
+    store = Store()
+    requests = 0
+    for run in range(6):
+        desk = Desk(tmp_path, store)
+        store.fault = fault
+        for _ in range(5):
+            desk.request()
+        if run % 2:
+            desk.turn()
+        desk.books.begin(EXPECTED)
+        requests += 6
+        desk.kill()
+        store.fault = None
+    last = Desk(tmp_path, store)
+    last.turn()
+    assert store.total() == (requests, 6, 5 * 6 + 6 * 1000)
+    last.close()
+    assert journals_in(tmp_path) == []
+
+
+def test_what_the_store_did_not_get_at_the_end_waits_for_the_next_start(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.store.fault = "before"
+    desk.request()
+    desk.close()
+    desk.store.fault = None
+    again = Desk(tmp_path, desk.store)
+    again.turn()
+    assert desk.store.total() == (1, 0, 1)
+    again.close()
+    assert len(desk.store.forgotten) == 1
+
+
+def test_a_long_journal_is_followed_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bookkeeper, "_ROTATE", 2000)
+    desk = Desk(tmp_path)
+    long = desk.books.begin(EXPECTED)
+    for _ in range(30):
+        desk.request()
+    assert len(journals_in(tmp_path)) > 1
+    desk.turn()
+    assert len(journals_in(tmp_path)) == 2  # the newest, and the one that the long request began in
+    long.end(USED)
+    desk.turn()
+    assert len(journals_in(tmp_path)) == 1
+    assert desk.store.total() == (31, 0, 31)
+    desk.close()
+
+
+def test_a_full_journal_takes_no_more_until_the_store_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bookkeeper, "_ROTATE", 500)
+    desk = Desk(tmp_path, most_bytes=3000)
+    desk.store.fault = "before"
+    begun = 0
+    while desk.books.size < 3000:
+        desk.request()
+        begun += 1
+    with pytest.raises(CannotWriteDown):
+        desk.request()
+    assert 10 < begun < 100
+    assert desk.books.size < 3000 + 1000
+    desk.store.fault = None
+    desk.turn()
+    desk.request()
+    desk.turn()
+    assert desk.store.total() == (begun + 1, 0, begun + 1)
+    desk.close()
+
+
+def test_a_disk_that_fails_refuses_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(tmp_path)
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(desk.books._books[0].journal, "begin", fail)
+    with pytest.raises(CannotWriteDown, match="no space left"):
+        desk.books.begin(EXPECTED)
+    desk.close()

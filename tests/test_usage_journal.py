@@ -1,0 +1,119 @@
+"""The journal: what is written down is there for whoever comes next, once, in the same order."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.logger import LogEvent
+
+from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.journal import Journal, journals_in
+
+WANTED = UsageEvent(time=1.0, key="k", prompt_tokens=9, completion_tokens=100, held=5, quality="unknown")
+USED = UsageEvent(time=1.0, key="k", model="m", end_user="ü\n", prompt_tokens=9, spend=3, quality="reported", held=5)
+
+
+def adopted(path: Path) -> Journal:
+    journal = Journal.adopt(path)
+    assert journal is not None
+    return journal
+
+
+def test_what_was_begun_and_ended_is_read_again_in_order(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path)
+    for id in ("1", "2", "3"):
+        journal.begin(id, WANTED)
+    assert [journal.end("2", USED).number, journal.end("1", WANTED).number] == [1, 2]
+    assert journal.open == {"3": WANTED}
+    journal.close()
+    (path,) = journals_in(tmp_path)
+    left = adopted(path)
+    assert left.writer == journal.writer
+    events = left.read(0, 1, 10)
+    assert [(each.number, each.event.quality) for each in events] == [(1, "reported"), (2, "unknown"), (3, "estimated")]
+    assert events[0].event == USED
+    assert events[2].event.held == WANTED.held
+    assert left.read(events[0].end, 2, 1) == [events[1]]
+    assert (left.written, left.open) == (3, {})
+
+
+def test_adopted_twice_it_gives_the_same_numbers(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path)
+    journal.begin("1", WANTED)
+    journal.close()
+    first = adopted(journal.path)
+    events = first.read(0, 1, 10)
+    first.close()
+    second = adopted(journal.path)
+    assert second.read(0, 1, 10) == events
+    assert second.written == 1
+
+
+def test_one_that_is_in_use_is_left_alone(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path)
+    journal.begin("1", WANTED)
+    assert Journal.adopt(journal.path) is None
+    assert journal.path.exists()
+
+
+def test_one_with_nothing_in_it_is_removed(tmp_path: Path) -> None:
+    Journal.create(tmp_path).close()
+    (tmp_path / "empty.journal").touch()
+    for path in journals_in(tmp_path):
+        assert Journal.adopt(path) is None
+    assert journals_in(tmp_path) == []
+
+
+@given(cut=st.integers(0, 2000))
+def test_wherever_it_was_torn_what_is_whole_counts(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    journal = Journal.create(tmp_path_factory.mktemp("journal"))
+    ends = []
+    for number in range(5):
+        journal.begin(str(number), WANTED)
+        begun = journal.size
+        journal.end(str(number), USED)
+        ends.append((begun, journal.size))
+    cut = min(cut, journal.size)
+    journal.close()
+    os.truncate(journal.path, cut)
+    left = Journal.adopt(journal.path)
+    found = [] if left is None else [each.event.quality for each in left.read(0, 1, 10)]
+    assert found.count("reported") == sum(end <= cut for _, end in ends)
+    assert found.count("estimated") == sum(begun <= cut < end for begun, end in ends)
+    if left is not None:
+        left.close()
+
+
+def test_what_is_written_by_a_newer_version_or_is_rubbish_is_passed_over(
+    tmp_path: Path, logged_errors: list[LogEvent]
+) -> None:
+    journal = Journal.create(tmp_path)
+    journal.begin("1", WANTED)
+    for line in (b"\x00\xff\n", b"[]\n", b'["-","x",{"unheard_of":1}]\n', b'["+",1]\n', b"null\n"):
+        os.write(journal._descriptor, line)
+    journal.size = os.fstat(journal._descriptor).st_size
+    journal.end("1", USED)
+    journal.close()
+    assert [each.event for each in adopted(journal.path).read(0, 1, 10)] == [USED]
+    assert {event["log_format"] for event in logged_errors} == {"{path} has a line that cannot be read"}
+    logged_errors.clear()
+
+
+def test_a_full_disk_is_an_error_and_spoils_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal.create(tmp_path)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))
+    with pytest.raises(OSError, match="full"):
+        journal.begin("1", WANTED)
+    monkeypatch.undo()
+    assert journal.open == {}
+    journal.begin("2", WANTED)
+    journal.end("2", USED)
+    journal.close()
+    assert [each.event for each in adopted(journal.path).read(0, 1, 10)] == [USED]
+
+
+def test_nobody_else_may_read_it(tmp_path: Path) -> None:
+    assert Journal.create(tmp_path).path.stat().st_mode & 0o777 == 0o600
