@@ -23,7 +23,6 @@ from vllmproxy.observers.memory import MemoryObserver
 from vllmproxy.relay.headers import TrustedProxies
 from vllmproxy.relay.quotas import Quotas
 from vllmproxy.relay.relay import Relay
-from vllmproxy.store.limits_memory import MemoryLimiter
 from vllmproxy.store.memory import MemoryStore
 from vllmproxy.testing import MemoryEndpoint, MemoryTransport, RecordingReceiver
 from vllmproxy.upstreams.server import Server
@@ -279,7 +278,7 @@ class House:
             server,
             self.observer,
             TrustedProxies(()),
-            Quotas(MemoryLimiter(self.clock), self.clock),
+            Quotas(self.store.limiter(self.clock), self.clock),
             Bookkeeper(self.store, self.clock, None),
         )
         self.relay.books.open()

@@ -117,6 +117,7 @@ class Admission:
         key = self.caller.key
         assert key is not None
         body = b"".join(self._pieces)
+        size = len(body)
         self._pieces.clear()
         asked = self._read(body)
         named, model = asked.model, self._model_for(key, asked)
@@ -129,7 +130,7 @@ class Admission:
             body = body if changed is None else changed
         self.end_user = self.end_user or asked.end_user
         self.body = body
-        prompt, output = expected_tokens(self._route, len(body), asked.output_tokens)
+        prompt, output = expected_tokens(self._route, size, asked.output_tokens)
         self.demand = Demand(
             asked=named,
             model=model,
