@@ -8,6 +8,7 @@ import pytest
 from _memory import House, caller_of
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionRefusedError as Refused
+from twisted.logger import LogEvent, LogLevel, globalLogPublisher
 
 from vllmproxy.usage.prices import Prices
 from vllmproxy.usage.sums import GROUPS, UsageQuery
@@ -354,6 +355,27 @@ def test_a_budget_of_money() -> None:
     assert error(house)[0] == 422
 
 
+def test_a_soft_budget_warns_once_and_refuses_nothing() -> None:
+    warnings: list[LogEvent] = []
+
+    def observe(event: LogEvent) -> None:
+        if event.get("log_level") is LogLevel.warn:
+            warnings.append(event)
+
+    house = house_of(soft_budget=1000)
+    house.relay.prices = PRICES
+    globalLogPublisher.addObserver(observe)
+    try:
+        for number in range(4):
+            assert post(house, {"model": "m", "max_tokens": 40, "messages": MESSAGES}) != b""
+            assert len(warnings) == (number > 1)
+            answer(house, {"model": "m", "usage": {"prompt_tokens": 0, "completion_tokens": 40, "total_tokens": 40}})
+            house.clock.advance(1)
+    finally:
+        globalLogPublisher.removeObserver(observe)
+    assert (warnings[0]["key_id"], warnings[0]["soft"]) == ("ab" * 32, 0.001)
+
+
 @pytest.mark.parametrize("prices", [None, PRICES])
 def test_a_model_without_a_price_is_refused_where_money_counts(prices: Prices | None) -> None:
     house = house_of(max_budget=1000)
@@ -497,6 +519,18 @@ def test_a_compressed_answer_is_unknown_and_costs_what_was_expected() -> None:
         assert answer(house, data, "200 OK", "Content-Encoding: gzip") == data
         told = sums(house)
         assert (told["unknown"], told["estimated"], told["completion"]) == (not tokens, bool(tokens), tokens)
+
+
+def test_embeddings_as_bytes_tell_their_usage_in_the_head() -> None:
+    house = house_of(tpm_limit=10**6)
+    post(house, {"model": "m", "input": "x", "encoding_format": "bytes"}, "/vllm/v1/embeddings")
+    metadata = json.dumps(
+        {"model": "m", "data": [{"start": 0}] * 3000, "usage": {"prompt_tokens": 9, "total_tokens": 9}}
+    )
+    kind = "application/octet-stream"
+    assert answer(house, b"\x00\xff" * 8, "200 OK", f"metadata: {metadata}", kind=kind) == b"\x00\xff" * 8
+    told = sums(house)
+    assert (told["model"], told["prompt"], told["unknown"], told["estimated"]) == ("m", 9, 0, 0)
 
 
 def test_what_uses_no_tokens_says_so() -> None:

@@ -22,7 +22,8 @@ class Passing:
         content_type = head.get(b"content-type")
         self.streamed = content_type is not None and content_type.startswith(b"text/event-stream")
         self._told = told
-        self._reader = reader_for(head.status, content_type, head.get(b"content-encoding"))
+        encoding, metadata = head.get(b"content-encoding"), head.get(b"metadata")
+        self._reader = reader_for(head.status, content_type, encoding, metadata)
         self._withholder: Withholder | None = None
         if withholds and isinstance(self._reader, SseReader):
             self._withholder = Withholder(told.fingerprint)

@@ -29,6 +29,8 @@ _BATCH = 500
 RETRY = 1.0
 WINDOW = 60.0
 _MOST_DEBTS = 10_000
+#: Keys that are remembered as told of; who is forgotten is told of again.
+_MOST_TOLD = 10_000
 
 
 @frozen
@@ -103,6 +105,8 @@ class Quotas:
         self._closed = False
         self._telling: set[Deferred[None]] = set()
         self._debts: list[_Debt] = []
+        #: Keys that are over their soft budget, and the period that this was told in.
+        self._told: dict[str, int | None] = {}
         self._retrying = LoopingCall(self._retry)
         self._retrying.clock = clock
 
@@ -128,7 +132,26 @@ class Quotas:
             self._leases.setdefault(ask.key, set()).add(ask.request_id)
             if not self._renewing.running:
                 self._renewing.start(RENEWAL, now=False)
-        return Reservation(ask, decision.remaining, demand)
+        reservation = Reservation(ask, decision.remaining, demand)
+        if key.budget.soft is not None:
+            self._watch_soft_budget(key, reservation, key.budget.soft)
+        return reservation
+
+    def _watch_soft_budget(self, key: VirtualKey, reservation: Reservation, soft: int) -> None:
+        """Tell, once in each period, that a key has used up what it was to be told of."""
+        used, period = reservation.used_of_budget(), reservation.period
+        if used <= soft or self._told.get(key.token) == period:
+            return
+        self._told[key.token] = period
+        while len(self._told) > _MOST_TOLD:
+            del self._told[next(iter(self._told))]
+        _log.warn(
+            "Key {key_id} ({alias}) is over its soft budget: {used} of {soft} are spent or reserved",
+            key_id=key.token,
+            alias=key.key_alias,
+            used=used / 1e6,
+            soft=soft / 1e6,
+        )
 
     def settle(self, reservation: Reservation, *, forwarded: bool, tokens: int | None = None) -> None:
         """Give back what was not used: all of it, where the request was never forwarded. Else what is held of a budget

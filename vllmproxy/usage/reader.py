@@ -24,13 +24,33 @@ class UsageReader(Protocol):
         """Return the model and the usage, each ``None`` if not told, at the end or a cut."""
 
 
-def reader_for(status: int, content_type: bytes | None, content_encoding: bytes | None) -> UsageReader | None:
+class HeadReader:
+    """Usage that stands in an answer's head: of embeddings as bytes, in ``metadata`` (vLLM's
+    ``build_pooling_bytes_streaming_response``)."""
+
+    counted = 0
+
+    def __init__(self, metadata: bytes) -> None:
+        self._reader = JsonReader()
+        self._reader.feed(metadata)
+
+    def feed(self, data: bytes) -> None:
+        """The body is bytes, and tells nothing."""
+
+    def finish(self) -> tuple[str | None, Usage | None]:
+        return self._reader.finish()
+
+
+def reader_for(
+    status: int, content_type: bytes | None, content_encoding: bytes | None, metadata: bytes | None = None
+) -> UsageReader | None:
     """Return a fresh reader for an answer, or ``None`` if there is nothing in it to be read.
 
     An answer that failed reports no usage; one with a content coding is passed as it is, and so not read.
 
     :param content_type: the value of Content-Type, parameters and all.
     :param content_encoding: the value of Content-Encoding.
+    :param metadata: the value of vLLM's header of that name.
     """
     if not 200 <= status < 300 or content_type is None:
         return None
@@ -41,4 +61,6 @@ def reader_for(status: int, content_type: bytes | None, content_encoding: bytes 
         return SseReader()
     if media_type == b"application/json" or media_type.endswith(b"+json"):
         return JsonReader()
+    if media_type == b"application/octet-stream" and metadata is not None:
+        return HeadReader(metadata)
     return None
