@@ -4,11 +4,13 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from vllmproxy.cli.arguments import parse
-from vllmproxy.cli.fields import fields_of
+from vllmproxy.cli.fields import FIELDS, fields_of
+from vllmproxy.cli.keys import COMMANDS
 
 KEY = "sk-0123456789abcdef"
 
@@ -122,6 +124,12 @@ def test_every_command_has_its_help(capsys: pytest.CaptureFixture[str], line: st
         parse([*line.split(), "--help"])
     assert ended.value.code == 0
     assert f"usage: vllmproxy {line}".rstrip() in capsys.readouterr().out
+
+
+def test_every_command_and_every_field_is_documented() -> None:
+    text = Path(__file__).parent.parent.joinpath("docs", "cli.rst").read_text()
+    assert all(f"``{name}" in text for name in [*COMMANDS, "usage"])
+    assert all(f"``{each.option}" in text and f"``{each.field}``" in text for each in FIELDS)
 
 
 def test_the_command_does_not_start_a_reactor_nor_load_twisted() -> None:

@@ -135,6 +135,11 @@ def test_every_call_has_a_deadline(serve: Callable[[socket.socket], None]) -> No
         assert "did not answer within 0.5 s" in vllmproxy(*LIST, "--timeout", "0.5", url=url).failure
 
 
+def test_a_change_that_was_not_answered_in_time_is_in_doubt() -> None:
+    with raw_server(silence) as url:
+        assert "may have done it all the same" in vllmproxy("keys", "create", "--timeout", "0.5", url=url).failure
+
+
 def test_an_answer_without_end() -> None:
     def serve(connection: socket.socket) -> None:
         connection.recv(65_536)

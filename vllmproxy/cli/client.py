@@ -83,8 +83,9 @@ class Client:
             ):
                 return _Answer(response.status_code, response.headers.get("content-type", ""), self._read(response))
         except (_DeadlinePassed, httpx.TimeoutException):
+            doubt = "" if method == "GET" else " (it may have done it all the same)"
             raise CommandError(
-                f"{self._place.name} did not answer within {self._place.timeout:g} s; "
+                f"{self._place.name} did not answer within {self._place.timeout:g} s{doubt}; "
                 f"see whether it is well, or give it longer with --timeout."
             ) from None
         except httpx.HTTPError as error:

@@ -24,7 +24,7 @@ def key_table(rows: Sequence[dict[str, Any]], now: datetime, *, wide: bool) -> s
         return cells(lambda row: moment(row.get(name)))
 
     columns = [
-        Column(title="ALIAS", cells=texts("key_alias"), folds=True),
+        Column(title="ALIAS", cells=[alias or "-" for alias in texts("key_alias")], folds=True),
         Column(title="KEY", cells=texts("key_name")),
         Column(title="STATUS", cells=cells(lambda row: status_of(row, now))),
         Column(title="TYPE", cells=cells(_type), rank=6),
