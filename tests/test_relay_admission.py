@@ -480,8 +480,9 @@ def test_a_key_that_nothing_depends_on(mode: Any, exact: bool) -> None:
     assert (b"include_usage" in post(house, body)) is exact
 
 
-def test_passive_touches_nothing_and_estimates() -> None:
-    house = house_of(tpm_limit=10**6)
+@pytest.mark.parametrize("fields", [{"tpm_limit": 10**6}, {}])
+def test_passive_touches_nothing_and_estimates(fields: dict[str, Any]) -> None:
+    house = house_of(**fields)
     house.relay.usage = "passive"
     body = {"model": "m", "stream": True, "messages": MESSAGES}
     assert post(house, body) == json.dumps(body).encode()

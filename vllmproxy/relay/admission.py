@@ -76,6 +76,11 @@ class Admission:
         """Whether vLLM may read or make tokens for it."""
         return self.group == "inference" and takes_model(self._method, self._route)
 
+    @property
+    def guessed_prompt(self) -> int:
+        """Tokens that the prompt may have, by the length of a body that nobody reads."""
+        return expected_tokens(self._route, self._stream.head.content_length or 0, None)[0] if self.uses_tokens else 0
+
     def check(self, caller: Caller) -> bool:
         """Tell whether the body has to be read first. Raises :class:`~vllmproxy.errors.ApiError`: it does not pass."""
         self.caller = caller

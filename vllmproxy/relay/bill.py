@@ -33,6 +33,7 @@ class Bill:
 
     :param entry: where it stands in the journal; ``None`` for what is not counted.
     :param expected: what it stands there as.
+    :param prompt: tokens that the prompt is guessed to have where nothing ever tells.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class Bill:
         reservation: Reservation | None,
         entry: Entry | None,
         expected: UsageEvent,
+        prompt: int = 0,
     ) -> None:
+        self._prompt = prompt
         self._quotas = quotas
         self._prices = prices
         self._reservation = reservation
@@ -78,7 +81,7 @@ class Bill:
     def _of_usage(self, event: UsageEvent, usage: Usage) -> UsageEvent:
         prompt = usage.prompt_tokens
         if prompt is None and usage.source == "counted":
-            prompt = self._expected.prompt_tokens
+            prompt = self._expected.prompt_tokens or self._prompt
         return evolve(
             event,
             prompt_tokens=prompt or 0,
@@ -141,7 +144,7 @@ def open_bill(
         held_tokens=0 if reservation is None else reservation.held("budget_tokens"),
     )
     entry = books.begin(expected) if admission.uses_tokens else None
-    return Bill(quotas, prices, reservation, entry, expected)
+    return Bill(quotas, prices, reservation, entry, expected, admission.guessed_prompt)
 
 
 def _period(key: VirtualKey | None, reservation: Reservation | None, time: float) -> int:
