@@ -114,18 +114,18 @@ class Dialler:
             self._looking.stop()
         self._look.cancel()
         gone = [line.whenDisconnected() for line in self._lines]
-        for line in self._lines:
+        for line in list(self._lines):
             line.drop()
         await DeferredList(gone)
 
     def _look_again(self) -> Deferred[None]:
         """Let go of a master that the sentinels have replaced: it may not know for many seconds, and take writes."""
         self._look = Deferred.fromCoroutine(self._leave_old_master())
-        return self._look.addErrback(lambda failure: failure.trap(*EXPECTED, CancelledError) and None)
+        return self._look.addErrback(_ignore)
 
     async def _leave_old_master(self) -> None:
         master = await self._find_master(RECONNECT_SECONDS / 3)
-        for line in self._lines:
+        for line in list(self._lines):
             if line.address not in {None, master}:
                 _log.info("the master is {master}, no longer {old}", master=str(master), old=str(line.address))
                 line.drop()
@@ -222,6 +222,10 @@ def make_endpoint(address: RedisAddress, reactor: Any) -> IStreamClientEndpoint:
         return wrapClientTLS(optionsForClientTLS(address.host), endpoint)
     trust = trustRootFromCertificates(_certificates(address.ca))
     return wrapClientTLS(optionsForClientTLS(address.host, trustRoot=trust), endpoint)
+
+
+def _ignore(failure: Failure) -> None:
+    failure.trap(*EXPECTED, CancelledError)
 
 
 def _cancellable(connecting: Deferred[IProtocol]) -> Deferred[IProtocol]:
