@@ -12,8 +12,9 @@ from zope.interface import implementer
 
 from vllmproxy.http1.agent import UpstreamAgent
 from vllmproxy.http1.answer import Answer, OutgoingHeaders
+from vllmproxy.http1.factory import ServerFactory
 from vllmproxy.http1.message import Limits, WireError
-from vllmproxy.http1.server import ServerChannel, ServerFactory
+from vllmproxy.http1.server import ServerChannel
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.credentials import Credential
 from vllmproxy.keys.gate import ANONYMOUS, Caller

@@ -11,7 +11,7 @@ from twisted.web.iweb import UNKNOWN_LENGTH
 
 from vllmproxy.http1 import client as client_module
 from vllmproxy.http1.agent import ConnectFailed
-from vllmproxy.http1.client import AnswerLost, NotExecuted
+from vllmproxy.http1.answer import AnswerLost, NotExecuted
 from vllmproxy.http1.sockets import Delivery
 
 

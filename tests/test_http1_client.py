@@ -6,7 +6,7 @@ from attrs import frozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllmproxy.http1.client import AnswerLost
+from vllmproxy.http1.answer import AnswerLost
 from vllmproxy.http1.message import BadAnswer, Limits, ResponseHead
 
 

@@ -13,8 +13,9 @@ from _memory import render
 from twisted.internet import reactor as installed_reactor
 from twisted.internet.task import deferLater
 
+from vllmproxy.http1.factory import ServerFactory
 from vllmproxy.http1.hangup import HangupWatcher
-from vllmproxy.http1.server import HOLD, ServerFactory
+from vllmproxy.http1.server import HOLD
 from vllmproxy.http1.stream import Stream
 from vllmproxy.testing import RecordingReceiver
 

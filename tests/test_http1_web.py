@@ -14,8 +14,8 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IRequest
 from twisted.web.server import Site
 
+from vllmproxy.http1.factory import ServerFactory
 from vllmproxy.http1.message import WireError
-from vllmproxy.http1.server import ServerFactory
 from vllmproxy.http1.stream import Stream
 from vllmproxy.http1.web import WebExchange
 from vllmproxy.testing import MemoryTransport

@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from vllmproxy.errors import AuthError
-from vllmproxy.http1.client import AnswerLost
+from vllmproxy.http1.answer import AnswerLost
 from vllmproxy.http1.message import WireError
 from vllmproxy.keys.gate import ANONYMOUS
 from vllmproxy.relay.exchange import _TABLE, Event, Exchange, State

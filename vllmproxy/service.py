@@ -15,9 +15,9 @@ from vllmproxy import __version__
 from vllmproxy.api.app import Api
 from vllmproxy.api.branch import ApiBranch
 from vllmproxy.exposure import judge
+from vllmproxy.http1.factory import ServerFactory
 from vllmproxy.http1.hangup import HangupWatcher
 from vllmproxy.http1.message import Limits, RequestHead, WireError
-from vllmproxy.http1.server import ServerFactory
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.cache import KeyCache
 from vllmproxy.keys.gate import Gate

@@ -19,9 +19,9 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
-from vllmproxy.http1.answer import OutgoingHeaders, Request
+from vllmproxy.http1.answer import HandshakeFailed, NotExecuted, OutgoingHeaders, Request
 from vllmproxy.http1.bodies import is_replayable
-from vllmproxy.http1.client import ClientConnection, ConnectionDeadlines, HandshakeFailed, NotExecuted
+from vllmproxy.http1.client import ClientConnection
 from vllmproxy.http1.deadlines import Deadlines
 from vllmproxy.http1.message import Limits
 
@@ -73,6 +73,27 @@ class _ConnectionFactory(Factory):
         return self._build()
 
 
+class ConnectionDeadlines:
+    """What connections to one upstream must be done with in time.
+
+    :ivar handshake: TLS. :ivar write: the upstream takes some of what waits for it.
+    """
+
+    def __init__(self, clock: IReactorTime, *, handshake: float, write: float) -> None:
+        self.handshake: Deadlines[ClientConnection] = Deadlines(clock, handshake, ClientConnection.abort)
+        self.write: Deadlines[ClientConnection] = Deadlines(clock, write, ClientConnection.write_late)
+
+    def clear(self, connection: ClientConnection) -> None:
+        """A connection is gone."""
+        self.handshake.clear(connection)
+        self.write.clear(connection)
+
+    def close(self) -> None:
+        """End every wait."""
+        self.handshake.close()
+        self.write.close()
+
+
 @implementer(IAgent)
 class UpstreamAgent:
     """Requests to one upstream.
@@ -119,7 +140,7 @@ class UpstreamAgent:
     ) -> "Deferred[IResponse]":
         """Send a request. ``uri`` begins with the origin; ``headers`` are :class:`OutgoingHeaders`.
 
-        Fails with :class:`ConnectFailed`, :class:`~vllmproxy.http1.client.AnswerLost` or
+        Fails with :class:`ConnectFailed`, :class:`~vllmproxy.http1.answer.AnswerLost` or
         :class:`~vllmproxy.http1.message.BadAnswer`. Cancelling resets the connection.
         """
         assert isinstance(headers, OutgoingHeaders)

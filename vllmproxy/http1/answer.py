@@ -17,6 +17,26 @@ if TYPE_CHECKING:
     from vllmproxy.http1.client import ClientConnection
 
 
+class AnswerLost(Exception):
+    """The connection ended before the answer was whole: vLLM may or may not have done the work."""
+
+
+class HandshakeFailed(Exception):
+    """No TLS session with the upstream: its certificate was refused, or it does not speak TLS, or not in time."""
+
+
+class UpstreamStalled(AnswerLost):
+    """The upstream took no byte of the request for a long time."""
+
+
+class NotExecuted(AnswerLost):
+    """A reused connection turned out closed, and vLLM cannot have seen a byte of this request: it may be sent again
+    on another connection.
+
+    How that is known says :mod:`vllmproxy.http1.fate`.
+    """
+
+
 class AnswerReceiver(Protocol):
     """Takes an answer's body."""
 

@@ -1,7 +1,7 @@
 """A connection to an upstream: one request at a time, its answer streamed with backpressure."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
@@ -19,58 +19,27 @@ from twisted.python.failure import Failure
 from twisted.web.iweb import IResponse
 from zope.interface import alsoProvides, implementer
 
-from vllmproxy.http1.answer import Answer, AnswerReceiver, Request
-from vllmproxy.http1.deadlines import Deadlines
+from vllmproxy.http1.answer import (
+    Answer,
+    AnswerLost,
+    AnswerReceiver,
+    HandshakeFailed,
+    NotExecuted,
+    Request,
+    UpstreamStalled,
+)
 from vllmproxy.http1.fate import Fate, fate_of
 from vllmproxy.http1.message import BadAnswer, Limits
 from vllmproxy.http1.responses import ResponseReader
 from vllmproxy.http1.sockets import Delivery, delivery, has_ended, is_plain, queued_bytes, raw_socket, write_now
 
+if TYPE_CHECKING:
+    from vllmproxy.http1.agent import ConnectionDeadlines
+
 #: Seconds between two looks at, and in all for, a peer's kernel to take or refuse what was sent after its FIN: a round
 #: trip and Linux's longest delayed acknowledgement.
 _LOOK_AGAIN = 0.005
 _PATIENCE = 0.5
-
-
-class AnswerLost(Exception):
-    """The connection ended before the answer was whole: vLLM may or may not have done the work."""
-
-
-class HandshakeFailed(Exception):
-    """No TLS session with the upstream: its certificate was refused, or it does not speak TLS, or not in time."""
-
-
-class UpstreamStalled(AnswerLost):
-    """The upstream took no byte of the request for a long time."""
-
-
-class NotExecuted(AnswerLost):
-    """A reused connection turned out closed, and vLLM cannot have seen a byte of this request: it may be sent again
-    on another connection.
-
-    How that is known says :mod:`vllmproxy.http1.fate`.
-    """
-
-
-class ConnectionDeadlines:
-    """What connections to one upstream must be done with in time.
-
-    :ivar handshake: TLS. :ivar write: the upstream takes some of what waits for it.
-    """
-
-    def __init__(self, clock: IReactorTime, *, handshake: float, write: float) -> None:
-        self.handshake: Deadlines[ClientConnection] = Deadlines(clock, handshake, ClientConnection.abort)
-        self.write: Deadlines[ClientConnection] = Deadlines(clock, write, ClientConnection.write_late)
-
-    def clear(self, connection: "ClientConnection") -> None:
-        """A connection is gone."""
-        self.handshake.clear(connection)
-        self.write.clear(connection)
-
-    def close(self) -> None:
-        """End every wait."""
-        self.handshake.close()
-        self.write.close()
 
 
 @implementer(IHalfCloseableProtocol, IPushProducer, IConsumer)

@@ -1,28 +1,21 @@
 """The strict server side of HTTP/1.1: a connection, its parser, and the requests it queues."""
 
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import (
-    IAddress,
-    IHalfCloseableProtocol,
-    IProtocolNegotiationFactory,
-    IPushProducer,
-    IReactorTime,
-)
-from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.interfaces import IAddress, IHalfCloseableProtocol, IPushProducer
+from twisted.internet.protocol import Protocol
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from vllmproxy.http1.deadlines import Deadlines
-from vllmproxy.http1.hangup import HangupWatcher
-from vllmproxy.http1.message import Limits, RequestHead, WireError
+from vllmproxy.http1.message import RequestHead, WireError
 from vllmproxy.http1.requests import RequestReader
 from vllmproxy.http1.sockets import is_plain, queued_bytes, raw_socket, write_now
 from vllmproxy.http1.stream import Stream
+
+if TYPE_CHECKING:
+    from vllmproxy.http1.factory import ServerFactory
 
 #: Bytes of a body kept while its handler does not want it yet (the key is being looked up, say).
 HOLD = 65_536
@@ -341,74 +334,3 @@ class ServerChannel(Protocol):
             self.transport.resumeProducing()  # type: ignore[union-attr]
         if not self.is_secure:
             self.transport.loseWriteConnection()  # type: ignore[union-attr]
-
-
-@implementer(IProtocolNegotiationFactory)
-class ServerFactory(Factory):
-    """Makes channels and holds what they share.
-
-    :param handler: takes each :class:`Stream` when its head is complete and it is its turn.
-    :param render: makes the whole answer for a request refused by the wire itself.
-    """
-
-    noisy = False
-
-    def __init__(
-        self,
-        clock: IReactorTime,
-        handler: Callable[[Stream], None],
-        render: Callable[[WireError, RequestHead | None, IAddress | None], bytes],
-        hangups: HangupWatcher,
-        *,
-        limits: Limits = Limits(),
-        head_timeout: float = 10.0,
-        idle_timeout: float = 75.0,
-        body_timeout: float = 60.0,
-        write_timeout: float = 60.0,
-        linger_timeout: float = 2.0,
-    ) -> None:
-        self.handle = handler
-        self.render = render
-        self.hangups = hangups
-        self.limits = limits
-        self._closed: Deferred[None] | None = None
-        self.channels: set[ServerChannel] = set()
-        self.head_deadlines: Deadlines[ServerChannel] = Deadlines(clock, head_timeout, ServerChannel.head_late)
-        self.idle_deadlines: Deadlines[ServerChannel] = Deadlines(clock, idle_timeout, ServerChannel.idle_late)
-        self.body_deadlines: Deadlines[ServerChannel] = Deadlines(clock, body_timeout, ServerChannel.body_late)
-        self.write_deadlines: Deadlines[ServerChannel] = Deadlines(clock, write_timeout, ServerChannel.write_late)
-        self.linger_deadlines: Deadlines[ServerChannel] = Deadlines(clock, linger_timeout, ServerChannel.abort)
-
-    def buildProtocol(self, addr: IAddress | None) -> ServerChannel:  # type: ignore[override]
-        return ServerChannel(self, addr)
-
-    def acceptableProtocols(self) -> list[bytes]:
-        """What ALPN may choose (RFC 7301). Twisted breaks off the handshake of a client that offers any, HTTP/1.1 among
-        them, unless the factory names its own."""
-        return [b"http/1.1"]
-
-    def forget(self, channel: ServerChannel) -> None:
-        """A connection is gone."""
-        self.channels.discard(channel)
-        self.head_deadlines.clear(channel)
-        self.idle_deadlines.clear(channel)
-        self.body_deadlines.clear(channel)
-        self.write_deadlines.clear(channel)
-        self.linger_deadlines.clear(channel)
-        if not self.channels and self._closed is not None and not self._closed.called:
-            self._closed.callback(None)
-
-    def close(self) -> Deferred[None]:
-        """Reset every connection; the result fires when all of them are gone and their requests settled."""
-        closed: Deferred[None] = Deferred()
-        self._closed = closed
-        for channel in list(self.channels):
-            channel.abort()
-        self.head_deadlines.close()
-        self.idle_deadlines.close()
-        self.body_deadlines.close()
-        self.write_deadlines.close()
-        self.linger_deadlines.close()
-        if not self.channels:
-            closed.callback(None)
-        return closed

@@ -43,6 +43,7 @@ class Bill:
         reservation: Reservation | None,
         entry: Entry | None,
         expected: UsageEvent,
+        *,
         prompt: int = 0,
     ) -> None:
         self._prompt = prompt
@@ -144,7 +145,7 @@ def open_bill(
         held_tokens=0 if reservation is None else reservation.held("budget_tokens"),
     )
     entry = books.begin(expected) if admission.uses_tokens else None
-    return Bill(quotas, prices, reservation, entry, expected, admission.guessed_prompt)
+    return Bill(quotas, prices, reservation, entry, expected, prompt=admission.guessed_prompt)
 
 
 def _period(key: VirtualKey | None, reservation: Reservation | None, time: float) -> int:

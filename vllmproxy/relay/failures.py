@@ -5,7 +5,7 @@ from twisted.python.failure import Failure
 
 from vllmproxy.errors import ApiError, Internal, UpstreamFailed, UpstreamTimeout, UpstreamUnreachable
 from vllmproxy.http1.agent import ConnectFailed
-from vllmproxy.http1.client import AnswerLost, UpstreamStalled
+from vllmproxy.http1.answer import AnswerLost, UpstreamStalled
 from vllmproxy.http1.message import BadAnswer
 
 _log = Logger()
