@@ -3,15 +3,20 @@
 from typing import Any
 
 import pytest
-from _memory import OK, Body, Upstream, answered
+from _memory import OK, ORIGIN, Body, Pending, Upstream, answered
 from twisted.internet.defer import CancelledError
+from twisted.internet.endpoints import HostnameEndpoint
 from twisted.internet.error import ConnectionRefusedError as Refused
 from twisted.internet.error import DNSLookupError
+from twisted.internet.interfaces import IHostnameResolver
+from twisted.internet.testing import MemoryReactorClock
+from twisted.logger import LogEvent, LogLevel, globalLogPublisher
 from twisted.web.iweb import UNKNOWN_LENGTH
+from zope.interface import implementer
 
 from vllmproxy.http1 import client as client_module
-from vllmproxy.http1.agent import ConnectFailed
-from vllmproxy.http1.answer import AnswerLost, NotExecuted
+from vllmproxy.http1.agent import ConnectFailed, UpstreamAgent
+from vllmproxy.http1.answer import AnswerLost, NotExecuted, OutgoingHeaders
 from vllmproxy.http1.sockets import Delivery
 
 
@@ -105,6 +110,47 @@ def test_cancelling_while_connecting() -> None:
     pending.asked.cancel()
     assert pending.error is CancelledError
     assert upstream.endpoint.cancelled == 1
+
+
+@implementer(IHostnameResolver)
+class NoWord:
+    """A name server that never answers."""
+
+    def resolveHostName(self, receiver: Any, *args: Any, **more: Any) -> Any:
+        receiver.resolutionBegan(None)
+        return receiver
+
+
+def test_a_cancelled_attempt_says_nothing_of_the_upstream() -> None:
+    """Cancelled while it looks a name up, ``HostnameEndpoint`` fails with ``DNSLookupError``."""
+    reactor: Any = MemoryReactorClock()
+    reactor.installNameResolver(NoWord())
+    agent = UpstreamAgent(reactor, HostnameEndpoint(reactor, "vllm.invalid", 8000), ORIGIN)
+    said: list[LogEvent] = []
+    globalLogPublisher.addObserver(said.append)
+    try:
+        pending = Pending(agent.request(b"GET", ORIGIN + b"/", OutgoingHeaders(b"host: vllm\r\n")))
+        pending.asked.cancel()
+    finally:
+        globalLogPublisher.removeObserver(said.append)
+    assert pending.error is CancelledError
+    assert not said
+
+
+@pytest.mark.parametrize("error", [Refused(), DNSLookupError()])
+def test_an_upstream_that_cannot_be_reached_is_told_of_once(error: Exception) -> None:
+    upstream = Upstream()
+    upstream.endpoint.refuse = error
+    said: list[LogEvent] = []
+    globalLogPublisher.addObserver(said.append)
+    try:
+        upstream.ask()
+        upstream.ask()
+        upstream.endpoint.refuse = None
+        upstream.ask()
+    finally:
+        globalLogPublisher.removeObserver(said.append)
+    assert [event["log_level"] for event in said] == [LogLevel.warn, LogLevel.info]
 
 
 def test_cancelling_while_waiting_resets() -> None:

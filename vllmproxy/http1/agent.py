@@ -6,11 +6,7 @@ from typing import Any
 from hyperlink import EncodedURL
 from treq.cookies import IndexableCookieJar
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.error import (
-    ConnectError,
-    ConnectingCancelledError,
-    DNSLookupError,
-)
+from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.internet.interfaces import IAddress, IReactorTime, IStreamClientEndpoint
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
@@ -172,9 +168,27 @@ class UpstreamAgent:
         return None
 
     def _send_on_new(self, request: Request) -> "Deferred[IResponse]":
+        connecting: Deferred[Any] = self._connect()
+        return connecting.addCallbacks(self._connected, self._not_connected, callbackArgs=(request,))
+
+    def _connect(self) -> "Deferred[ClientConnection]":
+        """Make a connection. What is cancelled fails with ``CancelledError``, whatever the endpoint makes of it:
+        ``HostnameEndpoint``, cancelled while it looks a name up, says that there is no such name."""
+        cancelled = False
+
+        def cancel(_: "Deferred[ClientConnection]") -> None:
+            nonlocal cancelled
+            cancelled = True
+            connecting.cancel()
+
+        def failed(reason: Failure) -> None:
+            attempt.errback(Failure(CancelledError()) if cancelled else reason)
+
+        attempt: Deferred[ClientConnection] = Deferred(cancel)
         connecting: Deferred[Any] = self._endpoint.connect(self._factory)
         connecting.addCallback(ClientConnection.shaken)
-        return connecting.addCallbacks(self._connected, self._not_connected, callbackArgs=(request,))
+        connecting.addCallbacks(attempt.callback, failed)
+        return attempt
 
     def _connected(self, connection: ClientConnection, request: Request) -> "Deferred[IResponse]":
         if not self._reachable:
@@ -184,8 +198,6 @@ class UpstreamAgent:
         return connection.send(request)
 
     def _not_connected(self, reason: Failure) -> Failure:
-        if reason.check(CancelledError, ConnectingCancelledError):
-            return Failure(CancelledError())
         if reason.check(*_CONNECT_ERRORS):
             if self._reachable:
                 self._reachable = False
