@@ -102,3 +102,11 @@ def test_an_expiry_that_fails_does_not_stop_the_others(logged_errors: list[LogEv
     assert expired == ["bad", "good"]
     assert len(logged_errors) == 1
     logged_errors.clear()
+
+
+def test_nothing_waits_after_the_end() -> None:
+    clock, expired = Clock(), []
+    deadlines: Deadlines[str] = Deadlines(clock, 10, expired.append)
+    deadlines.close()
+    deadlines.set("a")
+    assert not clock.getDelayedCalls()

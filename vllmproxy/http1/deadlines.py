@@ -42,7 +42,8 @@ class Deadlines(Generic[T]):
         self._due.pop(item, None)
 
     def close(self) -> None:
-        """Forget every wait; nothing expires any more."""
+        """Forget every wait and those to come; nothing expires any more."""
+        self._seconds = 0
         self._due.clear()
         if self._call is not None:
             self._call.cancel()
