@@ -239,3 +239,26 @@ def test_an_upload_that_moves_has_all_the_time_and_so_has_one_that_we_do_not_rea
     wire.clock.pump([1] * 500)
     assert not wire.refused
     assert not wire.transport.ending
+
+
+def test_a_body_that_stops_coming_does_not_cut_the_answer_that_came_before_it() -> None:
+    wire = Wire()
+    wire.feed(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\nhello")
+    stream = wire.streams[0]
+    stream.start_response(200, b"OK", b"", length=4)
+    for piece in (b"o", b"n", b"e"):
+        stream.write(piece)
+        wire.clock.pump([1] * 200)
+        assert not wire.transport.ending
+    wire.feed(b"w")
+    wire.clock.pump([1] * 200)
+    stream.write(b"!", last=True)
+    assert not wire.receiver(0).events
+    assert wire.receiver(0).body == b"hellow"
+    assert b"connection: close\r\n" in wire.transport.sent
+    assert wire.transport.sent.endswith(b"\r\n\r\none!")
+    assert wire.transport.write_closed
+    wire.feed(b"orld")
+    assert not wire.transport.ending
+    wire.clock.advance(3)
+    assert wire.transport.ending == "abort"

@@ -286,10 +286,12 @@ class ServerChannel(Protocol):
             self.lose()
 
     def body_late(self) -> None:
-        """The client announced a body and stopped sending it."""
-        if self._active is not None and not self._active.complete:
+        """The client announced a body and stopped sending it. That is no reason to cut an answer which has begun: it
+        says that the connection closes after it (RFC 9112 §9.6)."""
+        active = self._active
+        if active is not None and not active.complete and not active.status:
             self._reader.error = WireError(408, "The request's body did not arrive in time.")
-            self._body_broke(self._active)
+            self._body_broke(active)
 
     def write_late(self) -> None:
         """The client has taken nothing, or only some, of what waits for it: the former ends the connection."""
