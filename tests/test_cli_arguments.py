@@ -33,6 +33,7 @@ def test_every_field_in_the_api_s_name() -> None:
     text = (
         "--alias bob --models a,b --models b,c --alias-model fast=real --alias-model big=x=y --route /v1/chat,info"
         " --type llm_api --duration 30d --rpm 1 --tpm 2 --parallel 3 --model-rpm a=4 --model-tpm a=5 --max-budget 6.5"
+        " --max-budget-tokens 9"
         " --budget-duration 7d --soft-budget 1 --user u --team t --tag x --tag y"
     )
     assert fields(*text.split(), "--metadata", '{"a": [1]}') == {
@@ -48,6 +49,7 @@ def test_every_field_in_the_api_s_name() -> None:
         "model_rpm_limit": {"a": 4},
         "model_tpm_limit": {"a": 5},
         "max_budget": 6.5,
+        "max_budget_tokens": 9,
         "budget_duration": "7d",
         "soft_budget": 1.0,
         "user_id": "u",

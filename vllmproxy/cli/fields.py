@@ -124,6 +124,13 @@ FIELDS: Final = (
         option="--max-budget", field="max_budget", metavar="AMOUNT", kind=_amount, help="what it may spend in a period"
     ),
     FieldOption(
+        option="--max-budget-tokens",
+        field="max_budget_tokens",
+        metavar="N",
+        kind=int,
+        help="tokens that it may use in a period",
+    ),
+    FieldOption(
         option="--budget-duration",
         field="budget_duration",
         metavar="TIME",
