@@ -15,10 +15,10 @@ from typing import Any
 
 from attrs import field, frozen
 
-from vllmproxy.relay.admission import UsageMode
 from vllmproxy.settings_table import DIRECTORY, FLAG, PRICES, SECRET, TABLE, Row
 from vllmproxy.upstreams.upstream import Upstream
 from vllmproxy.usage.prices import Prices
+from vllmproxy.usage.reader import UsageMode
 
 ReadFile = Callable[[Path], str]
 

@@ -1,6 +1,6 @@
 """What a request has to pass before it is forwarded: who calls, where to, for which model, and for how much."""
 
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from twisted.internet.defer import Deferred
 
@@ -17,10 +17,6 @@ from vllmproxy.relay.quotas import Reservation
 
 if TYPE_CHECKING:
     from vllmproxy.relay.relay import Relay
-
-#: How the tokens of a stream are known whose client did not ask vLLM for them; ``auto``: exactly where a limit or a
-#: budget of the key needs them.
-UsageMode = Literal["auto", "exact", "passive"]
 
 #: The end user of a request, in LiteLLM's names and order.
 _END_USER_HEADERS: Final = (b"x-litellm-customer-id", b"x-litellm-end-user-id")

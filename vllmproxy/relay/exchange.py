@@ -9,7 +9,7 @@ from twisted.python.failure import Failure
 
 from vllmproxy.errors import ApiError, AuthError, BadRequest, Internal, UpstreamTimeout
 from vllmproxy.http1.agent import NO_COOKIES, ConnectFailed, RawURL
-from vllmproxy.http1.answer import Answer, OutgoingHeaders
+from vllmproxy.http1.answer import Answer
 from vllmproxy.http1.bodies import StreamedBody, WholeBody
 from vllmproxy.http1.message import ResponseHead, WireError
 from vllmproxy.http1.stream import Stream
@@ -20,10 +20,11 @@ from vllmproxy.observers.record import Ended, RequestRecord
 from vllmproxy.relay.admission import Admission, end_user_in
 from vllmproxy.relay.bill import Bill, Outcome
 from vllmproxy.relay.failures import error_of
-from vllmproxy.relay.headers import answer_lines, request_id, request_lines
+from vllmproxy.relay.headers import answer_lines, request_id
 from vllmproxy.relay.passing import Passing
 from vllmproxy.relay.quotas import Reservation
 from vllmproxy.relay.refuse import refuse, refuse_body
+from vllmproxy.relay.sending import body_of, headers_of
 from vllmproxy.relay.states import Event, State
 from vllmproxy.relay.targets import is_unsafe, split_target, upstream_path
 from vllmproxy.relay.tunnel import Tunnel
@@ -172,28 +173,14 @@ class Exchange:
         self._state = State.WAITING
         self._forwarded = True
         stream, server = self._stream, self._relay.server
-        head = stream.head
-        admission = self._admission
-        assert admission is not None
-        whole, admission.body = admission.body, None
-        lines = request_lines(
-            head,
-            self._client,
-            stream.is_secure,
-            self._id,
-            host=server.upstream.authority,
-            authorization=server.authorization,
-            length=None if whole is None else len(whole),
-        )
-        headers = OutgoingHeaders(lines, upgrade=head.websocket, inform=self._inform)
-        if head.has_body and whole is None:
-            self._body = StreamedBody(stream)
-        else:
-            if head.has_body and whole is not None:
-                self._body = WholeBody(whole, chunked=head.chunked)
+        assert self._admission is not None
+        headers = headers_of(stream, self._admission, self._client, self._id, server)
+        headers.inform = self._inform
+        self._body = body_of(stream, self._admission)
+        if not isinstance(self._body, StreamedBody):
             self._relay.first_byte_deadlines.set(self)
         sending = server.client.request(
-            head.method.decode("ascii"),
+            stream.head.method.decode("ascii"),
             RawURL(server.origin + self._target.decode("ascii")),
             headers=headers,
             data=self._body,

@@ -9,7 +9,7 @@ from vllmproxy.http1.deadlines import Deadlines
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.gate import RETRY_AFTER, Gate
 from vllmproxy.observers.record import Observer
-from vllmproxy.relay.admission import Admission, UsageMode
+from vllmproxy.relay.admission import Admission
 from vllmproxy.relay.bill import Bill, open_bill
 from vllmproxy.relay.exchange import Exchange
 from vllmproxy.relay.headers import Client, TrustedProxies
@@ -17,6 +17,7 @@ from vllmproxy.relay.quotas import Quotas, Reservation
 from vllmproxy.upstreams.server import Server
 from vllmproxy.usage.bookkeeper import Bookkeeper, CannotWriteDown
 from vllmproxy.usage.prices import Prices
+from vllmproxy.usage.reader import UsageMode
 
 _log = Logger()
 

@@ -1,10 +1,14 @@
 """Which reader, if any, suits an answer."""
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from vllmproxy.usage.jsonbody import JsonReader
 from vllmproxy.usage.sse import SseReader
 from vllmproxy.usage.tokens import Usage
+
+#: How the tokens of a stream are known whose client did not ask vLLM for them; ``auto``: exactly where a limit or a
+#: budget of the key needs them.
+UsageMode = Literal["auto", "exact", "passive"]
 
 
 class UsageReader(Protocol):

@@ -1,0 +1,30 @@
+"""What of a request goes to vLLM: its header lines, and its body as it comes or as it was held."""
+
+from vllmproxy.http1.answer import OutgoingHeaders
+from vllmproxy.http1.bodies import StreamedBody, WholeBody
+from vllmproxy.http1.stream import Stream
+from vllmproxy.relay.admission import Admission
+from vllmproxy.relay.headers import Client, request_lines
+from vllmproxy.upstreams.server import Server
+
+
+def headers_of(stream: Stream, admission: Admission, client: Client, id: bytes, server: Server) -> OutgoingHeaders:
+    """Return the request's header lines for ``server``."""
+    lines = request_lines(
+        stream.head,
+        client,
+        stream.is_secure,
+        id,
+        host=server.upstream.authority,
+        authorization=server.authorization,
+        length=None if admission.body is None else len(admission.body),
+    )
+    return OutgoingHeaders(lines, upgrade=stream.head.websocket)
+
+
+def body_of(stream: Stream, admission: Admission) -> StreamedBody | WholeBody | None:
+    """Return the request's body, which is the connection's from here on; ``None`` where the request has none."""
+    whole, admission.body = admission.body, None
+    if not stream.head.has_body:
+        return None
+    return StreamedBody(stream) if whole is None else WholeBody(whole, chunked=stream.head.chunked)
