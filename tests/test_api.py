@@ -71,6 +71,7 @@ class House:
         self.clock = Clock()
         self.clock.advance(NOW)
         self.store = store or FragileStore()
+        self.vllm_is_well = True
         cache = KeyCache(self.clock, ttl=60.0, negative_ttl=60.0)
         self.gate = Gate(self.store, cache, MasterKey(MASTER) if auth else None, self.clock)
         self.api = Api(
@@ -80,8 +81,12 @@ class House:
             metrics_text=lambda: (b"text/plain; version=0.0.4", b"numbers 1\n"),
             open_metrics=open_metrics,
             version="1.2.3",
+            is_well=self.is_well,
         )
         self.client = HTTPClient(Agent(reactor))
+
+    async def is_well(self) -> bool:
+        return self.vllm_is_well
 
     async def open(self) -> None:
         await self.store.open()
@@ -367,7 +372,13 @@ async def test_health(house: House) -> None:
         answer = await house.ask("GET", path, key=None)
         assert (answer.status, answer.json) == (200, "I'm alive!")
     ready = await house.ask("GET", "/health/readiness", key=None)
-    assert (ready.status, ready.json) == (200, {"status": "healthy", "db": "connected", "version": "1.2.3"})
+    expected = {"status": "healthy", "db": "connected", "upstream": "reachable", "version": "1.2.3"}
+    assert (ready.status, ready.json) == (200, expected)
+    house.vllm_is_well = False
+    ready = await house.ask("GET", "/health/readiness", key=None)
+    expected = {**expected, "status": "unhealthy", "upstream": "unreachable"}
+    assert (ready.status, ready.json) == (503, expected)
+    house.vllm_is_well = True
     await house.store.close()
     ready = await house.ask("GET", "/health/readiness", key=None)
     assert (ready.status, ready.json["status"], ready.json["db"]) == (503, "unhealthy", "not connected")

@@ -40,6 +40,7 @@ from vllmproxy.simulated import base_url, key_file, start_simulator, what_to_try
 from vllmproxy.store.interface import CannotOpenStore
 from vllmproxy.store.limits_memory import MemoryLimiter
 from vllmproxy.store.opening import make_store
+from vllmproxy.upstreams.probe import Probe
 from vllmproxy.upstreams.server import make_server
 from vllmproxy.usage.bookkeeper import Bookkeeper
 
@@ -104,6 +105,7 @@ class Proxy:
             metrics_text=metrics.text,
             open_metrics=settings.open_metrics,
             version=__version__,
+            is_well=Probe(server, reactor).is_well,
             priced=settings.prices is not None,
         )
         self.api = ApiBranch(reactor, api.site(), api.routes, self.observer, trusted, settings.max_api_body)

@@ -1,6 +1,6 @@
 """The Klein app: everything that is not under ``/vllm``."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from klein import Klein
 from twisted.internet.interfaces import IReactorTime
@@ -29,6 +29,7 @@ class Api:
     :param clock: ``seconds()`` is the time of day, seconds since the epoch.
     :param metrics_text: returns the content type and the body of ``/metrics``.
     :param open_metrics: show the metrics to everybody.
+    :param is_well: tells whether vLLM answers.
     :param priced: there are prices, so that budgets of money can be kept.
     :ivar routes: the paths that it answers, variable parts in angle brackets.
     """
@@ -42,6 +43,7 @@ class Api:
         metrics_text: Callable[[], tuple[bytes, bytes]],
         open_metrics: bool,
         version: str,
+        is_well: Callable[[], Awaitable[bool]],
         priced: bool = False,
     ) -> None:
         self._clock = clock
@@ -54,7 +56,7 @@ class Api:
         KeyViewApi(gate, store, clock).register(app)
         UsageApi(gate, store, clock).register(app)
         AuditApi(gate, store).register(app)
-        HealthApi(store, version).register(app)
+        HealthApi(store, version, is_well).register(app)
         MetricsApi(gate, metrics_text, open_metrics).register(app)
         app.handle_errors(Exception)(_explain)
         self.routes = frozenset(str(rule.rule) for rule in app.url_map.iter_rules())

@@ -1,5 +1,7 @@
 """``/health/*``: is the process alive, and can it do its work. Nobody needs a key to ask."""
 
+from collections.abc import Awaitable, Callable
+
 from klein import Klein
 from twisted.web.iweb import IRequest
 
@@ -8,11 +10,15 @@ from vllmproxy.store.interface import Store, StoreUnavailable
 
 
 class HealthApi:
-    """The handlers. They name states, never addresses."""
+    """The handlers. They name states, never addresses.
 
-    def __init__(self, store: Store, version: str) -> None:
+    :param is_well: tells whether vLLM answers.
+    """
+
+    def __init__(self, store: Store, version: str, is_well: Callable[[], Awaitable[bool]]) -> None:
         self._store = store
         self._version = version
+        self._is_well = is_well
 
     def register(self, app: Klein) -> None:
         """Add the routes to ``app``."""
@@ -25,12 +31,17 @@ class HealthApi:
         return answer_json(request, "I'm alive!")
 
     async def readiness(self, request: IRequest) -> bytes:
-        """Answer 200 if keys can be looked up, else 503, and say which."""
+        """Answer 200 if keys can be looked up and vLLM answers, else 503, and say which."""
+        upstream = await self._is_well()
         try:
             await self._store.ping()
+            store = True
         except StoreUnavailable:
-            return answer_json(request, self._state("unhealthy", "not connected"), 503)
-        return answer_json(request, self._state("healthy", "connected"))
-
-    def _state(self, status: str, store: str) -> dict[str, str]:
-        return {"status": status, "db": store, "version": self._version}
+            store = False
+        state = {
+            "status": "healthy" if store and upstream else "unhealthy",
+            "db": "connected" if store else "not connected",
+            "upstream": "reachable" if upstream else "unreachable",
+            "version": self._version,
+        }
+        return answer_json(request, state, 200 if store and upstream else 503)
