@@ -522,6 +522,26 @@ def test_a_compressed_answer_is_unknown_and_costs_what_was_expected() -> None:
         assert (told["unknown"], told["estimated"], told["completion"]) == (not tokens, bool(tokens), tokens)
 
 
+def test_an_answer_that_is_fetched_later_costs_what_was_expected() -> None:
+    house = house_of(max_budget_tokens=10**6)
+    post(house, {"model": "m", "input": "x", "background": True, "max_output_tokens": 500}, "/vllm/v1/responses")
+    answer(house, {"id": "resp_1", "status": "queued", "usage": None, "model": "m"})
+    assert sums(house)["completion"] == 500
+    house.client.receive(b"GET /vllm/v1/responses/resp_1 HTTP/1.1\r\nHost: proxy\r\n\r\n")
+    answer(house, {"id": "resp_1", "status": "completed", "usage": {"input_tokens": 1, "output_tokens": 7}})
+    assert sums(house)["requests"] == 1
+
+
+def test_a_route_that_is_not_known_is_asked_as_much_as_one_that_is() -> None:
+    house = house_of(allowed_routes=("/plugin",), granted_by_master=True, models=("small",), tpm_limit=1000)
+    post(house, {"model": "big"}, "/vllm/plugin/generate")
+    assert error(house)[0] == 403
+    body = {"model": "small", "max_tokens": 50}
+    assert post(house, body, "/vllm/plugin/generate") == json.dumps(body).encode()
+    answer(house, b"\x00", kind="application/octet-stream")
+    assert sums(house)["completion"] == 1024  # what bounds its output is not known either
+
+
 def test_embeddings_as_bytes_tell_their_usage_in_the_head() -> None:
     house = house_of(tpm_limit=10**6)
     post(house, {"model": "m", "input": "x", "encoding_format": "bytes"}, "/vllm/v1/embeddings")

@@ -69,8 +69,8 @@ class Admission:
 
     @property
     def uses_tokens(self) -> bool:
-        """Whether vLLM may read or make tokens for it."""
-        return self.group == "inference" and takes_model(self._method, self._route)
+        """Whether vLLM may read or make tokens for it; a route that is not known may."""
+        return self.group in ("inference", "unknown") and takes_model(self._method, self._route)
 
     @property
     def guessed_prompt(self) -> int:
@@ -82,11 +82,11 @@ class Admission:
         self.caller = caller
         self._relay.gate.check_route(caller, self.group, self.path, self._base)
         key, head = caller.key, self._stream.head
-        if key is None or self.group != "inference":
+        if key is None:
             return False
         if head.websocket and (key.needs_model or key.counts_tokens):
             raise Forbidden(_NO_TUNNEL)
-        if not (takes_model(self._method, self._route) and self._reads_body_of(key)):
+        if not (self.uses_tokens and self._reads_body_of(key)):
             return False
         if head.content_length is not None:
             self._check_size(head.content_length)

@@ -93,22 +93,15 @@ class Bill:
         )
 
     def _without_usage(self, event: UsageEvent, outcome: Outcome) -> UsageEvent:
-        """Nothing was said. Of an answer that could not be read (compressed, binary), or not to its end, what was
-        expected is charged; of one that never began, the prompt."""
+        """Nothing was said. What was expected is charged: the answer was compressed, binary or cut off, or it is to be
+        fetched later (``background`` responses). Of one that never began, the prompt."""
         expected = self._expected
-        if outcome.ended == "done" and outcome.answer is not None and outcome.answer.was_read:
-            return event  # it is one that uses none
         if not expected.tokens:
-            return evolve(event, quality="unknown" if self._entry is not None else "none")
-        if not outcome.status:
-            return self._priced(evolve(event, prompt_tokens=expected.prompt_tokens, quality="estimated"))
+            told = outcome.ended == "done" and outcome.answer is not None and outcome.answer.was_read
+            return event if told or self._entry is None else evolve(event, quality="unknown")
+        output = expected.completion_tokens if outcome.status else 0
         return self._priced(
-            evolve(
-                event,
-                prompt_tokens=expected.prompt_tokens,
-                completion_tokens=expected.completion_tokens,
-                quality="estimated",
-            )
+            evolve(event, prompt_tokens=expected.prompt_tokens, completion_tokens=output, quality="estimated")
         )
 
     def _priced(self, event: UsageEvent) -> UsageEvent:

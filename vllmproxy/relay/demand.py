@@ -17,7 +17,7 @@ _MOST_PROMPT: Final = 8192
 #: Last segments of the routes that read tokens and make none.
 _READING: Final = frozenset({"embeddings", "embed", "pooling", "classify", "score", "rerank", "generative_scoring"})
 #: … and of those that do neither.
-_COUNTING: Final = frozenset({"tokenize", "detokenize", "count_tokens", "render"})
+_COUNTING: Final = frozenset({"tokenize", "detokenize", "count_tokens", "render", "derender"})
 
 
 @frozen(kw_only=True)
