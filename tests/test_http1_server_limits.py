@@ -262,3 +262,17 @@ def test_a_body_that_stops_coming_does_not_cut_the_answer_that_came_before_it() 
     assert not wire.transport.ending
     wire.clock.advance(3)
     assert wire.transport.ending == "abort"
+
+
+@pytest.mark.parametrize("piece", [b"", GET[:5]])
+def test_a_connection_that_closes_is_no_longer_idle_or_awaited(piece: bytes) -> None:
+    wire = Wire(idle_timeout=5, head_timeout=5, write_timeout=50)
+    wire.transport.stall()
+    wire.transport.write(b"x")
+    wire.feed(piece) if piece else None
+    wire.transport.close_from_peer()
+    assert wire.transport.ending == "lose"
+    wire.clock.pump([1] * 40)
+    assert wire.transport.ending == "lose"
+    wire.clock.pump([1] * 20)
+    assert wire.transport.ending == "abort"

@@ -3,110 +3,34 @@
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import pytest_twisted
-from _memory import render
+from _site import Filler, send, site, until
 from twisted.internet import reactor as installed_reactor
 from twisted.internet.task import deferLater
 
-from vllmproxy.http1.factory import ServerFactory
-from vllmproxy.http1.hangup import HangupWatcher
 from vllmproxy.http1.server import HOLD
-from vllmproxy.http1.stream import Stream
-from vllmproxy.testing import RecordingReceiver
 
 reactor: Any = installed_reactor
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+CLOSING = b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+WEBSOCKET = b"GET / HTTP/1.1\r\nHost: h\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
 
 
-class Filler:
-    """Writes an answer of ``size`` bytes as fast as the client reads."""
+async def some(sock: socket.socket) -> bytes:
+    """Return the next bytes, ``b""`` at their end."""
+    data: list[bytes] = []
 
-    def __init__(self, stream: Stream, size: int) -> None:
-        self._stream, self._left, self._paused = stream, size, False
-        stream.start_response(200, b"OK", b"", length=size)
-        stream.set_producer(self)
-        self._fill()
-
-    def _fill(self) -> None:
-        while self._left and not self._paused and not self._stream.over:
-            piece = b"x" * min(self._left, 65_536)
-            self._left -= len(piece)
-            self._stream.write(piece, last=not self._left)
-
-    def pauseProducing(self) -> None:
-        self._paused = True
-
-    def resumeProducing(self) -> None:
-        self._paused = False
-        self._fill()
-
-
-class Site:
-    """A channel's server on loopback."""
-
-    def __init__(self, **timeouts: Any) -> None:
-        self.streams: list[Stream] = []
-        self.watcher = HangupWatcher(reactor)
-        self.factory = ServerFactory(reactor, self._handle, render, self.watcher, **timeouts)
-        self.port = reactor.listenTCP(0, self.factory, interface="127.0.0.1")
-
-    def _handle(self, stream: Stream) -> None:
-        stream.receiver = RecordingReceiver()
-        self.streams.append(stream)
-
-    def connect(self, receive_buffer: int = 0) -> socket.socket:
-        sock = socket.socket()
-        if receive_buffer:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        sock.setblocking(False)
-        sock.connect_ex(("127.0.0.1", self.port.getHost().port))
-        return sock
-
-    async def ask(self, sock: socket.socket, data: bytes) -> Stream:
-        """Send one request; return its stream."""
-        count = len(self.streams)
-        await until(lambda: _connected(sock))
-        await send(sock, data)
-        await until(lambda: len(self.streams) > count)
-        return self.streams[-1]
-
-
-def _connected(sock: socket.socket) -> bool:
-    try:
-        sock.getpeername()
-    except OSError:
-        return False
-    return True
-
-
-async def send(sock: socket.socket, data: bytes) -> None:
-    """Send all of ``data`` while the reactor runs."""
-    while data:
+    def readable() -> bool:
         with suppress(BlockingIOError):
-            data = data[sock.send(data) :]
-        await deferLater(reactor, 0.002, lambda: None)
+            data.append(sock.recv(65_536))
+        return bool(data)
 
-
-@asynccontextmanager
-async def site(**timeouts: Any) -> AsyncIterator[Site]:
-    made = Site(**timeouts)
-    yield made
-    made.factory.close()
-    await until(lambda: not made.factory.channels)
-    made.watcher.close()
-    await made.port.stopListening()
-
-
-async def until(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not happened():
-        assert time.monotonic() < end
-        await deferLater(reactor, 0.005, lambda: None)
+    await until(readable)
+    return data[0]
 
 
 @pytest_twisted.ensureDeferred
@@ -204,4 +128,61 @@ async def test_a_tunnel_half_closes_on_plain_sockets() -> None:
         await until(lambda: "client_gone" in receiver.events)
         assert sock.recv(1000).endswith(b"\r\n\r\nstill here")
         assert sock.recv(1) == b""
+        sock.close()
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest_twisted.ensureDeferred
+async def test_a_slow_reader_of_the_last_answer_has_all_of_it(half: bool) -> None:
+    """The idle timeout is for what comes between requests, and what is left to read may take longer."""
+    async with site(write_timeout=0.5, idle_timeout=0.2) as server:
+        sock = server.connect(receive_buffer=16_384)
+        stream = await server.ask(sock, CLOSING if not half else WEBSOCKET)
+        if half:
+            stream.start_tunnel(b"S", b"")
+            stream.write_raw(b"x" * 5_000_000)
+            stream.half_close()
+        else:
+            stream.respond(200, b"OK", b"", b"x" * 5_000_000)
+        received, end = 0, time.monotonic() + 1.5
+        while time.monotonic() < end:
+            await deferLater(reactor, 0.02, lambda: None)
+            received += len(sock.recv(4096))
+        while data := await some(sock):
+            received += len(data)
+        assert received > 5_000_000
+        sock.close()
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest_twisted.ensureDeferred
+async def test_a_stalled_reader_of_the_last_answer_is_let_go(half: bool) -> None:
+    async with site(write_timeout=0.2) as server:
+        sock = server.connect(receive_buffer=16_384)
+        stream = await server.ask(sock, CLOSING if not half else WEBSOCKET)
+        if half:
+            stream.start_tunnel(b"S", b"")
+            stream.write_raw(b"x" * 5_000_000)
+            server.factory.write_deadlines.clear(stream.channel)  # as if it had read until now
+            stream.half_close()
+        else:
+            stream.respond(200, b"OK", b"", b"x" * 5_000_000)
+        await until(lambda: not server.factory.channels)
+        sock.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_tunnel_that_was_half_closed_behind_a_slow_reader_goes_on() -> None:
+    async with site(write_timeout=0.2) as server:
+        sock = server.connect(receive_buffer=16_384)
+        stream = await server.ask(sock, WEBSOCKET)
+        receiver: Any = stream.receiver
+        stream.start_tunnel(b"S", b"")
+        stream.write_raw(b"x" * 5_000_000)
+        stream.half_close()
+        while await some(sock):
+            pass
+        await deferLater(reactor, 1, lambda: None)
+        await send(sock, b"still here")
+        await until(lambda: receiver.body == b"still here")
         sock.close()

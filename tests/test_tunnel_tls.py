@@ -238,3 +238,37 @@ def test_an_upstream_that_dies_mid_stream_leaves_no_last_chunk(upstream: Upstrea
             while piece := client.sock.recv(65536):
                 data += piece
         assert not data.endswith(LAST_CHUNK)
+
+
+@pytest.mark.parametrize("fin", [False, True])
+def test_a_stalled_reader_that_says_goodbye_and_takes_the_rest(upstream: Upstream, secure: Secure, fin: bool) -> None:
+    """vLLM is told, though the client closes with no more than a close_notify, and while its answer is held back."""
+    block, count = os.urandom(65536), 1600
+    wires: list[Wire] = []
+    gone = threading.Event()
+
+    def script(wire: Wire) -> None:
+        wire.message()
+        wire.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (len(block) * count))
+        wires.append(wire)
+        with suppress(OSError):
+            wire.pour(block, count)
+        gone.set()
+
+    with upstream.playing(script), secure.connect() as client:
+        client.send(CHAT)
+        assert client.head().status == 200
+        assert settled(lambda: wires[0].sent) < 40 * MiB
+        assert isinstance(client.sock, ssl.SSLSocket)
+        client.sock.settimeout(0)
+        with suppress(ssl.SSLError):
+            client.sock.unwrap()
+        client.sock.settimeout(PATIENCE)
+        if fin:
+            client.half_close()
+        time.sleep(0.1)  # it is read before the queue has left
+        with suppress(ConnectionError):
+            while socket.socket.recv(client.sock, 65536):  # what TLS makes of it is of no interest
+                pass
+        assert gone.wait(PATIENCE)
+        assert wires[0].sent < len(block) * count

@@ -31,7 +31,16 @@ from vllmproxy.http1.answer import (
 from vllmproxy.http1.fate import Fate, fate_of
 from vllmproxy.http1.message import BadAnswer, Limits
 from vllmproxy.http1.responses import ResponseReader
-from vllmproxy.http1.sockets import Delivery, delivery, has_ended, is_plain, queued_bytes, raw_socket, write_now
+from vllmproxy.http1.sockets import (
+    Delivery,
+    delivery,
+    has_ended,
+    is_closing,
+    is_plain,
+    queued_bytes,
+    raw_socket,
+    write_now,
+)
 
 if TYPE_CHECKING:
     from vllmproxy.http1.agent import ConnectionDeadlines
@@ -81,6 +90,7 @@ class ClientConnection(Protocol):
         self._orderly = False
         self._verdict: IDelayedCall | None = None
         self._half_closed = False
+        self._shut = False
         self._paused = False
         self._reader = ResponseReader(limits)
 
@@ -230,6 +240,9 @@ class ClientConnection(Protocol):
             self._producer.pauseProducing()
 
     def resumeProducing(self) -> None:
+        if is_closing(self.transport):
+            self._drain(lambda: None)
+            return
         self._congested = False
         self._deadlines.write.clear(self)
         if self._producer is not None:
@@ -238,10 +251,10 @@ class ClientConnection(Protocol):
     def write_late(self) -> None:
         """The upstream has taken nothing, or only some, of what waits for it: the former ends the connection."""
         queued = queued_bytes(self.transport)
-        if queued < self._queued:
+        if queued != self._queued:  # more than before is what was on its way when its producer was paused
             self._queued = queued
             self._deadlines.write.set(self)
-        else:
+        elif queued or not self._shut:
             self._fail(Failure(UpstreamStalled("the upstream does not take the request")))
 
     # the answer's flow, for whoever receives it
@@ -265,20 +278,24 @@ class ClientConnection(Protocol):
 
     def half_close(self) -> None:
         """Send no more (a tunnel's end); where TLS forbids that, close."""
-        transport: Any = self.transport
-        if self._closed:
-            return
-        transport.unregisterProducer()
         if self._secure or self._half_closed:
-            transport.loseConnection()
-        else:
-            transport.loseWriteConnection()
+            self.close()
+        elif not self._closed:
+            self._shut = True
+            self._drain(self.transport.loseWriteConnection)  # type: ignore[union-attr]
 
     def close(self) -> None:
-        """Close when what was written has left."""
+        """Close when what was written has left, and over TLS the upstream has agreed to it, both in time."""
         if not self._closed:
-            self.transport.unregisterProducer()  # type: ignore[union-attr]
-            self.transport.loseConnection()  # type: ignore[union-attr]
+            self._shut = False
+            self._drain(self.transport.loseConnection)  # type: ignore[union-attr]
+
+    def _drain(self, end: Callable[[], None]) -> None:
+        """Have the transport ``end`` when what is queued has left, and see that it leaves in time."""
+        self._deadlines.write.set(self)
+        self.transport.unregisterProducer()  # type: ignore[union-attr]
+        end()
+        self._queued = queued_bytes(self.transport)  # only now has TLS written all that it had gathered
 
     def abort(self) -> None:
         """Reset the connection at once: vLLM stops generating, and nothing more is received."""

@@ -1,6 +1,7 @@
 """The strict server side of HTTP/1.1: a connection, its parser, and the requests it queues."""
 
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.interfaces import IAddress, IHalfCloseableProtocol, IPushProducer
@@ -11,7 +12,7 @@ from zope.interface import implementer
 
 from vllmproxy.http1.message import RequestHead, WireError
 from vllmproxy.http1.requests import RequestReader
-from vllmproxy.http1.sockets import is_plain, queued_bytes, raw_socket, write_now
+from vllmproxy.http1.sockets import hang_up, is_closing, is_plain, queued_bytes, raw_socket, write_now
 from vllmproxy.http1.stream import Stream
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class ServerChannel(Protocol):
         self._starting = False
         self._lingered = 0
         self._half_closed = False
+        self._shut = False
         self._incoming: Stream | None = None
         self._reader = RequestReader(self, factory.limits)
 
@@ -108,6 +110,9 @@ class ServerChannel(Protocol):
             self._active.producer.pauseProducing()
 
     def resumeProducing(self) -> None:
+        if is_closing(self.transport):
+            self._drain(lambda: None)
+            return
         self.congested = False
         self.factory.write_deadlines.clear(self)
         if self._active is not None:
@@ -266,17 +271,16 @@ class ServerChannel(Protocol):
         if self.is_secure or self._half_closed:
             self.lose()
         else:
-            self._release()
-            self.transport.loseWriteConnection()  # type: ignore[union-attr]
+            self._shut = True
+            self._drain(self.transport.loseWriteConnection)  # type: ignore[union-attr]
 
     def lose(self) -> None:
-        """Close once what is queued has left."""
+        """Close once what is queued has left; how long that may take, its progress decides."""
         self._mode = "closed"
         self._unwatch()
-        self.factory.idle_deadlines.set(self)
-        self._release()
-        if self.transport is not None:
-            self.transport.loseConnection()
+        self.factory.head_deadlines.clear(self)
+        self.factory.idle_deadlines.clear(self)
+        self._drain(self.transport.loseConnection)  # type: ignore[union-attr]
 
     def head_late(self) -> None:
         """The head took too long: say so if any of it has come."""
@@ -296,20 +300,25 @@ class ServerChannel(Protocol):
     def write_late(self) -> None:
         """The client has taken nothing, or only some, of what waits for it: the former ends the connection."""
         queued = queued_bytes(self.transport)
-        if queued >= self._queued > 0:
-            self.abort()
-        elif self._mode == "linger" and not queued:
-            self.factory.linger_deadlines.set(self)
-        else:
+        if queued != self._queued:  # more than before is what was on its way when its producer was paused
             self._queued = queued
             self.factory.write_deadlines.set(self)
-
-    def idle_late(self) -> None:
-        """Nothing was asked for in time, or what was written last has not left in time."""
-        if self._mode == "closed":
+        elif queued:
             self.abort()
+        elif self._mode == "linger":
+            self.factory.linger_deadlines.set(self)
+        elif self._mode == "closed" and self.is_secure:
+            hang_up(self.transport)  # no reset: what has left may not have been read yet
+        elif not self._shut:
+            self.abort()
+
+    def linger_late(self) -> None:
+        """The client has had its time to read what was said before it is reset, if all of that has left."""
+        self._queued = queued_bytes(self.transport)
+        if self._queued:
+            self.factory.write_deadlines.set(self)
         else:
-            self.lose()
+            self.abort()
 
     def abort(self) -> None:
         """Reset."""
@@ -317,9 +326,12 @@ class ServerChannel(Protocol):
         if self.transport is not None:
             self.transport.abortConnection()  # type: ignore[attr-defined]
 
-    def _release(self) -> None:
-        if self.transport is not None:
-            self.transport.unregisterProducer()  # type: ignore[attr-defined]
+    def _drain(self, end: Callable[[], None]) -> None:
+        """Have the transport ``end`` when what is queued has left, and see that it leaves in time."""
+        self.factory.write_deadlines.set(self)
+        self.transport.unregisterProducer()  # type: ignore[union-attr]
+        end()
+        self._queued = queued_bytes(self.transport)  # only now has TLS written all that it had gathered
 
     def _close_after(self, request_whole: bool) -> None:
         """Close after the last answer; while the client still sends, read on for a little (RFC 9112 §9.6)."""
@@ -328,11 +340,11 @@ class ServerChannel(Protocol):
             return
         self._mode = "linger"
         self._unwatch()
-        self._queued = queued_bytes(self.transport)
-        (self.factory.write_deadlines if self._queued else self.factory.linger_deadlines).set(self)
-        self._release()
+        transport: Any = self.transport
+        # TLS, having said that it closes, reads on until the peer says so too.
+        self._drain(transport.loseConnection if self.is_secure else transport.loseWriteConnection)
+        self.factory.write_deadlines.clear(self)
+        self.factory.linger_deadlines.set(self)
         if not self._reading:
             self._reading = True
-            self.transport.resumeProducing()  # type: ignore[union-attr]
-        if not self.is_secure:
-            self.transport.loseWriteConnection()  # type: ignore[union-attr]
+            transport.resumeProducing()

@@ -105,8 +105,32 @@ def queued_bytes(transport: Any) -> int:
     if sock is not None:
         with suppress(OSError):
             kernel = int.from_bytes(ioctl(sock.fileno(), TIOCOUTQ, bytes(4)), sys.byteorder)
+    descriptor = _descriptor(transport)
+    if descriptor is None:
+        return kernel
+    return kernel + len(descriptor.dataBuffer) - descriptor.offset + descriptor._tempDataLen
+
+
+def is_closing(transport: Any) -> bool:
+    """Whether the connection under a transport is being closed. Where that is not our doing, it is TLS's: the peer's
+    close_notify came, or a record that is none.
+
+    Nobody tells the protocol. What is queued leaves first; if that had paused a producer, Twisted then resumes it, and
+    keeps the connection, reading nothing and dropping all that is written, until the producer is unregistered.
+    """
+    descriptor = _descriptor(transport)
+    return descriptor is not None and bool(descriptor.disconnecting)
+
+
+def hang_up(transport: Any) -> None:
+    """Close the connection under TLS without the peer's close_notify, which need not be waited for (RFC 8446 §6.1)."""
+    descriptor = _descriptor(transport)
+    assert descriptor is not None
+    descriptor.loseConnection()
+
+
+def _descriptor(transport: Any) -> FileDescriptor | None:
+    """Return what the reactor polls, under a transport's wrappers; ``None`` in memory."""
     while transport is not None and not isinstance(transport, FileDescriptor):
         transport = getattr(transport, "transport", None)
-    if transport is None:
-        return kernel
-    return kernel + len(transport.dataBuffer) - transport.offset + transport._tempDataLen
+    return transport

@@ -1,0 +1,106 @@
+"""The server channel behind TLS on real sockets: a client's end in each of its forms, and our own."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import pytest_twisted
+from _site import Filler, Site, site, until
+from _tls import ENDS, Authority, TLSPeer
+from twisted.internet import reactor as installed_reactor
+from twisted.internet.error import ConnectionDone
+from twisted.internet.task import deferLater
+
+from vllmproxy.http1.stream import Stream
+
+reactor: Any = installed_reactor
+GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+WEBSOCKET = b"GET / HTTP/1.1\r\nHost: h\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return Authority.make()
+
+
+@asynccontextmanager
+async def client_of(server: Site, authority: Authority) -> AsyncIterator[TLSPeer]:
+    """A client with a small receive buffer, its handshake done."""
+    client = TLSPeer(server.connect(receive_buffer=16_384), authority.client)
+    await until(lambda: client.sock.connect_ex(("127.0.0.1", server.port.getHost().port)) in (0, 106))
+    await client.handshake()
+    yield client
+    client.sock.close()
+
+
+async def ask(server: Site, client: TLSPeer, data: bytes) -> Stream:
+    count = len(server.streams)
+    await client.send(data)
+    await until(lambda: len(server.streams) > count)
+    return server.streams[-1]
+
+
+@pytest.mark.parametrize("how", ENDS)
+@pytest_twisted.ensureDeferred
+async def test_a_client_that_leaves_a_paused_answer(how: str, authority: Authority) -> None:
+    """Twisted resumes the producer of a connection that TLS is closing, and waits for it to end."""
+    async with site(authority.certificate) as server, client_of(server, authority) as client:
+        stream = await ask(server, client, GET)
+        Filler(stream, 50_000_000)
+        await until(lambda: stream.channel.congested)
+        await client.end(how)
+        await until(lambda: stream.over)
+        assert stream.bytes_out < 50_000_000
+        assert stream.receiver.events == ["client_gone"]  # type: ignore[union-attr]
+        await until(lambda: not server.factory.channels)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_client_that_says_goodbye_and_reads_no_more(authority: Authority) -> None:
+    async with site(authority.certificate, write_timeout=0.3) as server, client_of(server, authority) as client:
+        stream = await ask(server, client, GET)
+        Filler(stream, 50_000_000)
+        await until(lambda: stream.channel.congested)
+        await client.close_notify()
+        await until(lambda: stream.over)
+        assert stream.receiver.events == ["client_gone"]  # type: ignore[union-attr]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_client_that_leaves_a_paused_tunnel(authority: Authority) -> None:
+    async with site(authority.certificate) as server, client_of(server, authority) as client:
+        stream = await ask(server, client, WEBSOCKET)
+        stream.start_tunnel(b"S", b"")
+        while not stream.channel.congested:
+            stream.write_raw(b"x" * 5_000_000)
+            await deferLater(reactor, 0.05, lambda: None)
+        await client.end("close_notify")
+        await until(lambda: not server.factory.channels)
+        receiver: Any = stream.receiver
+        assert receiver.events[-1] == "client_gone"
+        assert receiver.reasons[0].check(ConnectionDone)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_client_that_never_says_goodbye(authority: Authority) -> None:
+    """Its answer has left: it may still be reading it, so the end is no reset."""
+    async with site(authority.certificate, write_timeout=0.2) as server, client_of(server, authority) as client:
+        stream = await ask(server, client, b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+        stream.respond(200, b"OK", b"", b"ok")
+        assert (await client.receive()).endswith(b"\r\n\r\nok")
+        assert await client.receive() == b""
+        assert await client.drain() == "fin"
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_answer_to_an_unfinished_upload_ends_with_a_close_notify(authority: Authority) -> None:
+    """Its length is not told, so its end has to be (RFC 9112 §9.8)."""
+    async with site(authority.certificate, linger_timeout=0.2) as server, client_of(server, authority) as client:
+        stream = await ask(server, client, b"POST / HTTP/1.0\r\nContent-Length: 100\r\n\r\n")
+        stream.start_response(200, b"OK", b"", length=None)
+        stream.write(b"ok", last=True)
+        assert (await client.receive()).endswith(b"\r\n\r\nok")
+        assert await client.receive() == b""
+        await client.send(b"x" * 50)
+        await client.drain()
