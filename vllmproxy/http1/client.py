@@ -7,7 +7,6 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import (
     IConsumer,
-    IDelayedCall,
     IHalfCloseableProtocol,
     IHandshakeListener,
     IPushProducer,
@@ -28,11 +27,10 @@ from vllmproxy.http1.answer import (
     Request,
     UpstreamStalled,
 )
-from vllmproxy.http1.fate import Fate, fate_of
+from vllmproxy.http1.fate import Verdict
 from vllmproxy.http1.message import BadAnswer, Limits
 from vllmproxy.http1.responses import ResponseReader
 from vllmproxy.http1.sockets import (
-    Delivery,
     delivery,
     has_ended,
     is_closing,
@@ -44,11 +42,6 @@ from vllmproxy.http1.sockets import (
 
 if TYPE_CHECKING:
     from vllmproxy.http1.agent import ConnectionDeadlines
-
-#: Seconds between two looks at, and in all for, a peer's kernel to take or refuse what was sent after its FIN: a round
-#: trip and Linux's longest delayed acknowledgement.
-_LOOK_AGAIN = 0.005
-_PATIENCE = 0.5
 
 
 @implementer(IHalfCloseableProtocol, IPushProducer, IConsumer)
@@ -67,7 +60,6 @@ class ClientConnection(Protocol):
         clock: IReactorTime,
         deadlines: "ConnectionDeadlines",
     ) -> None:
-        self._clock = clock
         self._deadlines = deadlines
         self._queued = 0
         self._shook = False
@@ -85,10 +77,7 @@ class ClientConnection(Protocol):
         self._producer: Any = None
         self._cork: list[bytes] | None = None
         self._body_sent = True
-        self._before: Delivery | None = None
-        self._unseen = False
-        self._orderly = False
-        self._verdict: IDelayedCall | None = None
+        self._verdict = Verdict(clock, lambda: delivery(raw_socket(self.transport)))
         self._half_closed = False
         self._shut = False
         self._paused = False
@@ -141,9 +130,7 @@ class ClientConnection(Protocol):
         self._request = request
         self._reader.begin(request.method, upgrade=request.upgrade, inform=request.inform)
         self._requests += 1
-        self._unseen = False
-        if self._requests > 1:
-            self._before = delivery(raw_socket(self.transport))
+        self._verdict.begin(reused=self._requests > 1)
         head = b"%s %s HTTP/1.1\r\n%s\r\n" % (request.method, request.target, request.lines)
         if request.body is None:
             self._write(head)
@@ -210,27 +197,7 @@ class ClientConnection(Protocol):
 
     def stopProducing(self) -> None:
         """The connection is being lost and its socket is still there: see how far the request came."""
-        self._unseen = self._fate() is Fate.UNSEEN
-
-    def _fate(self) -> Fate:
-        return fate_of(self._before, delivery(raw_socket(self.transport)), orderly=self._orderly)
-
-    def _await_verdict(self, patience: float) -> None:
-        """After a FIN: end, as soon as it is known whether the peer's kernel takes what was sent, or patience ends."""
-        self._verdict = None
-        fate = self._fate()
-        if fate is Fate.OPEN and patience > 0 and self._waiting is not None:
-            self._verdict = self._clock.callLater(_LOOK_AGAIN, self._await_verdict, patience - _LOOK_AGAIN)
-            return
-        self._unseen = fate is Fate.UNSEEN
-        self.transport.unregisterProducer()  # type: ignore[union-attr]
-        self._ended(clean=True)
-        self.transport.abortConnection()  # type: ignore[union-attr]
-
-    def _stop_waiting(self) -> None:
-        if self._verdict is not None:
-            self._verdict.cancel()
-            self._verdict = None
+        self._verdict.pronounce()
 
     def pauseProducing(self) -> None:
         self._congested = True
@@ -303,7 +270,7 @@ class ClientConnection(Protocol):
             return
         self._closed = True
         self._receiver = None
-        self._stop_waiting()
+        self._verdict.stop()
         self._gone(self)
         self._stop_body()
         self.transport.abortConnection()  # type: ignore[union-attr]
@@ -383,10 +350,14 @@ class ClientConnection(Protocol):
             self._half_closed = True
             self._receiver.tunnel_half_closed()
             return
-        self._orderly = True
         self._gone(self)
         self._stop_body()
-        self._await_verdict(_PATIENCE)
+        self._verdict.after_fin(self._fin_judged, wanted=self._waiting is not None)
+
+    def _fin_judged(self) -> None:
+        self.transport.unregisterProducer()  # type: ignore[union-attr]
+        self._ended(clean=True)
+        self.transport.abortConnection()  # type: ignore[union-attr]
 
     def writeConnectionLost(self) -> None:
         """Our side is shut; nothing to do."""
@@ -403,13 +374,13 @@ class ClientConnection(Protocol):
         if self._closed:
             return
         self._closed = True
-        self._stop_waiting()
+        self._verdict.stop()
         self._stop_body()
         reader, receiver = self._reader, self._receiver
         waiting, self._waiting = self._waiting, None
         self._receiver = None
         if waiting is not None:
-            error = NotExecuted if self._unseen and not reader.fed and reader.head is None else AnswerLost
+            error = NotExecuted if self._verdict.unseen and not reader.fed and reader.head is None else AnswerLost
             waiting.errback(Failure(error("the connection ended before the answer's head")))
         elif receiver is not None:
             if clean and reader.ends_with_connection:

@@ -3,9 +3,17 @@
 To HTTP that is ambiguous; a POST must not be sent again unless it is certain that vLLM never saw any of it.
 """
 
+from collections.abc import Callable
 from enum import Enum
 
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+
 from vllmproxy.http1.sockets import Delivery
+
+#: Seconds between two looks at, and in all for, a peer's kernel to take or refuse what was sent after its FIN: a round
+#: trip and Linux's longest delayed acknowledgement.
+_LOOK_AGAIN = 0.005
+_PATIENCE = 0.5
 
 
 class Fate(Enum):
@@ -34,3 +42,52 @@ def fate_of(before: Delivery | None, now: Delivery | None, *, orderly: bool) -> 
     if now.acknowledged > before.acknowledged or not orderly:
         return Fate.UNKNOWN
     return Fate.UNSEEN if now.closed else Fate.OPEN
+
+
+class Verdict:
+    """Finds what became of the requests on one connection, one after the other.
+
+    :param look: tells how far our bytes have come.
+    :ivar unseen: what was found last: vLLM cannot have seen a byte of the request.
+    """
+
+    def __init__(self, clock: IReactorTime, look: Callable[[], Delivery | None]) -> None:
+        self._clock = clock
+        self._look = look
+        self._before: Delivery | None = None
+        self._orderly = False
+        self._call: IDelayedCall | None = None
+        self.unseen = False
+
+    def begin(self, *, reused: bool) -> None:
+        """A request begins. On a new connection there is no doubt to be resolved: it is never sent again."""
+        self.unseen = False
+        if reused:
+            self._before = self._look()
+
+    def pronounce(self) -> Fate:
+        """Judge by what is known now, while the socket is still there."""
+        fate = fate_of(self._before, self._look(), orderly=self._orderly)
+        self.unseen = fate is Fate.UNSEEN
+        return fate
+
+    def after_fin(self, judged: Callable[[], None], *, wanted: bool) -> None:
+        """Call ``judged`` once it is known whether the peer's kernel takes what was sent, or patience ends.
+
+        :param wanted: somebody waits for the answer; else it is called at once.
+        """
+        self._orderly = True
+        self._wait(judged, _PATIENCE if wanted else 0)
+
+    def _wait(self, judged: Callable[[], None], patience: float) -> None:
+        self._call = None
+        if self.pronounce() is Fate.OPEN and patience > 0:
+            self._call = self._clock.callLater(_LOOK_AGAIN, self._wait, judged, patience - _LOOK_AGAIN)
+        else:
+            judged()
+
+    def stop(self) -> None:
+        """Wait no more."""
+        if self._call is not None:
+            self._call.cancel()
+            self._call = None
