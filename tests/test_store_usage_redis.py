@@ -88,12 +88,12 @@ async def test_what_is_held_stays_so_when_an_account_is_set(server: RedisServer,
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_heir_takes_over_what_is_held(server: RedisServer, store: RedisStore) -> None:
+async def test_an_heir_takes_over_what_is_spent_and_not_what_is_held(server: RedisServer, store: RedisStore) -> None:
     await store.add_key(VirtualKey(token=TOKEN, key_name="old"))
     hold(server, 50, 5, 7, 100, 1000)
     heir = VirtualKey(token=HEIR, key_name="new")
     await store.change_keys([TOKEN, HEIR], lambda _: Writes((heir,), (TOKEN,), inherits={HEIR: TOKEN}))
-    assert fields(server, f"vllmproxy:{{{HEIR}}}:budget") == held(50, 5, 7, 100, 1000)
+    assert fields(server, f"vllmproxy:{{{HEIR}}}:budget") == held(50, 5, 7, 0, 0)
     assert number(server, "EXISTS", BUDGET) == 0
 
 

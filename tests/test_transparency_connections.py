@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from _asking import until
 from _service import Twistd, start_proxy
 from _wire import Wire, new_key, request, requests_seen, values, wire
 
@@ -155,6 +156,7 @@ def on_a_socket(sim: Twistd, tmp_path: Path) -> Iterator[tuple[Twistd, Callable[
     with tempfile.TemporaryDirectory(prefix="proxy-") as short:  # sun_path has 108 bytes
         path = f"{short}/s"
         service = start_proxy(tmp_path, sim.url, "--listen", f"unix:{path}")
+        until(lambda: Path(path).exists())
 
         def connect() -> Wire:
             sock = socket.socket(socket.AF_UNIX)
