@@ -218,9 +218,9 @@ def test_a_key_that_is_revoked_elsewhere_ends_at_once(start: Start, redis: Redis
 
 def test_what_was_missed_is_asked_for(start: Start, redis: RedisServer) -> None:
     """A change of which nobody is told, and then a subscription that is lost, as if it had been on its way."""
+    made = make_key(start(redis.url))  # by another one, whose telling of it nobody hears who starts afterwards
     service = start(redis.url, "--key-cache-ttl", "3600")
-    made = make_key(service)
-    until(lambda: b"\r\n:1\r\n" in redis.command("PUBSUB", "NUMSUB", "vllmproxy:changes"))
+    until(lambda: b"\r\n:2\r\n" in redis.command("PUBSUB", "NUMSUB", "vllmproxy:changes"))
     assert opens(service, made["key"])
     redis.command("DEL", f"vllmproxy:{{{made['token']}}}:key")
     assert opens(service, made["key"])
@@ -229,9 +229,9 @@ def test_what_was_missed_is_asked_for(start: Start, redis: RedisServer) -> None:
 
 
 def test_a_revocation_during_an_outage_is_heard_of_when_it_is_over(start: Start, redis: RedisServer) -> None:
+    made = make_key(start(redis.url))  # by another one, whose telling of it nobody hears who starts afterwards
     service = start(redis.url, "--key-cache-ttl", "3600")
-    made = make_key(service)
-    until(lambda: b"\r\n:1\r\n" in redis.command("PUBSUB", "NUMSUB", "vllmproxy:changes"))
+    until(lambda: b"\r\n:2\r\n" in redis.command("PUBSUB", "NUMSUB", "vllmproxy:changes"))
     assert opens(service, made["key"])
     redis.kill()
     until(lambda: is_store_down(ask(service, "GET", MODELS, key="sk-nobody-has-this-one")))
