@@ -221,7 +221,8 @@ def test_what_was_missed_is_asked_for(start: Start, redis: RedisServer) -> None:
     made = make_key(start(redis.url))  # by another one, whose telling of it nobody hears who starts afterwards
     service = start(redis.url, "--key-cache-ttl", "3600")
     until(lambda: b"\r\n:2\r\n" in redis.command("PUBSUB", "NUMSUB", "vllmproxy:changes"))
-    assert opens(service, made["key"])
+    for _ in range(2):  # the first may come before the proxy knows that it hears of changes: then it keeps no answer
+        assert opens(service, made["key"])
     redis.command("DEL", f"vllmproxy:{{{made['token']}}}:key")
     assert opens(service, made["key"])
     redis.command("CLIENT", "KILL", "TYPE", "pubsub")
@@ -232,7 +233,8 @@ def test_a_revocation_during_an_outage_is_heard_of_when_it_is_over(start: Start,
     made = make_key(start(redis.url))  # by another one, whose telling of it nobody hears who starts afterwards
     service = start(redis.url, "--key-cache-ttl", "3600")
     until(lambda: b"\r\n:2\r\n" in redis.command("PUBSUB", "NUMSUB", "vllmproxy:changes"))
-    assert opens(service, made["key"])
+    for _ in range(2):  # the first may come before the proxy knows that it hears of changes: then it keeps no answer
+        assert opens(service, made["key"])
     redis.kill()
     until(lambda: is_store_down(ask(service, "GET", MODELS, key="sk-nobody-has-this-one")))
     assert opens(service, made["key"])
