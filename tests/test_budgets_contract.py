@@ -107,6 +107,27 @@ async def test_tokens_are_a_budget_of_their_own(bench: Bench) -> None:
 
 
 @pytest_twisted.ensureDeferred
+async def test_the_least_that_will_do(bench: Bench) -> None:
+    """As much as is left is taken, of budgets and of windows, and given back as much."""
+    guess = (Rule("budget", "", 100, 80, 0, 5), Rule("tokens", "", 100, 80, 0, 5))
+    for taken, left in ((80, 20), (20, 0)):
+        granted = await bench.reserve(*guess, id=f"guess {taken}")
+        assert granted == Granted((left, left))
+        assert isinstance(granted, Granted)
+        assert granted.taken == (taken, taken)
+    for refused in (*guess, Rule("budget", "", 4, 80, 0, 5)):
+        refusal = await bench.reserve(refused)
+        assert isinstance(refusal, Denied)
+        assert refusal.left in (0, 4)
+    await bench.settle("guess 20", 4, 4)
+    for refused in guess:
+        refusal = await bench.reserve(evolve(refused, least=17))
+        assert isinstance(refusal, Denied)
+        assert refusal.left == 16
+    assert await bench.reserve(*guess) == Granted((0, 0))
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_request_may_cost_more_than_was_held(bench: Bench) -> None:
     await bench.reserve(money(100, 1))
     await bench.over(held=1, spend=150)

@@ -1,10 +1,10 @@
 import json
 
 import pytest
+from _bodies import bodies
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests._bodies import bodies
 from vllmproxy.inspection.document import Member, Unreadable, read_document
 
 PIECES = st.sampled_from(

@@ -2,10 +2,10 @@ import json
 from typing import Any
 
 import pytest
+from _bodies import bodies
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests._bodies import bodies
 from vllmproxy.inspection.lax import MOST
 from vllmproxy.inspection.request import LONGEST_END_USER, Asked, read_request
 

@@ -2,10 +2,10 @@ import json
 from typing import Any
 
 import pytest
+from _bodies import OBJECTS, Members, Raw, bodies, written
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests._bodies import OBJECTS, Members, Raw, bodies, written
 from vllmproxy.inspection.document import read_document
 from vllmproxy.inspection.lax import truth_of
 from vllmproxy.inspection.request import read_request

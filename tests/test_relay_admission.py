@@ -297,8 +297,28 @@ def test_a_request_that_asks_for_more_than_the_limit_is_told_so() -> None:
     post(house, {"model": "m", "max_tokens": 5000, "messages": MESSAGES})
     status, told = error(house)
     assert status == 429
-    assert "waiting does not help" in told["message"]
+    assert "Current limit: 100, Remaining: 100. This request may use 50" in told["message"]
     assert post(house, {"model": "m", "messages": MESSAGES}) != b""  # without a bound of its own it may
+
+
+def test_a_request_without_a_bound_takes_what_is_left() -> None:
+    """Our guess is no reason to refuse it: as long as anything is left, it may have that."""
+    for fields in ({"max_budget_tokens": 500}, {"tpm_limit": 500}):
+        house = house_of(**fields)
+        for _ in range(11):
+            assert post(house, {"model": "m", "messages": MESSAGES}) != b""
+            answer(house, {"model": "m", "usage": {"prompt_tokens": 1, "completion_tokens": 40, "total_tokens": 41}})
+            house.clock.advance(1)
+        post(house, {"model": "m", "messages": MESSAGES, "max_tokens": 60})
+        status, told = error(house)
+        assert status in (422, 429)
+        assert "49" in told["message"]  # 500 - 11 * 41
+        assert "may use 81" in told["message"]
+        assert post(house, {"model": "m", "messages": MESSAGES}) != b""
+        second = house.connect()
+        house.client = second
+        post(house, {"model": "m", "messages": MESSAGES})  # while the first has all that is left
+        assert error(house)[0] == status
 
 
 @pytest.mark.parametrize("name", ["fast", "real"])

@@ -119,7 +119,7 @@ class TooLarge(ApiError):
 
 
 class StoreDown(ApiError):
-    """Keys cannot be looked up just now; nobody is let in and nobody is called a stranger."""
+    """The store does not answer just now; nobody is let in and nobody is called a stranger."""
 
     status = 503
     type = "no_db_connection"

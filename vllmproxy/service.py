@@ -26,7 +26,7 @@ from vllmproxy.keys.routes import KNOWN_ROUTES
 from vllmproxy.limits.fallback import FallbackLimiter
 from vllmproxy.listening import CannotListen, accept, listen
 from vllmproxy.observers.fanout import FanOut
-from vllmproxy.observers.jsonlines import open_access_log
+from vllmproxy.observers.jsonlines import JsonLines, open_access_log
 from vllmproxy.observers.metrics import MetricsObserver
 from vllmproxy.observers.record import RequestRecord
 from vllmproxy.relay.headers import TrustedProxies, fresh_id
@@ -59,7 +59,7 @@ class Proxy:
         limits = Limits(settings.max_head, settings.max_headers, settings.max_target)
         self._reactor = reactor
         self.store = make_store(settings.store, reactor=reactor, state_directory=settings.state_directory)
-        self.access_log = open_access_log(settings.access_log, reactor)
+        self.access_log = _open_access_log(settings.access_log, reactor)
         metrics = MetricsObserver(known_routes=KNOWN_ROUTES)
         self.observer = FanOut([self.access_log, metrics])
         master = MasterKey(settings.master_key.reveal()) if settings.master_key else None
@@ -189,7 +189,11 @@ class ProxyService(Service):
     def _bind(self) -> None:
         settings = self._settings
         if settings.simulate:
-            port, settings = start_simulator(self._reactor, settings)
+            try:
+                port, settings = start_simulator(self._reactor, settings)
+            except OSError as error:
+                where = f"{str(settings.state_directory)!r}: {error.strerror}"
+                raise CannotStart(f"--state-directory: cannot write in {where}; name another directory") from None
             self._ports.append(port)
         proxy = Proxy(settings, self._reactor)
         ports = listen(self._reactor, settings.listen, proxy.factory)
@@ -227,12 +231,11 @@ class ProxyService(Service):
         accept(self._listeners)
         assert self._settings.upstream is not None
         addresses = [port.getHost() for port in self._listeners]
-        for address in addresses:
-            _log.info(
-                "Listening on {url}, for {upstream}", url=base_url(address), upstream=self._settings.upstream.name
-            )
+        urls = [base_url(*each) for each in zip(addresses, self._settings.listen, strict=True)]
+        for url in urls:
+            _log.info("Listening on {url}, for {upstream}", url=url, upstream=self._settings.upstream.name)
         if self._settings.simulate:
-            text = what_to_try(base_url(addresses[0]), key_file(self._settings))
+            text = what_to_try(urls[0], key_file(self._settings))
             os.write(1, text.encode())  # not print: twistd would make log lines of it
 
     def _not_opened(self, reason: Any) -> None:
@@ -257,6 +260,13 @@ class ProxyService(Service):
         if self._opening is not None:
             self._opening.cancel()
         return Deferred.fromCoroutine(self._stop())
+
+
+def _open_access_log(target: str, reactor: Any) -> JsonLines:
+    try:
+        return open_access_log(target, reactor)
+    except OSError as error:
+        raise CannotStart(f"--access-log: {target!r} cannot be written ({error.strerror}); name another file") from None
 
 
 def _complain(message: str) -> None:

@@ -82,11 +82,15 @@ vllmproxy answers on {base}, with a simulated vLLM behind it. Try, in another te
 """
 
 
-def base_url(address: Any) -> str:
-    """Return the URL of a listening address, for a person on this machine."""
+def base_url(address: Any, description: str = "tcp:") -> str:
+    """Return the URL of a listening address, for a person on this machine.
+
+    :param description: the endpoint that it came of.
+    """
+    scheme = "https" if description.startswith(("ssl:", "tls:")) else "http"
     host = getattr(address, "host", None)
     if host is None:
         return f"unix:{os.fsdecode(address.name)}" if getattr(address, "name", None) else "a socket"
     if host in ("0.0.0.0", "::"):
         host = socket.gethostname()
-    return f"http://[{host}]:{address.port}" if ":" in host else f"http://{host}:{address.port}"
+    return f"{scheme}://[{host}]:{address.port}" if ":" in host else f"{scheme}://{host}:{address.port}"

@@ -198,6 +198,7 @@ def row_of(key: VirtualKey, now: float, account: Account = NO_ACCOUNT) -> dict[s
     :param account: what it has spent.
     """
     period, reset_at = key.budget.period(now)
+    spent = account if account.period >= period else NO_ACCOUNT
     return {
         "key_name": key.key_name,
         "key_alias": key.key_alias,
@@ -226,7 +227,8 @@ def row_of(key: VirtualKey, now: float, account: Account = NO_ACCOUNT) -> dict[s
         "created_by": key.created_by,
         "updated_by": key.updated_by,
         **_NOT_ENFORCED,
-        "spend": currency(account.spend if account.period >= period else 0),
+        "spend": currency(spent.spend),
+        "spend_tokens": spent.tokens,
     }
 
 

@@ -167,9 +167,10 @@ class KeyApi:
         return {"token": token, **row_of(key, call.time, after), "previous_spend": previous}
 
     async def _spend(self, call: ManagementCall, key: VirtualKey, before: Account, spend: int) -> Account:
-        """Set what a key has spent in the period of its budget that it is now; the tokens of that period stay."""
+        """Set what a key has spent in the period of its budget that it is now. The tokens of that period stay, but for
+        nothing: who has spent nothing has used none."""
         period, _ = key.budget.period(call.time)
-        after = Account(period, spend, before.tokens if before.period == period else 0)
+        after = Account(period, spend, before.tokens if spend and before.period == period else 0)
         await self._store.set_account(key.token, after, (call.spent(key, before, after),))
         _log.info("What key {key_id} has spent was set by {actor}", key_id=key.token, actor=call.actor)
         return after

@@ -91,5 +91,5 @@ def request_id_of(request: IRequest) -> str | None:
 def _audited(key: VirtualKey, now: float, account: Account | None = None) -> dict[str, Any]:
     row = {"token": key.token, **row_of(key, now, account or NO_ACCOUNT)}
     if account is None:
-        del row["spend"]  # it is no part of the key, and changes by itself
+        del row["spend"], row["spend_tokens"]  # they are no part of the key, and change by themselves
     return row

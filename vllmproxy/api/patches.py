@@ -105,8 +105,8 @@ def parse_update(body: Mapping[str, Any], now: float) -> tuple[KeyName, KeyPatch
 
 def parse_block(body: Mapping[str, Any]) -> KeyName:
     """Return which key ``POST /key/block`` and ``/key/unblock`` mean. Raises :class:`BadRequest`."""
-    refuse_unknown(body, frozenset({"key"}))
-    return parse_name(body, alias=False)
+    refuse_unknown(body, frozenset({"key", "key_alias"}))
+    return parse_name(body)
 
 
 def parse_regenerate(body: Mapping[str, Any], now: float) -> Regeneration:

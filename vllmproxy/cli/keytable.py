@@ -34,6 +34,7 @@ def key_table(rows: Sequence[dict[str, Any]], now: datetime, *, wide: bool) -> s
         Column(title="PARALLEL", cells=numbers("max_parallel_requests"), number=True, rank=4),
         Column(title="SPEND", cells=cells(_spend), number=True, rank=3),
         Column(title="BUDGET", cells=cells(lambda row: money(row.get("max_budget"))), number=True, rank=3),
+        Column(title="TOKENS LEFT", cells=cells(_tokens_left), number=True, rank=3),
         Column(title="USER", cells=texts("user_id"), folds=True, rank=7),
         Column(title="TEAM", cells=texts("team_id"), folds=True, rank=7),
         Column(title="MODELS", cells=texts("models"), folds=True, rank=8),
@@ -49,6 +50,14 @@ def key_table(rows: Sequence[dict[str, Any]], now: datetime, *, wide: bool) -> s
 def _type(row: dict[str, Any]) -> str:
     """Return the key's type where it is worth a column."""
     return "" if row.get("key_type") == "default" else field_text("key_type", row.get("key_type"))
+
+
+def _tokens_left(row: dict[str, Any]) -> str:
+    """Return what is left of a budget of tokens."""
+    budget, spent = row.get("max_budget_tokens"), row.get("spend_tokens")
+    if not isinstance(budget, int) or not isinstance(spent, int):
+        return ""
+    return whole_number(max(0, budget - spent))
 
 
 def _spend(row: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any, Final
 
 from vllmproxy.cli.client import Client
-from vllmproxy.cli.names import parse_name
+from vllmproxy.cli.names import KeyName, parse_name
 from vllmproxy.cli.output import write, write_file, write_json
 from vllmproxy.cli.tables import Column, table
 from vllmproxy.cli.text import field_text, money, plain, whole_number
@@ -50,7 +50,7 @@ def show_usage(client: Client, options: Namespace) -> int:
 def _query(options: Namespace, today: date) -> dict[str, str | None]:
     since = options.since if options.days is None else (today - timedelta(days=options.days - 1)).isoformat()
     until = options.until if options.days is None else today.isoformat()
-    name = None if options.key is None else parse_name(options.key)
+    name = None if options.key is None else _name(options.key)
     return {
         "since": since,
         "until": until,
@@ -60,6 +60,11 @@ def _query(options: Namespace, today: date) -> dict[str, str | None]:
         "end_user": options.end_user,
         "group_by": ",".join(options.by),
     }
+
+
+def _name(text: str) -> KeyName:
+    """Return whose usage is meant: a key's, or the master key's, which has no other name."""
+    return KeyName("master", token="master") if text == "master" else parse_name(text)
 
 
 def _span(answer: Sum) -> str:

@@ -63,7 +63,9 @@ _ANYBODY: Final[Policy] = compile_policy("default", (), granted_by_master=False)
 
 def store_down() -> StoreDown:
     """Return the refusal for a time when keys cannot be looked up."""
-    return StoreDown("Keys cannot be looked up just now. Try again in a moment.", headers=RETRY_AFTER)
+    return StoreDown(
+        "The store of keys and limits does not answer just now. Try again in a moment.", headers=RETRY_AFTER
+    )
 
 
 class Gate:

@@ -59,25 +59,24 @@ class Accounts:
         if len(self._balances) > _MOST_IDLE:
             self._drop_idle()
 
-    def has_room(self, token: str, rule: Rule) -> bool:
-        """Tell whether a budget has room for what ``rule`` takes."""
+    def left(self, token: str, rule: Rule) -> int:
+        """Return what is left of the budget that ``rule`` is for; negative where more was spent."""
         balance = self._balances[token]
         self._balances.move_to_end(token)
         balance.begin(rule.period)
-        return balance.used(rule) + rule.cost <= rule.limit
+        return rule.limit - balance.used(rule)
 
-    def hold(self, token: str, rule: Rule) -> int:
-        """Hold what ``rule`` takes, and return what is left. In a period that is over, nothing is held."""
+    def hold(self, token: str, rule: Rule, amount: int) -> None:
+        """Hold that much. In a period that is over, nothing is held."""
         balance = self._balances[token]
         if balance.period == rule.period:
-            balance.hold(rule, rule.cost)
-        return max(0, rule.limit - balance.used(rule))
+            balance.hold(rule, amount)
 
-    def settle(self, token: str, rule: Rule, used: int) -> None:
-        """Hold ``used`` instead of what ``rule`` took, in the same period."""
+    def settle(self, token: str, rule: Rule, change: int) -> None:
+        """Hold so much more, or less, in the same period."""
         balance = self._balances.get(token)
         if balance is not None and balance.period == rule.period:
-            balance.hold(rule, used - rule.cost)
+            balance.hold(rule, change)
 
     def added(self, accounts: Mapping[str, Account], events: Sequence[UsageEvent] = ()) -> None:
         """The store has changed ``accounts``, to what they are now: what ``events`` held is spent."""

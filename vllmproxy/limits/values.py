@@ -32,6 +32,7 @@ class Rule:
     :ivar limit: how much there is.
     :ivar cost: how much this request takes: 1, or for tokens and money what it is expected to use.
     :ivar period: of a budget: when its period began, whole seconds since the epoch.
+    :ivar least: what will do where that much is not left: then all that is left is taken. ``None``: ``cost``.
     """
 
     kind: Kind
@@ -39,6 +40,16 @@ class Rule:
     limit: int = field(validator=[ge(0), le(MAX_AMOUNT)])
     cost: int = field(validator=[ge(0), le(MAX_AMOUNT)])
     period: int = 0
+    least: int | None = None
+
+    @property
+    def needed(self) -> int:
+        """What has to be left."""
+        return self.cost if self.least is None else min(self.least, self.cost)
+
+    def taken(self, left: int) -> int:
+        """Return what is taken where ``left`` is left, which is enough."""
+        return self.cost if self.least is None else min(self.cost, max(left, self.needed))
 
     def __attrs_post_init__(self) -> None:
         if self.kind == "max_parallel_requests" and self.cost != 1:
@@ -72,9 +83,11 @@ class Granted:
 
     :ivar remaining: for each rule of the ask, what is left of it now; never negative. Of a budget: what is neither
         spent nor held.
+    :ivar taken: for each rule, what was taken.
     """
 
     remaining: tuple[int, ...]
+    taken: tuple[int, ...] = field(default=(), eq=False)
 
 
 @frozen
@@ -84,6 +97,7 @@ class Denied:
     :ivar rule: which rule of the ask (its place): of those that refuse, the one that takes the longest to have room.
     :ivar retry_after: seconds until that rule has room, if nobody takes or gives back meanwhile.
     :ivar reset_at: when that is, in seconds since the epoch on the clock of the store.
+    :ivar left: how much of it is left, which is too little. Where the whole limit is, that may be told.
     :ivar never: waiting does not help: the request costs more than the limit is, or than is left of a budget.
     """
 
@@ -91,3 +105,4 @@ class Denied:
     retry_after: float
     reset_at: float
     never: bool = False
+    left: int = field(default=0, eq=False)

@@ -5,7 +5,7 @@ from typing import Final
 from attrs import frozen
 
 from vllmproxy.keys.key import VirtualKey
-from vllmproxy.limits.values import MAX_AMOUNT, Rule
+from vllmproxy.limits.values import MAX_AMOUNT, Kind, Rule
 
 #: Output tokens of an answer whose request sets no bound.
 DEFAULT_OUTPUT: Final = 1024
@@ -72,35 +72,26 @@ def rules_of(key: VirtualKey, demand: Demand, now: float) -> tuple[Rule, ...]:
     if key.rpm_limit is not None:
         rules.append(Rule("requests", "", key.rpm_limit, 1))
     if key.tpm_limit is not None:
-        rules.append(Rule("tokens", "", key.tpm_limit, _cost(demand, demand.tokens, key.tpm_limit)))
+        rules.append(_rule("tokens", "", key.tpm_limit, demand, demand.tokens))
     for name in demand.names:
         rpm, tpm = key.model_rpm_limit.get(name), key.model_tpm_limit.get(name)
         if rpm is not None:
             rules.append(Rule("requests", name, rpm, 1))
         if tpm is not None:
-            rules.append(Rule("tokens", name, tpm, _cost(demand, demand.tokens, tpm)))
+            rules.append(_rule("tokens", name, tpm, demand, demand.tokens))
     if key.max_parallel_requests is not None:
         rules.append(Rule("max_parallel_requests", "", key.max_parallel_requests, 1))
-    if key.budget.is_limited:
-        rules += _budget_rules(key, demand, now)
+    budget = key.budget
+    period, _ = budget.period(now)
+    if budget.is_priced:
+        limit = MAX_AMOUNT if budget.money is None else budget.money
+        rules.append(_rule("budget", "", limit, demand, demand.spend, period=period))
+    if budget.tokens is not None:
+        rules.append(_rule("budget_tokens", "", budget.tokens, demand, demand.tokens, period=period))
     return tuple(rules)
 
 
-def _budget_rules(key: VirtualKey, demand: Demand, now: float) -> list[Rule]:
-    budget = key.budget
-    period, _ = budget.period(now)
-    rules = []
-    if budget.is_priced:
-        limit = MAX_AMOUNT if budget.money is None else budget.money
-        rules.append(Rule("budget", "", limit, _cost(demand, demand.spend, limit), period))
-    if budget.tokens is not None:
-        rules.append(Rule("budget_tokens", "", budget.tokens, _cost(demand, demand.tokens, budget.tokens), period))
-    return rules
-
-
-def _cost(demand: Demand, expected: int, limit: int) -> int:
-    """Return what is taken of a limit. A guess of ours alone never makes a request too large for it."""
+def _rule(kind: Kind, scope: str, limit: int, demand: Demand, expected: int, *, period: int = 0) -> Rule:
+    """Return the rule for what is expected. Where that is a guess of ours, whatever is left will do, if anything is."""
     cost = min(expected, MAX_AMOUNT)
-    if not demand.is_bounded:
-        cost = min(cost, limit)
-    return max(cost, 1) if expected else 0
+    return Rule(kind, scope, limit, cost, period, None if demand.is_bounded else min(cost, 1))

@@ -48,12 +48,13 @@ class Reservation:
     """What one request has taken.
 
     :ivar ask: what was asked for; its request id is the proxy's own, as the client's may come twice.
-    :ivar remaining: for each rule, what was left.
+    :ivar remaining: for each rule, what was left; ``taken``: what was taken.
     :ivar demand: what it was for.
     """
 
     ask: Ask
     remaining: tuple[int, ...]
+    taken: tuple[int, ...]
     demand: Demand = NO_DEMAND
 
     @property
@@ -67,14 +68,10 @@ class Reservation:
                 lines += b"x-ratelimit-api_key-remaining-%s: %d\r\n" % (kind, remaining)
         return lines
 
-    def rule(self, kind: str) -> Rule | None:
-        """Return the rule of the whole key that is of this kind."""
-        return next((rule for rule in self.ask.rules if rule.kind == kind and not rule.scope), None)
-
     def held(self, kind: str) -> int:
         """Return what a budget holds for this request until its usage event is added."""
-        rule = self.rule(kind)
-        return 0 if rule is None else rule.cost
+        amounts = zip(self.ask.rules, self.taken, strict=True)
+        return next((taken for rule, taken in amounts if rule.kind == kind), 0)
 
     @property
     def period(self) -> int | None:
@@ -132,7 +129,7 @@ class Quotas:
             self._leases.setdefault(ask.key, set()).add(ask.request_id)
             if not self._renewing.running:
                 self._renewing.start(RENEWAL, now=False)
-        reservation = Reservation(ask, decision.remaining, demand)
+        reservation = Reservation(ask, decision.remaining, decision.taken, demand)
         if key.budget.soft is not None:
             self._watch_soft_budget(key, reservation, key.budget.soft)
         return reservation
@@ -174,8 +171,10 @@ class Quotas:
             return _rate_limited(denied, rule, ask.key)
         now = self._clock.seconds()
         _, ends = key.budget.period(now)
-        limit = f"{rule.limit / 1e6:g}" if rule.kind == "budget" else f"{rule.limit} tokens"
-        message = f"Budget has been exceeded! What is left of {limit} is less than this request may cost."
+        message = f"Budget has been exceeded! {_amount(denied.left, rule)} of {_amount(rule.limit, rule)} are left"
+        if denied.left:
+            message += f", and this request may use {_amount(rule.needed, rule)}: ask for fewer tokens (max_tokens)"
+        message += "."
         if ends is None:
             return BudgetExceeded(message, status=self._budget_status)
         headers = ((b"retry-after", b"%d" % max(math.ceil(ends - now), 1)), (b"reset_at", _time(ends).encode()))
@@ -231,18 +230,29 @@ def _cost(rule: Rule, forwarded: bool, tokens: int | None) -> int | None:
 
 
 def _rate_limited(denied: Denied, rule: Rule, token: str) -> RateLimited:
-    reset_at = _time(denied.reset_at)
     for_model = f" for model {rule.scope}" if rule.scope else ""
-    hint = " The request asks for more than that limit at once: waiting does not help." if denied.never else ""
-    return RateLimited(
+    message = (
         f"Rate limit exceeded for api_key: {token}{for_model}. Limit type: {rule.kind}. Current limit: {rule.limit}, "
-        f"Remaining: 0. Limit resets at: {reset_at}{hint}",
+        f"Remaining: {denied.left}. "
+    )
+    kind = (b"rate_limit_type", rule.kind.encode())
+    if denied.never:  # no retry-after: waiting does not help
+        return RateLimited(f"{message}This request may use {rule.needed}: ask for fewer (max_tokens).", headers=(kind,))
+    reset_at = _time(denied.reset_at)
+    if rule.kind == "tokens":
+        message += f"This request may use {rule.needed}. "
+    return RateLimited(
+        f"{message}Limit resets at: {reset_at}",
         headers=(
             (b"retry-after", b"%d" % max(math.ceil(denied.retry_after), 1)),
-            (b"rate_limit_type", rule.kind.encode()),
+            kind,
             (b"reset_at", reset_at.encode()),
         ),
     )
+
+
+def _amount(amount: int, rule: Rule) -> str:
+    return f"{amount / 1e6:g}" if rule.kind == "budget" else f"{amount} tokens"
 
 
 def _time(seconds: float) -> str:

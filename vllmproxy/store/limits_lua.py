@@ -91,8 +91,9 @@ end
 """
 
 #: KEYS: the key's clock, the reservation, each rule's counter. ARGV: not after, the request id, the lengths of window,
-#: bucket, lease and pause, milliseconds to keep things; of each rule its kind, limit, cost and period.
-#: Answers GRANTED, now, what remains of each; or REFUSED, now, which rule (from 0), wait, 1 if that is for ever.
+#: bucket, lease and pause, milliseconds to keep things; of each rule its kind, limit, cost, period and the least that
+#: will do. Answers GRANTED, now, what remains of each, what was taken of each; or REFUSED, now, which rule (from 0),
+#: wait, 1 if that is for ever, what is left of it.
 RESERVE: Final = (
     PUNCTUAL
     + _STEADY
@@ -106,50 +107,53 @@ local steady = steady_time(KEYS[1], now, kept)
 
 local rules, longest, refusing = {}, 0, nil
 for place = 3, #KEYS do
-  local from = 8 + (place - 3) * 4
+  local from = 8 + (place - 3) * 5
   local rule = {name = KEYS[place], kind = ARGV[from], limit = tonumber(ARGV[from + 1]),
-                cost = tonumber(ARGV[from + 2]), period = tonumber(ARGV[from + 3])}
+                cost = tonumber(ARGV[from + 2]), period = tonumber(ARGV[from + 3]),
+                least = tonumber(ARGV[from + 4])}
   local delay = 0
-  if rule.cost > rule.limit then
-    delay = math.huge
+  if rule.least > rule.limit then
+    delay, rule.used = math.huge, 0
   elseif holds[rule.kind] then
     rule.is_current = begin(rule.name, rule.period, now) == rule.period
-    if used_of(rule.name, rule.kind) + rule.cost > rule.limit then delay = math.huge end
+    rule.used = used_of(rule.name, rule.kind)
+    if rule.used + rule.least > rule.limit then delay = math.huge end
   elseif rule.kind == 'max_parallel_requests' then
     redis.call('ZREMRANGEBYSCORE', rule.name, '-inf', steady)
     rule.used = redis.call('ZCARD', rule.name)
     if rule.used >= rule.limit then delay = pause end
   else
     rule.window = load(rule.name, length, width, steady)
-    delay = wait(rule.window, length, steady, rule.limit, rule.cost)
+    rule.used = rule.window.total
+    delay = wait(rule.window, length, steady, rule.limit, rule.least)
   end
   if delay > longest then longest, refusing = delay, place - 3 end
   rules[#rules + 1] = rule
 end
 if refusing then
-  if longest == math.huge then return {0, now, refusing, length, 1} end
-  return {0, now, refusing, longest, 0}
+  local left = math.max(0, rules[refusing + 1].limit - rules[refusing + 1].used)
+  if longest == math.huge then return {0, now, refusing, length, 1, left} end
+  return {0, now, refusing, longest, 0, left}
 end
 
 local taken, answer = {}, {1, now}
 for place, rule in ipairs(rules) do
-  local bucket, used = false, nil
+  local bucket = false
+  local cost = math.min(rule.cost, math.max(rule.limit - rule.used, rule.least))
   if holds[rule.kind] then
     bucket = holds[rule.kind]
-    if rule.is_current then redis.call('HINCRBY', rule.name, bucket, rule.cost) end
+    if rule.is_current then redis.call('HINCRBY', rule.name, bucket, cost) end
     redis.call('HSET', rule.name, 'touched', now)
-    used = used_of(rule.name, rule.kind)
   elseif rule.window then
-    bucket = take(rule.window, width, steady, rule.cost)
-    used = rule.window.total
+    bucket = take(rule.window, width, steady, cost)
     redis.call('PEXPIRE', rule.name, kept)
   else
     redis.call('ZADD', rule.name, steady + lease, id)
-    used = rule.used + 1
     redis.call('PEXPIRE', rule.name, kept)
   end
-  taken[place] = {rule.name, bucket, rule.cost, rule.period}
-  answer[place + 2] = math.max(0, rule.limit - used)
+  taken[place] = {rule.name, bucket, cost, rule.period}
+  answer[place + 2] = math.max(0, rule.limit - rule.used - cost)
+  answer[place + 2 + #rules] = cost
 end
 redis.call('SET', KEYS[2], cmsgpack.pack(taken), 'PX', kept)
 return answer

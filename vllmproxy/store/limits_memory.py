@@ -80,7 +80,7 @@ class MemoryLimiter:
         if denied is not None:
             return denied
         self._keys.take(now, ask.key, counters)
-        return Granted(counters.take(now, ask))
+        return counters.take(now, ask)
 
     def settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> None:
         now = self._now()
@@ -135,8 +135,8 @@ class _Counters:
         self._accounts = accounts
         self._windows: dict[tuple[str, str], Window] = {}
         self._places: dict[str, Leases[Ask]] = {}
-        #: The requests that are not settled, and in which bucket each of their rules was taken.
-        self._reserved: Leases[tuple[Ask, list[int]]] = Leases(spans.kept)
+        #: The requests that are not settled, and for each of their rules the bucket and what was taken.
+        self._reserved: Leases[tuple[Ask, list[int], list[int]]] = Leases(spans.kept)
         self._settled: Leases[bool] = Leases(spans.memory)
 
     def check(self, now: int, ask: Ask, shown: int) -> Denied | None:
@@ -150,30 +150,36 @@ class _Counters:
         longest = max(waits)
         if longest <= 0:
             return None
-        never = longest == _NEVER
+        never, place = longest == _NEVER, waits.index(longest)
         wait = self._spans.window if never else longest
-        return Denied(waits.index(longest), wait / 1e6, (shown + wait) / 1e6, never=never)
+        left = max(0, self._left(now, ask.key, ask.rules[place]))
+        return Denied(place, wait / 1e6, (shown + wait) / 1e6, never=never, left=left)
 
-    def take(self, now: int, ask: Ask) -> tuple[int, ...]:
-        """Take all of it, and return what remains of each rule's limit."""
-        buckets, remaining = [], []
+    def take(self, now: int, ask: Ask) -> Granted:
+        """Take all of it."""
+        buckets, remaining, taken = [], [], []
         for rule in ask.rules:
-            bucket = 0
+            bucket, left = 0, self._left(now, ask.key, rule)
+            amount = rule.taken(left)
             if rule.kind in BUDGETS:
-                left = self._accounts.hold(ask.key, rule)
+                self._accounts.hold(ask.key, rule, amount)
             elif rule.kind == "max_parallel_requests":
-                places = self._places_of(rule)
-                places.take(now, ask.request_id, ask)
-                left = rule.limit - places.count(now)
+                self._places_of(rule).take(now, ask.request_id, ask)
             else:
-                window = self._window_of(rule)
-                bucket = window.take(now, rule.cost)
-                left = rule.limit - window.total
+                bucket = self._window_of(rule).take(now, amount)
             buckets.append(bucket)
-            remaining.append(max(0, left))
-        self._reserved.take(now, ask.request_id, (ask, buckets))
+            taken.append(amount)
+            remaining.append(max(0, left - amount))
+        self._reserved.take(now, ask.request_id, (ask, buckets, taken))
         self._reserved.count(now)
-        return tuple(remaining)
+        return Granted(tuple(remaining), tuple(taken))
+
+    def _left(self, now: int, token: str, rule: Rule) -> int:
+        if rule.kind in BUDGETS:
+            return self._accounts.left(token, rule)
+        if rule.kind == "max_parallel_requests":
+            return rule.limit - self._places_of(rule).count(now)
+        return rule.limit - self._window_of(rule).total
 
     def settle(self, now: int, request_id: str, costs: tuple[int | None, ...]) -> bool:
         """See :class:`~vllmproxy.limits.interface.Limiter`; false if there is nothing to settle."""
@@ -183,18 +189,19 @@ class _Counters:
         self._reserved.end(request_id)
         self._settled.take(now, request_id, True)
         self._settled.count(now)
-        ask, buckets = reserved
-        for rule, bucket, used in zip(ask.rules, buckets, costs + (None,) * len(buckets), strict=False):
+        ask, buckets, taken = reserved
+        every = zip(ask.rules, buckets, taken, costs + (None,) * len(buckets), strict=False)
+        for rule, bucket, cost, used in every:
             if rule.kind == "max_parallel_requests":
                 self._places_of(rule).end(request_id)
                 continue
             if used is None:
                 continue
-            amount = min(max(used, 0), MAX_AMOUNT)
+            change = min(max(used, 0), MAX_AMOUNT) - cost
             if rule.kind in BUDGETS:
-                self._accounts.settle(ask.key, rule, amount)
+                self._accounts.settle(ask.key, rule, change)
             else:
-                self._window_of(rule).settle(bucket, amount - rule.cost)
+                self._window_of(rule).settle(bucket, change)
         return True
 
     def renew(self, now: int, request_id: str) -> bool:
@@ -209,9 +216,9 @@ class _Counters:
     def _wait(self, now: int, token: str, rule: Rule) -> int:
         """Return how long it takes until there is room, in microseconds, or ``_NEVER``."""
         if rule.kind in BUDGETS:
-            return 0 if self._accounts.has_room(token, rule) else _NEVER
+            return 0 if rule.needed <= self._accounts.left(token, rule) else _NEVER
         if rule.kind != "max_parallel_requests":
-            wait = self._window_of(rule).wait(now, rule.limit, rule.cost)
+            wait = self._window_of(rule).wait(now, rule.limit, rule.needed)
             return _NEVER if wait is None else wait
         if rule.limit == 0:
             return _NEVER

@@ -71,7 +71,7 @@ class RedisLimiter:
         words: list[Any] = [name_bytes(ask.request_id), *self._lengths]
         for rule in ask.rules:
             names.append(account_name(ask.key) if rule.kind in BUDGETS else _name(ask.key, rule.kind, rule.scope))
-            words += rule.kind, rule.limit, rule.cost, rule.period
+            words += rule.kind, rule.limit, rule.cost, rule.period, rule.needed
         call = self._call(RESERVE, names, words, self._timeout)
         answered = False
         try:
@@ -83,9 +83,9 @@ class RedisLimiter:
         if what == DUPLICATE:
             raise DuplicateRequest
         if what == GRANTED:
-            return Granted(tuple(rest))
-        place, wait, never = rest
-        return Denied(place, wait / 1e6, (now + wait) / 1e6, never=bool(never))
+            return Granted(tuple(rest[: len(ask.rules)]), tuple(rest[len(ask.rules) :]))
+        place, wait, never, left = rest
+        return Denied(place, wait / 1e6, (now + wait) / 1e6, never=bool(never), left=left)
 
     async def _settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> None:
         await self._run(self._settlement(key, request_id, costs, self._timeout))
