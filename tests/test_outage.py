@@ -12,6 +12,8 @@ from _redis import RedisServer, redis_server
 from _sentinel import sentinel_group
 from _service import MASTER_KEY, Twistd, start_proxy
 
+from vllmproxy.keys.key import hash_key
+
 MODELS = "/vllm/v1/models"
 
 #: What is kept is still there after a kill -9.
@@ -102,9 +104,19 @@ def opens(service: Twistd, key: str) -> bool:
     return ask(service, "GET", MODELS, key=key).status == 200
 
 
-def survive(redis: RedisServer, service: Twistd, other: Twistd, outage: str, seconds: float) -> None:
+def make_keys(start: Start, url: str, *fields: dict[str, object]) -> list[str]:
+    """Make keys at a proxy that is started for it: those that are started later hear of no change of them.
+
+    A proxy that is told of a change forgets the key, and that may come after it was asked for the first time.
+    """
+    maker = start(url)
+    return [make_key(maker, **each)["key"] for each in fields]
+
+
+def survive(start: Start, redis: RedisServer, outage: str, seconds: float) -> None:
     """Go through one outage, with a key that was used, one that was not, and one that does not exist."""
-    known, unused = make_key(service)["key"], make_key(service)["key"]
+    known, unused = make_keys(start, redis.url, {}, {})
+    service, other = start(redis.url), start(redis.url)
     stranger = "sk-nobody-has-this-one"
     assert opens(service, known)
     assert opens(other, known)
@@ -126,18 +138,18 @@ def survive(redis: RedisServer, service: Twistd, other: Twistd, outage: str, sec
 
 @pytest.mark.parametrize("outage", ["killed", "stopped"])
 def test_keys_in_an_outage(start: Start, redis: RedisServer, outage: str) -> None:
-    survive(redis, start(redis.url), start(redis.url), outage, SHORT)
+    survive(start, redis, outage, SHORT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("outage", ["killed", "stopped"])
 def test_keys_in_a_long_outage(start: Start, redis: RedisServer, outage: str) -> None:
-    survive(redis, start(redis.url), start(redis.url), outage, LONG)
+    survive(start, redis, outage, LONG)
 
 
 def test_a_key_works_for_as_long_as_it_may_be_stale(start: Start, redis: RedisServer) -> None:
-    service = start(redis.url, "--key-max-stale", "2")
-    key = make_key(service)["key"]
+    (key,) = make_keys(start, redis.url, {})
+    service = start(redis.url, "--key-max-stale", "6")
     assert opens(service, key)
     redis.kill()
     assert opens(service, key)
@@ -148,8 +160,8 @@ def test_a_key_works_for_as_long_as_it_may_be_stale(start: Start, redis: RedisSe
 
 @pytest.mark.parametrize("outage", ["killed", "stopped"])
 def test_limits_fail_closed(start: Start, redis: RedisServer, outage: str) -> None:
+    limited, free = make_keys(start, redis.url, {"rpm_limit": 1000}, {})
     service = start(redis.url)
-    limited, free = make_key(service, rpm_limit=1000)["key"], make_key(service)["key"]
     assert opens(service, limited)
     assert opens(service, free)
     end(redis, outage)
@@ -164,8 +176,8 @@ def test_limits_fail_closed(start: Start, redis: RedisServer, outage: str) -> No
 
 @pytest.mark.parametrize("outage", ["killed", "stopped"])
 def test_limits_fall_to_a_share(start: Start, redis: RedisServer, outage: str) -> None:
+    key, slow = make_keys(start, redis.url, {"rpm_limit": 9}, {"max_parallel_requests": 2})
     service = start(redis.url, "--store-outage", "local", "--local-share", "0.5")
-    key, slow = make_key(service, rpm_limit=9)["key"], make_key(service, max_parallel_requests=2)["key"]
     assert opens(service, key)
     assert opens(service, slow)
     end(redis, outage)
@@ -187,8 +199,8 @@ def test_limits_fall_to_a_share(start: Start, redis: RedisServer, outage: str) -
 
 def test_a_failover_by_sentinel(start: Start) -> None:
     with sentinel_group() as group:
+        known, unused = make_keys(start, group.url, {}, {})
         service, other = start(group.url), start(group.url)
-        known, unused = make_key(service)["key"], make_key(service)["key"]
         assert opens(service, known)
         until(lambda: group.master.command("WAIT", "1", "1000") == b":1\r\n")  # the replica has them
         with asking(service, known, unused, "sk-nobody-has-this-one") as (works, waits, strange):
@@ -218,11 +230,10 @@ def test_a_key_that_is_revoked_elsewhere_ends_at_once(start: Start, redis: Redis
 
 def test_what_was_missed_is_asked_for(start: Start, redis: RedisServer) -> None:
     """A change of which nobody is told, and then a subscription that is lost, as if it had been on its way."""
-    made = make_key(start(redis.url))  # by another one, whose telling of it nobody hears who starts afterwards
     service = start(redis.url, "--key-cache-ttl", "3600")
-    until(lambda: b"\r\n:2\r\n" in redis.command("PUBSUB", "NUMSUB", "vllmproxy:changes"))
-    for _ in range(2):  # the first may come before the proxy knows that it hears of changes: then it keeps no answer
-        assert opens(service, made["key"])
+    made = make_key(service)
+    until(lambda: b"\r\n:1\r\n" in redis.command("PUBSUB", "NUMSUB", "vllmproxy:changes"))
+    assert opens(service, made["key"])
     redis.command("DEL", f"vllmproxy:{{{made['token']}}}:key")
     assert opens(service, made["key"])
     redis.command("CLIENT", "KILL", "TYPE", "pubsub")
@@ -230,14 +241,13 @@ def test_what_was_missed_is_asked_for(start: Start, redis: RedisServer) -> None:
 
 
 def test_a_revocation_during_an_outage_is_heard_of_when_it_is_over(start: Start, redis: RedisServer) -> None:
-    made = make_key(start(redis.url))  # by another one, whose telling of it nobody hears who starts afterwards
+    (key,) = make_keys(start, redis.url, {})
     service = start(redis.url, "--key-cache-ttl", "3600")
     until(lambda: b"\r\n:2\r\n" in redis.command("PUBSUB", "NUMSUB", "vllmproxy:changes"))
-    for _ in range(2):  # the first may come before the proxy knows that it hears of changes: then it keeps no answer
-        assert opens(service, made["key"])
+    assert opens(service, key)
     redis.kill()
     until(lambda: is_store_down(ask(service, "GET", MODELS, key="sk-nobody-has-this-one")))
-    assert opens(service, made["key"])
+    assert opens(service, key)
     redis.start()
-    redis.command("DEL", f"vllmproxy:{{{made['token']}}}:key")
-    until(lambda: ask(service, "GET", MODELS, key=made["key"]).status == 401)
+    redis.command("DEL", f"vllmproxy:{{{hash_key(key)}}}:key")
+    until(lambda: ask(service, "GET", MODELS, key=key).status == 401)
