@@ -202,6 +202,7 @@ def test_a_failover_by_sentinel(start: Start) -> None:
         known, unused = make_keys(start, group.url, {}, {})
         service, other = start(group.url), start(group.url)
         assert opens(service, known)
+        assert ask(other, "GET", "/health/readiness").status == 200  # its store is open
         until(lambda: group.master.command("WAIT", "1", "1000") == b":1\r\n")  # the replica has them
         with asking(service, known, unused, "sk-nobody-has-this-one") as (works, waits, strange):
             group.master.kill()
