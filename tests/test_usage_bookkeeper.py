@@ -16,7 +16,7 @@ from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.journal import journals_in
 from vllmproxy.usage.sums import UsageQuery
 
-EXPECTED = UsageEvent(time=1.0, key="k", prompt_tokens=1000, quality="unknown")
+EXPECTED = UsageEvent(time=1.0, key="k", prompt_tokens=1000, quality="estimated")
 USED = UsageEvent(time=1.0, key="k", prompt_tokens=1, quality="reported")
 
 

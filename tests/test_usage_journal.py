@@ -11,7 +11,8 @@ from twisted.logger import LogEvent
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.journal import Journal, journals_in
 
-WANTED = UsageEvent(time=1.0, key="k", prompt_tokens=9, completion_tokens=100, held=5, quality="unknown")
+WANTED = UsageEvent(time=1.0, key="k", prompt_tokens=9, completion_tokens=100, held=5, quality="estimated")
+UNREAD = UsageEvent(time=1.0, key="k", quality="unknown")
 USED = UsageEvent(time=1.0, key="k", model="m", end_user="ü\n", prompt_tokens=9, spend=3, quality="reported", held=5)
 
 
@@ -32,7 +33,11 @@ def test_what_was_begun_and_ended_is_read_again_in_order(tmp_path: Path) -> None
     left = adopted(path)
     assert left.writer == journal.writer
     events = left.read(0, 1, 10)
-    assert [(each.number, each.event.quality) for each in events] == [(1, "reported"), (2, "unknown"), (3, "estimated")]
+    assert [(each.number, each.event.quality) for each in events] == [
+        (1, "reported"),
+        (2, "estimated"),
+        (3, "estimated"),
+    ]
     assert events[0].event == USED
     assert events[2].event.held == WANTED.held
     assert left.read(events[0].end, 2, 1) == [events[1]]
@@ -49,6 +54,13 @@ def test_adopted_twice_it_gives_the_same_numbers(tmp_path: Path) -> None:
     second = adopted(journal.path)
     assert second.read(0, 1, 10) == events
     assert second.written == 1
+
+
+def test_of_what_nobody_read_nothing_is_estimated(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path)
+    journal.begin("1", UNREAD)
+    journal.close()
+    assert [each.event for each in adopted(journal.path).read(0, 1, 10)] == [UNREAD]
 
 
 def test_one_that_is_in_use_is_left_alone(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from attrs import evolve, frozen
+from attrs import frozen
 from twisted.logger import Logger
 
 from vllmproxy.usage.event import UsageEvent
@@ -70,7 +70,7 @@ class Journal:
     def adopt(cls, path: Path) -> "Journal | None":
         """Take over what a process left that is no more; ``None`` where there is nothing in it, or it still runs.
 
-        Requests that it was killed in the middle of are counted as they were expected to be.
+        Requests that it was killed in the middle of are counted as they were expected to be: estimated, or unknown.
         """
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         try:
@@ -142,7 +142,7 @@ class Journal:
         if self.writer:
             os.ftruncate(self._descriptor, self.size)  # a torn last line
             for id, expected in list(self.open.items()):
-                self.end(id, evolve(expected, quality="estimated"))
+                self.end(id, expected)
         return bool(self.writer and self.written)
 
     def _lines(self, offset: int) -> Iterator[tuple[Any, int]]:
