@@ -162,6 +162,11 @@ class Crowd:
         """How many have had an answer to its end."""
         return sum(asked.outcome == "whole" for asked in self.asked)
 
+    @property
+    def served(self) -> int:
+        """How many of these were vLLM's."""
+        return sum(asked.outcome == "whole" and asked.status == 200 for asked in self.asked)
+
 
 def usage(service: Twistd, group: str) -> dict[str, dict[str, Any]]:
     """Return the sums by one of their names."""

@@ -1,0 +1,107 @@
+"""Redis is away while keys that are known go on working: what they use meanwhile is in the sums afterwards, once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from _asking import ask, make_key, until
+from _load import PRICES, Crowd, Key, check_sums, usage
+from _redis import RedisServer, redis_server
+from _service import Twistd, start_proxy, start_simulator
+
+#: What is kept is still there after a kill -9.
+DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
+
+
+@pytest.fixture
+def redis() -> Iterator[RedisServer]:
+    with redis_server(*DURABLE) as server:
+        yield server
+
+
+@pytest.fixture
+def own_sim(tmp_path: Path) -> Iterator[Twistd]:
+    """A simulator that nobody else asks."""
+    service = start_simulator(tmp_path / "sim")
+    yield service
+    service.stop()
+
+
+@pytest.fixture
+def service(own_sim: Twistd, redis: RedisServer, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Twistd]:
+    (tmp_path / "prices.toml").write_text(PRICES)
+    options = ("--store", redis.url, "--prices", str(tmp_path / "prices.toml"), *getattr(request, "param", ()))
+    proxy = start_proxy(tmp_path / "proxy", own_sim.url, *options)
+    yield proxy
+    proxy.stop()
+    assert "Traceback" not in proxy.log
+
+
+def go_through(redis: RedisServer, service: Twistd, crowd: Crowd, outage: str) -> None:
+    """Ask all the time, before, during and after an outage."""
+    with crowd.asking(service, clients=4):
+        until(lambda: crowd.served >= 20)
+        (redis.kill if outage == "killed" else redis.stall)()
+        try:
+            begun = crowd.served
+            until(lambda: ask(service, "GET", "/health/readiness").status == 503)
+            until(lambda: crowd.served >= begun + 60)
+        finally:
+            (redis.start if outage == "killed" else redis.resume)()
+        until(lambda: ask(service, "GET", "/health/readiness").status == 200)
+        served = crowd.served
+        until(lambda: crowd.served >= served + 20)
+
+
+def settle(service: Twistd, crowd: Crowd) -> None:
+    """Return when what was asked last is in the sums, and so all before it: they are added in order."""
+    last = crowd.compose()
+    last.ask(service)
+    assert last.status == 200
+    until(lambda: last.end_user in usage(service, "end_user"))
+
+
+@pytest.mark.parametrize("outage", ["killed", "stopped"])
+def test_what_was_used_meanwhile_is_added_once(
+    service: Twistd, own_sim: Twistd, redis: RedisServer, outage: str
+) -> None:
+    crowd = Crowd([Key(make_key(service)["key"], False) for _ in range(3)])
+    go_through(redis, service, crowd, outage)
+    settle(service, crowd)
+    assert {asked.status for asked in crowd.asked} == {200}
+    check_sums(service, own_sim, crowd)
+
+
+@pytest.mark.parametrize("service", [("--store-outage", "local")], indirect=True)
+def test_what_keys_with_limits_used_of_their_share_is_added_once(
+    service: Twistd, own_sim: Twistd, redis: RedisServer
+) -> None:
+    limits: list[dict[str, object]] = [{"tpm_limit": 10**9}, {"rpm_limit": 10**6}, {"max_budget_tokens": 10**9}]
+    crowd = Crowd([Key(make_key(service, **each)["key"], "rpm_limit" not in each) for each in limits])
+    go_through(redis, service, crowd, "stopped")
+    settle(service, crowd)
+    assert {asked.status for asked in crowd.asked} == {200, 503}  # a budget is kept in Redis and nowhere else
+    check_sums(service, own_sim, crowd)
+
+
+def test_a_proxy_that_stops_meanwhile_leaves_it_to_the_next(
+    service: Twistd, own_sim: Twistd, redis: RedisServer, tmp_path: Path
+) -> None:
+    crowd = Crowd([Key(make_key(service)["key"], False)])
+    with crowd.asking(service, clients=4):
+        until(lambda: crowd.served >= 10)
+        redis.stall()
+        until(lambda: ask(service, "GET", "/health/readiness").status == 503)
+        served = crowd.served
+        until(lambda: crowd.served >= served + 20)
+    service.stop()
+    redis.resume()
+    options = ("--store", redis.url, "--prices", str(tmp_path / "prices.toml"))
+    heir = start_proxy(tmp_path / "proxy", own_sim.url, *options)
+    try:
+        until(lambda: ask(heir, "GET", "/health/readiness").status == 200)
+        settle(heir, crowd)
+        check_sums(heir, own_sim, crowd)
+    finally:
+        heir.stop()
+    assert "Traceback" not in heir.log
