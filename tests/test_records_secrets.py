@@ -1,8 +1,10 @@
 """Canaries: distinctive secrets put in every place a request has, and then looked for in everything that is kept."""
 
 import base64
+import hashlib
 import http.client
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -190,3 +192,103 @@ def test_no_secret_in_a_refusal_to_start(tmp_path: Path) -> None:
     for number, store in enumerate((f"redis://u:{PASSWORD}@127.0.0.1:{free_port()}", f"redys://u:{PASSWORD}@h")):
         refused(tmp_path / str(number), *upstream, "--store", store, env=env)
         assert not _spill((tmp_path / str(number) / "out").read_text() + (tmp_path / str(number) / "err").read_text())
+
+
+# what is kept of keys, limits and usage
+
+
+@pytest.fixture(scope="module", params=["sqlite", "redis"])
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Everything that a proxy keeps or shows after a session with limits, budgets and a kill -9, by name."""
+    directory = tmp_path_factory.mktemp("kept")
+    sim = start_simulator(directory / "sim", "--ttft", "0", "--tpot", "0")
+    with redis_server("--requirepass", PASSWORD, "--rdbcompression", "no") as redis:
+        url = f"redis://:{PASSWORD}@127.0.0.1:{redis.port}/0"
+        store = url if request.param == "redis" else f"sqlite:{directory / 'proxy' / 'keys.sqlite'}"
+        env = {"VLLMPROXY_MASTER_KEY": MASTER, "VLLMPROXY_STORE": store}
+        service = start_proxy(directory / "proxy", sim.url, "--usage", "exact", env=env)
+        shown = {"errors": b"\n".join(_use(service))}
+        for path in ("/usage?group_by=day,key,model,end_user", "/usage?group_by=key&format=csv", "/audit?limit=100"):
+            shown[path] = ask(service, "GET", path, key=MASTER).body
+        shown["/key/list"] = ask(service, "GET", "/key/list?return_full_object=true&size=100", key=MASTER).body
+        shown["/metrics"] = ask(service, "GET", "/metrics", key=MASTER).body
+        with service.connect() as client:
+            client.sendall(_stalling())
+            assert client.recv(100)
+            service.stop(signal.SIGKILL)
+        if request.param == "redis":
+            assert redis.command("SAVE", login=(PASSWORD,)).startswith(b"+OK")
+            shown["dump.rdb"] = (redis.directory / "dump.rdb").read_bytes()
+    sim.stop()
+    for path in (directory / "proxy").rglob("*"):
+        if path.is_file():
+            shown[path.name] = path.read_bytes()
+    return shown
+
+
+def _use(service: Twistd) -> list[bytes]:
+    """Reach limits and budgets, and let requests fail, with prompts in all of them. Returns the errors."""
+    token = hashlib.sha256(VIRTUAL.encode()).hexdigest()
+    limits = {
+        "tpm_limit": 10**6,
+        "max_budget_tokens": 10**6,
+        "key_alias": "canary",
+        "model_rpm_limit": {CHAT["model"]: 30},
+    }
+    answers = [ask(service, "POST", "/key/generate", {"key": VIRTUAL, **limits}, key=MASTER)]
+    assert answers[0].status == 200
+    answers += [ask(service, "POST", "/key/generate", {"key": STRANGER, "models": ["other"]}, key=MASTER)]
+    for body in (_chat(), {**_chat(), "stream": True}, {**_chat(), "model": None}, {**_chat(), "n": PROMPT}):
+        answers += [ask(service, "POST", CHAT_PATH, body, key=key) for key in (VIRTUAL, STRANGER, MASTER)]
+    for directive in ("garbage", "close-before-head", "status; code=500"):
+        answers += [ask(service, "POST", CHAT_PATH, _chat(), key=VIRTUAL, headers={"X-Vllmsim": directive})]
+    answers += [ask(service, "POST", CHAT_PATH, f"{{{PROMPT}".encode(), key=key) for key in (VIRTUAL, STRANGER)]
+    answers += [ask(service, "POST", CHAT_PATH, _chat(), key=VIRTUAL) for _ in range(30)]
+    answers += [ask(service, "POST", "/key/update", {"key": VIRTUAL, "max_budget_tokens": 1}, key=MASTER)]
+    answers += [ask(service, "POST", CHAT_PATH, _chat(), key=VIRTUAL)]
+    answers += [ask(service, "POST", f"/key/{VIRTUAL}/reset_spend", {"reset_to": 0.0}, key=MASTER)]
+    answers += [
+        ask(
+            service,
+            "POST",
+            "/key/update",
+            {"key": VIRTUAL, "max_budget_tokens": None, "model_rpm_limit": {}},
+            key=MASTER,
+        )
+    ]
+    assert {200, 400, 403, 422, 429, 500, 502} <= {answer.status for answer in answers}
+    until(lambda: token in ask(service, "GET", "/usage?group_by=key", key=MASTER).body.decode())
+    # An error of vLLM's may say what is wrong with a request; its shape tells it from one of ours.
+    return [answer.body for answer in answers if answer.status >= 400 and not isinstance(answer.error["code"], int)]
+
+
+def _chat() -> dict[str, object]:
+    """A prompt, and no name of an end user, which is there to be shown."""
+    return {**CHAT, "messages": [{"role": "user", "content": PROMPT}]}
+
+
+def _stalling() -> bytes:
+    body = json.dumps({**_chat(), "stream": True})
+    lines = f"Host: a\r\nx-api-key: {VIRTUAL}\r\nX-Vllmsim: stall; after=10\r\nContent-Type: application/json"
+    return f"POST {CHAT_PATH} HTTP/1.1\r\n{lines}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+def test_no_secret_in_what_is_kept(kept: dict[str, bytes]) -> None:
+    assert not {name: spill for name, data in kept.items() if (spill := _spill(data.decode("latin-1")))}
+
+
+def test_it_was_looked_for_where_things_are_kept(kept: dict[str, bytes]) -> None:
+    """Keys are there by their hash alone: in the journal, the store, the sums, the audit trail, the access log."""
+    token = hashlib.sha256(VIRTUAL.encode()).hexdigest().encode()
+    (journal,) = [data for name, data in kept.items() if name.endswith(".journal")]
+    assert journal.splitlines()[-1].startswith(b'["+"')
+    store = (
+        kept["dump.rdb"]
+        if "dump.rdb" in kept
+        else b"".join(kept[name] for name in kept if name.startswith("keys.sqlite"))
+    )
+    csv = kept["/usage?group_by=key&format=csv"]
+    for place in (journal, store, csv, kept["/audit?limit=100"], kept["/key/list"], kept["access.jsonl"], kept["out"]):
+        assert token in place
+    assert b'"master"' in kept["/usage?group_by=day,key,model,end_user"]
+    assert kept["errors"].count(b'"error"') > 10
