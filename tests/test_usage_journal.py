@@ -1,5 +1,6 @@
 """The journal: what is written down is there for whoever comes next, once, in the same order."""
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -70,6 +71,40 @@ def test_one_that_is_in_use_is_left_alone(tmp_path: Path) -> None:
     assert journal.path.exists()
 
 
+def test_one_that_another_process_is_done_with_is_not_counted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is removed just before it would have been seen, opened, or locked."""
+    journal = Journal.create(tmp_path)
+    journal.begin("1", WANTED)
+    journal.close()
+    gone = tmp_path / "gone.journal"
+    gone.symlink_to(tmp_path / "nowhere")
+    assert journals_in(tmp_path) == [gone, journal.path]
+    assert Journal.adopt(gone) is None
+    lock = fcntl.flock
+
+    def lock_too_late(descriptor: int, how: int) -> None:
+        journal.path.unlink()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock_too_late)
+    assert Journal.adopt(journal.path) is None
+
+
+def test_one_that_is_not_locked_yet_is_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, seen = fcntl.flock, list[Path]()
+
+    def look_and_lock(descriptor: int, how: int) -> None:
+        seen.extend(journals_in(tmp_path))
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", look_and_lock)
+    journal = Journal.create(tmp_path)
+    assert seen == []
+    assert list(tmp_path.iterdir()) == [journal.path]
+
+
 def test_one_with_nothing_in_it_is_removed(tmp_path: Path) -> None:
     Journal.create(tmp_path).close()
     (tmp_path / "empty.journal").touch()
@@ -119,6 +154,9 @@ def test_a_full_disk_is_an_error_and_spoils_no_line(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))
     with pytest.raises(OSError, match="full"):
         journal.begin("1", WANTED)
+    with pytest.raises(OSError, match="full"):
+        Journal.create(tmp_path)
+    assert list(tmp_path.iterdir()) == [journal.path]
     monkeypatch.undo()
     assert journal.open == {}
     journal.begin("2", WANTED)

@@ -59,23 +59,32 @@ class Journal:
         """Begin a new one. Raises ``OSError``."""
         name = secrets.token_hex(8)
         path = directory / f"{name}{_SUFFIX}"
+        begun = path.with_suffix(".begun")  # nobody may adopt it before it is locked
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-        journal = cls(path, os.open(path, flags, 0o600))
-        fcntl.flock(journal._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        journal.writer = name
-        journal._append({"writer": name})
+        journal = cls(path, os.open(begun, flags, 0o600))
+        try:
+            fcntl.flock(journal._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            journal.writer = name
+            journal._append({"writer": name})
+            begun.rename(path)
+        except OSError:
+            begun.unlink(missing_ok=True)
+            journal.close()
+            raise
         return journal
 
     @classmethod
     def adopt(cls, path: Path) -> "Journal | None":
-        """Take over what a process left that is no more; ``None`` where there is nothing in it, or it still runs.
+        """Take over what a process left that is no more; ``None`` where there is nothing in it, it still runs, or
+        another has taken it over.
 
         Requests that it was killed in the middle of are counted as they were expected to be: estimated, or unknown.
         """
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        if not _is_ours(descriptor):
             os.close(descriptor)
             return None
         journal = cls(path, descriptor)
@@ -163,7 +172,23 @@ class Journal:
 
 def journals_in(directory: Path) -> list[Path]:
     """Return the files of journals, oldest first."""
-    return sorted(directory.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime)
+    return sorted(directory.glob(f"*{_SUFFIX}"), key=_changed_at)
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # it was another process's
+        return 0.0
+
+
+def _is_ours(descriptor: int) -> bool:
+    """Lock a file; false if another process has it, or was done with it before this one could lock it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return os.fstat(descriptor).st_nlink > 0
 
 
 def _event_of(line: Any) -> UsageEvent | None:
