@@ -16,30 +16,42 @@ BUDGET = 2000
 
 
 class House:
-    """A simulator, and one proxy at a time in front of it, always in the same directory."""
+    """A simulator, and proxies in front of it that share a state directory.
+
+    :ivar running: by the name of their own directory.
+    """
 
     def __init__(self, directory: Path, store: str) -> None:
         self._directory = directory
         self._store = store
+        self.state = directory / "state"
+        self.running: dict[str, Twistd] = {}
         (directory / "prices.toml").write_text(PRICES)
         self.sim = start_simulator(directory / "sim")
 
-    def start(self) -> Twistd:
-        options = ("--store", self._store, "--prices", str(self._directory / "prices.toml"))
-        self.proxy = start_proxy(self._directory / "proxy", self.sim.url, *options)
-        return self.proxy
+    def start(self, directory: str = "proxy") -> Twistd:
+        state = ("--state-directory", str(self.state))
+        options = ("--store", self._store, "--prices", str(self._directory / "prices.toml"), *state)
+        self.running[directory] = start_proxy(self._directory / directory, self.sim.url, *options)
+        return self.running[directory]
 
-    def kill(self) -> None:
-        self.proxy.stop(signal.SIGKILL)
-        assert "Traceback" not in self.proxy.log
+    def kill(self, directory: str = "proxy") -> None:
+        service = self.running.pop(directory)
+        service.stop(signal.SIGKILL)
+        assert "Traceback" not in service.log
 
     def settle(self) -> Twistd:
         """Start a proxy, and return when nothing is left of those before it."""
         service = self.start()
-        journals = service.directory / "state" / "vllmproxy" / "usage"
         until(lambda: ask(service, "GET", "/health/readiness").status == 200)
-        until(lambda: len(list(journals.glob("*.journal"))) == 1)
+        until(lambda: len(list((self.state / "usage").glob("*.journal"))) == 1)
         return service
+
+    def stop(self) -> None:
+        for service in self.running.values():
+            service.stop()
+            assert "Traceback" not in service.log
+        self.sim.stop()
 
 
 @pytest.fixture(params=["sqlite", "redis"])
@@ -47,9 +59,7 @@ def house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[House]:
     with redis_server() as redis:
         made = House(tmp_path, redis.url if request.param == "redis" else f"sqlite:{tmp_path / 'keys.sqlite'}")
         yield made
-        made.proxy.stop()
-        made.sim.stop()
-    assert "Traceback" not in made.proxy.log
+        made.stop()
 
 
 def make_keys(service: Twistd) -> list[Key]:
@@ -59,16 +69,16 @@ def make_keys(service: Twistd) -> list[Key]:
 
 
 def kill_and_start(house: House, rounds: int) -> None:
-    crowd = Crowd(make_keys(house.start()))
+    service = house.start()
+    crowd = Crowd(make_keys(service))
     stalled = []
     for _ in range(rounds):
-        service = house.proxy
         stalled += [crowd.stall(service, key) for key in crowd.keys]
         enough = crowd.whole + random.randint(20, 100)
         with crowd.asking(service):
             until(lambda enough=enough: crowd.whole >= enough, 60)  # type: ignore[misc]
             house.kill()
-        house.start()
+        service = house.start()
     house.kill()  # perhaps while it brings to the store what the one before it left
     service = house.settle()
     check_sums(service, house.sim, crowd)
@@ -101,10 +111,11 @@ def ask_for(service: Twistd, key: str, tokens: int) -> Reply:
 
 
 def test_what_a_killed_proxy_held_of_a_budget_is_spent_or_let_go_of(house: House) -> None:
-    key = Key(make_key(house.start(), max_budget_tokens=BUDGET)["key"], True)
+    service = house.start()
+    key = Key(make_key(service, max_budget_tokens=BUDGET)["key"], True)
     crowd = Crowd([key])
-    asked, wire = crowd.stall(house.proxy, key)
-    assert ask_for(house.proxy, key.secret, BUDGET).status == 422
+    asked, wire = crowd.stall(service, key)
+    assert ask_for(service, key.secret, BUDGET).status == 422
     house.kill()
     service = house.settle()
     check_sums(service, house.sim, crowd)
@@ -113,3 +124,19 @@ def test_what_a_killed_proxy_held_of_a_budget_is_spent_or_let_go_of(house: House
     assert ask_for(service, key.secret, left + 1).status == 422
     assert ask_for(service, key.secret, left).status == 200
     wire.close()
+
+
+def test_proxies_that_share_a_directory_leave_each_other_s_requests_alone(house: House) -> None:
+    one, other = house.start("one"), house.start("other")
+    crowd = Crowd(make_keys(one))
+    with crowd.asking(other, clients=3):
+        for _ in range(2):
+            enough = crowd.whole + 30
+            with crowd.asking(one, clients=3):
+                until(lambda enough=enough: crowd.whole >= enough, 60)  # type: ignore[misc]
+                house.kill("one")
+            one = house.start("one")
+            until(lambda one=one: ask(one, "GET", "/health/readiness").status == 200)  # type: ignore[misc]
+        house.kill("one")
+        house.kill("other")
+    check_sums(house.settle(), house.sim, crowd)
