@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 WINDOW = 60.0
 #: Seconds that a client waits after a refusal.
-PAUSE = 0.05
+PAUSE = 0.2
 
 
 async def client(urls: list[str], key: str, number: int, until: float, admitted: list[float]) -> None:

@@ -7,7 +7,7 @@ from twisted.internet.defer import Deferred
 from vllmproxy.errors import BadRequest, Forbidden, ModelDenied, StoreDown, TooLarge
 from vllmproxy.http1.stream import Stream
 from vllmproxy.inspection.request import Asked, read_request
-from vllmproxy.inspection.routes import takes_model
+from vllmproxy.inspection.routes import streams_usage, takes_model
 from vllmproxy.inspection.splice import with_model, with_usage
 from vllmproxy.keys.gate import RETRY_AFTER, Caller
 from vllmproxy.keys.key import VirtualKey
@@ -93,7 +93,7 @@ class Admission:
         return True
 
     def _reads_body_of(self, key: VirtualKey) -> bool:
-        return key.needs_body or self._relay.usage == "exact"
+        return key.needs_body or (self._relay.usage == "exact" and streams_usage(self._route))
 
     def hold(self, data: bytes) -> None:
         """Keep a piece of the body. Raises :class:`TooLarge`, :class:`StoreDown`."""
