@@ -36,8 +36,11 @@ class House:
         return self.running[directory]
 
     def kill(self, directory: str = "proxy") -> None:
+        self.end(directory, signal.SIGKILL)
+
+    def end(self, directory: str, how: signal.Signals) -> None:
         service = self.running.pop(directory)
-        service.stop(signal.SIGKILL)
+        service.stop(how)
         assert "Traceback" not in service.log
 
     def settle(self) -> Twistd:
@@ -99,6 +102,23 @@ def test_what_was_used_is_counted_once(house: House) -> None:
 @pytest.mark.slow
 def test_what_was_used_is_counted_once_however_often(house: House) -> None:
     kill_and_start(house, 20)
+
+
+def test_what_was_used_before_a_stop_is_counted_once(house: House) -> None:
+    service = house.start()
+    crowd = Crowd(make_keys(service))
+    for _ in range(2):
+        stalled = [crowd.stall(service, key) for key in crowd.keys]
+        enough = crowd.whole + 30
+        with crowd.asking(service):
+            until(lambda enough=enough: crowd.whole >= enough, 60)  # type: ignore[misc]
+            house.end("proxy", signal.SIGTERM)
+        assert len(list((house.state / "usage").iterdir())) == 0  # the store has all of it
+        service = house.start()
+        for asked, wire in stalled:
+            wire.close()
+            assert usage(service, "end_user")[asked.end_user]["estimated_requests"] == 1
+    check_sums(service, house.sim, crowd, killed=False)
 
 
 def ask_for(service: Twistd, key: str, tokens: int) -> Reply:
