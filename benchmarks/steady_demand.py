@@ -10,7 +10,7 @@ they began, by the clock of the clients (which adds the way of an answer to the 
 import argparse
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from urllib.parse import urlsplit
 
 WINDOW = 60.0
@@ -18,10 +18,10 @@ WINDOW = 60.0
 PAUSE = 0.2
 
 
-async def client(urls: list[str], key: str, number: int, until: float, admitted: list[float]) -> None:
-    """Ask until ``until``, over a connection to each proxy, and note when a request was let in."""
+async def client(urls: list[str], key: str, until: float, admitted: list[float], statuses: Counter[int]) -> None:
+    """Ask until ``until``, over a connection to each proxy, and note when a request was let in, and what others got."""
     connections = []
-    for url in urls[number % len(urls) :] + urls[: number % len(urls)]:
+    for url in urls:
         parts = urlsplit(url)
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
         request = f"GET {parts.path}/v1/models HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer {key}\r\n\r\n"
@@ -30,12 +30,11 @@ async def client(urls: list[str], key: str, number: int, until: float, admitted:
         for reader, writer, request in connections:
             writer.write(request)
             status = await answer(reader)
+            statuses[status] += 1
             if status == 200:
                 admitted.append(time.time())
-            elif status == 429:
-                await asyncio.sleep(PAUSE)
             else:
-                raise SystemExit(f"an answer had the status {status}")
+                await asyncio.sleep(PAUSE)
 
 
 async def answer(reader: asyncio.StreamReader) -> int:
@@ -68,13 +67,18 @@ async def main() -> None:
     parser.add_argument("--minutes", type=int, default=4)
     options = parser.parse_args()
     admitted: list[float] = []
+    statuses: Counter[int] = Counter()
     began = time.time()
     until = began + WINDOW * options.minutes + 1
-    await asyncio.gather(*(client(options.urls, options.key, n, until, admitted) for n in range(options.clients)))
+    orders = (
+        options.urls[n % len(options.urls) :] + options.urls[: n % len(options.urls)] for n in range(options.clients)
+    )
+    await asyncio.gather(*(client(urls, options.key, until, admitted, statuses) for urls in orders))
     first = min(admitted)
     for minute in range(options.minutes):
         count = sum(first + WINDOW * minute <= moment < first + WINDOW * (minute + 1) for moment in admitted)
         print(f"minute {minute + 1}: {count} of {options.limit}, {100 * count / options.limit:.2f} %")
+    print("answers:", ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items())))
     print(f"most within any {WINDOW:g} s: {most_in_a_window(admitted)}")
 
 

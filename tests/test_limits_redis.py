@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 import pytest_twisted
@@ -21,6 +22,8 @@ from vllmproxy.store.scripts import LATE
 
 RULES = requests(10), tokens(1000, 100), parallel(10)
 FIRST = Granted((9, 900, 9))
+
+BUDGET = f"vllmproxy:{{{TOKEN}}}:budget"
 
 #: Seconds after which a call has hung, on however busy a machine; its deadline is 0.2.
 HUNG = 20.0
@@ -140,6 +143,31 @@ async def test_what_was_taken_unheard_is_given_back(server: RedisServer, links: 
     assert await eventually(limiter, "after") == FIRST
     # It did run: its id is known, as settled.
     assert server.command("GET", f"vllmproxy:{{{TOKEN}}}:request:unheard") == b"$0\r\n\r\n"
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_was_taken_unheard_is_given_back_over_the_next_connection(
+    server: RedisServer, links: list[Link], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis ran it, and the connection was lost before its answer came. What a budget holds has no time to live."""
+    limiter = RedisLimiter(links[0], reactor)
+    wire = await links[0].get()
+    evaluate = wire.eval
+
+    async def lose(*call: Any) -> list[Any]:
+        await evaluate(*call)
+        wire.drop()
+        return await Deferred()
+
+    monkeypatch.setattr(wire, "eval", lose)
+    with pytest.raises(StoreUnavailable):
+        await limiter.reserve(ask("unheard", requests(10), Rule("budget_tokens", "", 100, 60)))
+    assert server.command("HGET", BUDGET, "held_tokens") == b"$2\r\n60\r\n"
+    give_up = time.monotonic() + HUNG
+    while server.command("HGET", BUDGET, "held_tokens") != b"$1\r\n0\r\n":
+        assert time.monotonic() < give_up
+        await deferLater(reactor, 0.02)
+    assert await eventually(limiter, "after") == FIRST
 
 
 @pytest_twisted.ensureDeferred

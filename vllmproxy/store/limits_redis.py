@@ -15,12 +15,14 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 from txredisapi import RedisError
 
 from vllmproxy.limits.spans import Spans, micros
 from vllmproxy.limits.values import BUDGETS, BUSY_RETRY_AFTER, MAX_AMOUNT, Ask, Denied, DuplicateRequest, Granted
 from vllmproxy.limits.window import bucket_width
 from vllmproxy.store.calls import Calls
+from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.limits_lua import DUPLICATE, GRANTED, RENEW, RESERVE, SETTLE
 from vllmproxy.store.link import Link, Wire
 from vllmproxy.store.rows import name_bytes
@@ -28,6 +30,8 @@ from vllmproxy.store.scripts import ScriptCall, Scripts
 
 #: Milliseconds that a time to live is longer than it must be: Redis counts it in milliseconds, and from its start.
 _MARGIN = 1000
+#: Seconds between tries to give back what was taken unheard, when the connection is lost; longer than a call may take.
+_UNDO_SECONDS = 1.0
 
 
 class RedisLimiter:
@@ -50,9 +54,11 @@ class RedisLimiter:
         self._lengths = (self._spans.window, width, self._spans.lease, micros(BUSY_RETRY_AFTER), self._kept)
         self._calls = Calls(clock)
         self._scripts = Scripts(link, clock, self._calls)
+        self._closed = False
 
     def close(self) -> None:
         """Fail every call under way."""
+        self._closed = True
         self._calls.end()
 
     def reserve(self, ask: Ask) -> Deferred[Granted | Denied]:
@@ -79,7 +85,7 @@ class RedisLimiter:
             answered = True
         finally:
             if not answered and call.wire is not None:
-                self._undo(ask, call.wire)
+                Deferred.fromCoroutine(self._undo(ask, call.wire))
         if what == DUPLICATE:
             raise DuplicateRequest
         if what == GRANTED:
@@ -106,14 +112,26 @@ class RedisLimiter:
     def _call(self, script: str, names: list[bytes], words: list[Any], seconds: float) -> ScriptCall:
         return self._scripts.call(script, names, words, seconds)
 
-    def _undo(self, ask: Ask, wire: Wire) -> None:
+    async def _undo(self, ask: Ask, wire: Wire) -> None:
         """Give back what a reservation may have taken whose answer nobody got; see :class:`Limiter`.
 
-        Redis runs what comes over one connection in order. If that is lost nothing more can be done, and the
-        reservation leaves by itself. The connection bounds the wait, for it is dropped when it stays mute.
+        Redis runs what comes over one connection in order, and one that stays mute is dropped. If it is lost, what is
+        held of a budget would not leave by itself: it is said over the next one, while Redis remembers the reservation.
         """
-        call = self._settlement(ask.key, ask.request_id, (0,) * len(ask.rules), self._spans.kept / 1e6)
-        Deferred.fromCoroutine(call.send(wire)).addErrback(lambda failure: failure.trap(RedisError))
+        costs, kept = (0,) * len(ask.rules), self._spans.kept / 1e6
+        until = self._clock.seconds() + kept
+        try:
+            await self._settlement(ask.key, ask.request_id, costs, kept).send(wire)
+            return
+        except RedisError:
+            pass
+        while not self._closed and self._clock.seconds() < until:
+            try:
+                await self._calls.run(deferLater(self._clock, _UNDO_SECONDS), 2 * _UNDO_SECONDS)
+                await self._settle(ask.key, ask.request_id, costs)
+                return
+            except StoreUnavailable:
+                continue
 
     async def _run(self, call: ScriptCall) -> list[int]:
         return await self._scripts.run(call, self._timeout)
