@@ -1,5 +1,6 @@
 """Redis is away while keys that are known go on working: what they use meanwhile is in the sums afterwards, once."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,15 +38,19 @@ def service(own_sim: Twistd, redis: RedisServer, tmp_path: Path, request: pytest
     assert "Traceback" not in proxy.log
 
 
-def go_through(redis: RedisServer, service: Twistd, crowd: Crowd, outage: str) -> None:
-    """Ask all the time, before, during and after an outage."""
+def go_through(redis: RedisServer, service: Twistd, crowd: Crowd, outage: str, *, meanwhile: int = 60) -> None:
+    """Ask all the time, before, during and after an outage.
+
+    :param meanwhile: how many vLLM is to answer during it.
+    """
     with crowd.asking(service, clients=4):
-        until(lambda: crowd.served >= 20)
+        before = crowd.served
+        until(lambda: crowd.served >= before + 20)
         (redis.kill if outage == "killed" else redis.stall)()
         try:
             begun = crowd.served
             until(lambda: ask(service, "GET", "/health/readiness").status == 503)
-            until(lambda: crowd.served >= begun + 60)
+            until(lambda: crowd.served >= begun + meanwhile)
         finally:
             (redis.start if outage == "killed" else redis.resume)()
         until(lambda: ask(service, "GET", "/health/readiness").status == 200)
@@ -82,6 +87,23 @@ def test_what_keys_with_limits_used_of_their_share_is_added_once(
     settle(service, crowd)
     assert {asked.status for asked in crowd.asked} == {200, 503}  # a budget is kept in Redis and nowhere else
     check_sums(service, own_sim, crowd)
+
+
+def held_of(redis: RedisServer, key: Key) -> bytes:
+    """Return Redis's answer to how many tokens are held of a key's budget."""
+    token = hashlib.sha256(key.secret.encode()).hexdigest()
+    return redis.command("HGET", f"vllmproxy:{{{token}}}:budget", "held_tokens")
+
+
+@pytest.mark.parametrize("outage", ["killed", "stopped"])
+def test_of_a_budget_nothing_stays_held(service: Twistd, own_sim: Twistd, redis: RedisServer, outage: str) -> None:
+    crowd = Crowd([Key(make_key(service, max_budget_tokens=10**9)["key"], True) for _ in range(2)])
+    for _ in range(2):
+        go_through(redis, service, crowd, outage, meanwhile=0)
+    settle(service, crowd)
+    check_sums(service, own_sim, crowd)
+    for key in crowd.keys:
+        until(lambda key=key: held_of(redis, key) == b"$1\r\n0\r\n")  # type: ignore[misc]
 
 
 def test_a_proxy_that_stops_meanwhile_leaves_it_to_the_next(
