@@ -228,7 +228,7 @@ class Body:
 
 def caller_of(**fields: Any) -> Caller:
     """Return the caller with a virtual key that has these fields."""
-    key = VirtualKey(token="ab" * 32, key_name="sk-...abcd", **fields)
+    key = VirtualKey(**{"token": "ab" * 32, "key_name": "sk-...abcd", **fields})
     return Caller(key.token, key=key)
 
 

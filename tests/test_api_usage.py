@@ -224,13 +224,15 @@ async def test_csv(house: House) -> None:
     assert answer.body.count(b"\r\n") == 1
 
 
-HOSTILE = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "=cmd|' /C calc'!A0"]
-HARMLESS = ["a=b", "x", '"quoted", with\nlines', "é☃", "1-2", "\ud800", ""]
+HOSTILE = ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "=cmd|' /C calc'!A0"]
+HARMLESS = ["a=b", "x", '"quoted", with signs', "é☃", "1-2", ""]
+#: What neither a spreadsheet nor a terminal is to see as it is.
+UNSEEN = ["\t=1", "\r=1", "\n=1", "two\nlines", "\x1b[31mred", "\x9b31mred", "\u202etxt", "\ud800"]
 
 
 @pytest_twisted.ensureDeferred
 async def test_no_name_is_a_formula(house: House) -> None:
-    names = [*HOSTILE, *HARMLESS]
+    names = [*HOSTILE, *HARMLESS, *UNSEEN]
     await add(house, *(event(OTHER, 2, model=name, end_user=name) for name in names))
     await house.make(key="sk-with-a-hostile-alias", key_alias="=alias")
     await add(house, event("sk-with-a-hostile-alias", 2, model="aliased"))
@@ -238,7 +240,8 @@ async def test_no_name_is_a_formula(house: House) -> None:
     answer = await house.ask("GET", f"/usage?{query}&format=csv")
     rows = list(csv.reader(io.StringIO(answer.body.decode(), newline="")))[1:]
     written = {row[0] for row in rows}
-    assert written == {f"'{name}" for name in HOSTILE} | {*HARMLESS, "?", "aliased"} - {"\ud800"}
+    shown = {"".join(each if each.isprintable() else "\ufffd" for each in name) for name in UNSEEN}
+    assert written == {f"'{name}" for name in HOSTILE} | {*HARMLESS, *shown, "aliased"}
     assert all(row[0] == row[1] for row in rows if row[0] != "aliased")
     assert [row[3] for row in rows if row[0] == "aliased"] == ["'=alias"]
     assert not [cell for row in rows for cell in row if cell.strip(" ")[:1] in {*"=+-@\t\r\n"} - {""}]

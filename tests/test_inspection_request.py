@@ -148,3 +148,61 @@ def test_what_is_large_is_not_kept() -> None:
         "stream": True,
     }
     assert "secret" not in repr(asked)
+
+
+def asked(body: bytes | dict[str, Any], path: str = "/v1/chat/completions", kind: bytes = b"application/json") -> Asked:
+    return read_request(path, body if isinstance(body, bytes) else json.dumps(body).encode(), kind)
+
+
+@pytest.mark.parametrize(
+    ("body", "unclear"),
+    [
+        (b'{"model":"m"}', ""),
+        (b'{"model":"m",}', ""),  # vLLM refuses it
+        (b"[]", ""),
+        (b"", ""),
+        (b'{"model":"a","model":"b"}', ""),  # what it uses is clear
+        (b'{"stream":true,"stream":false}', "stream is given twice"),
+        (b'{"max_tokens":1,"m":2,"max_t\\u006fkens":9}', "max_tokens is given twice"),
+        (b'{"stream_options":{},"stream_options":null}', "stream_options is given twice"),
+        ('{"model":"m"}'.encode("utf-16"), "the body is not UTF-8"),
+        (b'\xef\xbb\xbf{"model":"m"}', "the body is not a JSON object"),
+        (b"{" + b",".join(b'"%d":1' % n for n in range(1001)) + b"}", "the body has too many members"),
+        (b'{"a":[' + b"1," * 1_000_000 + b"1]}", "the body holds too many values"),
+    ],
+)
+def test_what_nobody_can_say_the_use_of(body: bytes, unclear: str) -> None:
+    assert asked(body).unclear == unclear
+
+
+def test_as_many_as_may_be_are_read() -> None:
+    body = b"{" + b",".join([*(b'"%d":1' % n for n in range(999)), b'"model":"m"']) + b"}"
+    assert asked(body).model == "m"
+    assert asked(b'{"model":"m","prompt":[' + b"1," * 900_000 + b"1]}").model == "m"
+
+
+def test_a_form_of_too_many_parts_or_a_type_that_is_too_long() -> None:
+    part = b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\n\r\n'
+    many = part * 1001 + b"--b--"
+    assert asked(many, "/v1/audio/transcriptions", b"multipart/form-data; boundary=b").unclear
+    few = part * 900 + b"--b--"
+    assert not asked(few, "/v1/audio/transcriptions", b"multipart/form-data; boundary=b").unclear
+    assert asked(b"{}", kind=b"application/json" + b";a" * 600).reason == "its Content-Type is too long"
+
+
+def test_a_prompt_is_guessed_by_its_text() -> None:
+    text = {"messages": [{"content": "x" * 4000}]}
+    assert 1000 <= asked(text).prompt_tokens < 1020
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "iVBO" * 50_000}}
+    source = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBO" * 50_000}}
+    for other in (image, source):
+        assert 2024 <= asked({"messages": [{"content": ["x" * 4000, other]}]}).prompt_tokens < 2100
+    plain = {"messages": [{"content": "data:image/png;base64," + "to be or not to be " * 500}]}
+    assert asked(plain).prompt_tokens > 2000
+
+
+def test_how_events_are_counted() -> None:
+    assert asked({}).interval == 1
+    assert asked({"stream_interval": 16}).interval == 16
+    assert [asked({"stream_interval": odd}).interval for odd in (0, -3, None, "x", 1.5)] == [1] * 5
+    assert [asked({"background": value}).detached for value in (True, "yes", False, None)] == [True, True, False, False]

@@ -40,7 +40,7 @@ def test_every_known_inference_route_takes_a_model() -> None:
 
 def test_streams_usage() -> None:
     paths = {path.decode() for path in KNOWN_ROUTES if streams_usage(path.decode())}
-    assert paths == {"/v1/chat/completions", "/v1/completions"}
+    assert paths == {"/invocations", "/v1/chat/completions", "/v1/completions"}
     assert all(needed_of(path) for path in paths)
     assert not needed_of("/v1/responses")
 
@@ -49,4 +49,4 @@ def test_a_route_is_bounded_or_writes_nothing_or_is_not_known() -> None:
     paths = [path.decode() for path in KNOWN_ROUTES if group_of(path) == "inference"]
     assert [path for path in paths if bounds_of(path) and writes_nothing(path)] == []
     unknown = {path for path in paths if not bounds_of(path) and not writes_nothing(path)}
-    assert unknown == {"/generative_scoring", "/invocations", "/v1/realtime"}
+    assert unknown == {"/generative_scoring", "/v1/realtime"}

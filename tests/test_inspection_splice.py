@@ -131,7 +131,9 @@ def test_what_is_not_touched(body: object) -> None:
         ("/v1/completions", {"messages": []}, False),
         ("/v1/responses", {"input": "x", "messages": []}, False),
         ("/v1/messages", {"messages": []}, False),
-        ("/invocations", {"messages": []}, False),
+        ("/invocations", {"messages": []}, True),
+        ("/invocations", {"prompt": "x"}, True),
+        ("/invocations", {"input": "x"}, False),
     ],
 )
 def test_other_routes(path: str, body: dict[str, Any], touched: bool) -> None:

@@ -114,12 +114,33 @@ def test_what_could_be_read_as_another_model_is_refused(body: bytes) -> None:
     assert house.wires == []
 
 
-@pytest.mark.parametrize("body", AMBIGUOUS.values(), ids=AMBIGUOUS)
+#: What vLLM reads and we do not: what it uses, nobody would know.
+UNCOUNTABLE = {"UTF-16", "UTF-16 without a mark", "a byte order mark"}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
 @pytest.mark.parametrize("fields", [{"tpm_limit": 10**6}, {"aliases": {"fast": "big"}}, {"max_budget_tokens": 10**6}])
-def test_what_is_only_counted_is_for_vllm_to_judge(body: bytes, fields: dict[str, Any]) -> None:
+def test_what_is_only_counted_is_for_vllm_to_judge(name: str, fields: dict[str, Any]) -> None:
     house = house_of(**fields)
-    if body:
-        assert post(house, body) == body
+    body = AMBIGUOUS[name]
+    sent = post(house, body)
+    if name in UNCOUNTABLE and "aliases" not in fields:
+        assert sent == b""
+        assert error(house)[0] == 400
+        assert house.wires == []
+    else:
+        assert sent == body
+
+
+@pytest.mark.parametrize("twice", ["stream", "max_tokens", "n", "stream_options"])
+def test_what_decides_on_the_use_is_given_once(twice: str) -> None:
+    body = b'{"model":"m","messages":[],"%s":null,"%s":null}' % (twice.encode(), twice.encode())
+    house = house_of(tpm_limit=10**6)
+    post(house, body)
+    status, told = error(house)
+    assert status == 400
+    assert f"{twice} is given twice" in told["message"]
+    assert post(house_of(aliases={"a": "b"}), body) == body
 
 
 @pytest.mark.parametrize(
@@ -200,6 +221,18 @@ def test_the_base_path_of_the_upstream_changes_nothing(url: str) -> None:
     assert json.loads(sent)["stream_options"] == {"include_usage": True}
 
 
+def test_a_websocket_is_in_the_sums_as_unknown() -> None:
+    house = house_of(aliases={"fast": "real"})
+    house.client.receive(
+        b"GET /vllm/v1/realtime HTTP/1.1\r\nHost: proxy\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+    )
+    house.wires[0].receive(b"HTTP/1.1 101 X\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n")
+    house.client.reset_from_peer()
+    house.turn()
+    told = sums(house)
+    assert (told["requests"], told["unknown"]) == (1, 1)
+
+
 # the body that is held
 
 
@@ -232,6 +265,20 @@ def test_all_that_is_held_is_bounded_too() -> None:
     assert house.relay.held == 0
     again = house.connect()
     again.receive(head + b'{"model":"small"}'.ljust(100))
+    assert len(house.wires) == 1
+
+
+def test_no_key_takes_all_that_may_be_held() -> None:
+    house = house_of(models=("small",))
+    house.relay.max_inspected_body, house.relay.max_held = 100, 400
+    head = b"POST %s HTTP/1.1\r\nHost: p\r\nContent-Length: 100\r\n\r\n" % CHAT.encode()
+    house.client.receive(head + b" " * 60)
+    second = house.connect()
+    second.receive(head)
+    assert b"503 Service Unavailable" in second.take()
+    house.gate.caller = caller_of(models=("small",), key_alias="another", token="cd" * 32)
+    other = house.connect()
+    other.receive(head + b'{"model":"small"}'.ljust(100))
     assert len(house.wires) == 1
 
 
@@ -530,6 +577,32 @@ def test_who_left_before_the_answer_is_charged_for_the_prompt() -> None:
     house.turn()
     told = sums(house)
     assert (told["estimated"], told["prompt"], told["completion"]) == (1, -(-len(json.dumps(body)) // 4), 0)
+
+
+def test_an_event_counts_as_many_tokens_as_it_may_hold() -> None:
+    for extra, tokens in (({}, 60), ({"max_tokens": 50}, 50), ({"max_tokens": 1}, 3)):
+        house = house_of(max_budget_tokens=10**6)
+        post(house, {"model": "m", "stream": True, "stream_interval": 20, "messages": MESSAGES, **extra})
+        stream(house, delta("a"), delta("b"), delta("c"), end=False)
+        house.client.reset_from_peer()
+        house.turn()
+        assert sums(house)["completion"] == tokens
+
+
+def test_what_goes_on_without_its_client_is_charged_whole() -> None:
+    house = house_of(max_budget_tokens=10**6)
+    body = {"model": "m", "stream": True, "background": True, "input": "x", "max_output_tokens": 700}
+    post(house, body, "/vllm/v1/responses")
+    house.client.reset_from_peer()
+    house.turn()
+    assert sums(house)["completion"] == 700
+
+
+def test_an_answer_of_a_route_that_uses_tokens_and_does_not_say_so_is_unknown() -> None:
+    house = house_of()
+    post(house, {"file": "x"}, "/vllm/v1/audio/translations")
+    answer(house, {"text": "hello"})
+    assert sums(house)["unknown"] == 1
 
 
 def test_a_compressed_answer_is_unknown_and_costs_what_was_expected() -> None:

@@ -88,8 +88,8 @@ UNKNOWN = "sk-nobody-has-this-key-at-all"
 #: What the message says in each case.
 NOT_KNOWN = "Authentication Error, Invalid proxy server token passed."
 NOT_ALLOWED = f"This key is not allowed to use the model '{MODEL}'. It may use: another-model."
-SPENT = "Budget has been exceeded! What is left of {} is less than this request may cost."
-LIMITED = "Limit type: {}. Current limit: {}, Remaining: 0."
+SPENT = "Budget has been exceeded! {} of {} are left"
+LIMITED = "Limit type: {}. Current limit: {}, Remaining: "
 
 
 def raised_by_openai(asking: Ask, service: Twistd, key: str, status: type[openai.APIStatusError]) -> Any:
@@ -161,7 +161,7 @@ budgets = pytest.mark.parametrize(("fields", "called"), BUDGETS, ids=["tokens", 
 def test_openai_a_budget_that_is_used_up(priced: Twistd, asking: Ask, fields: dict[str, object], called: str) -> None:
     key = make_key(priced, **fields)["key"]
     error = raised_by_openai(asking, priced, key, openai.UnprocessableEntityError)
-    assert SPENT.format(called) in error.message
+    assert SPENT.format(called, called) in error.message
     assert error.type == "budget_exceeded"
 
 
@@ -172,7 +172,7 @@ def test_anthropic_a_budget_that_is_used_up(
 ) -> None:
     key = make_key(priced, **fields)["key"]
     error = raised_by_anthropic(asking, priced, key, anthropic.UnprocessableEntityError)
-    assert SPENT.format(called) in error.message
+    assert SPENT.format(called, called) in error.message
     assert error.body["error"]["type"] == "invalid_request_error"
 
 

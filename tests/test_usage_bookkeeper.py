@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
+from twisted.logger import LogEvent
 
 from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.memory import MemoryStore
@@ -26,6 +27,7 @@ class Store(MemoryStore):
     def __init__(self) -> None:
         super().__init__()
         self.fault: str | None = None
+        self.refused: str | None = None
         self.calls = 0
         self.sent = 0
         self.forgotten: list[str] = []
@@ -35,6 +37,8 @@ class Store(MemoryStore):
         self.sent += len(events)
         if self.fault == "before":
             raise StoreUnavailable
+        if writer == self.refused:
+            raise OverflowError("timestamp out of range")
         await super().add_usage(writer, first, events)
         if self.fault == "after":
             raise StoreUnavailable
@@ -218,3 +222,47 @@ def test_a_disk_that_fails_refuses_the_request(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(CannotWriteDown, match="no space left"):
         desk.books.begin(EXPECTED)
     desk.close()
+
+
+def test_what_the_disk_did_not_take_is_written_down_later(tmp_path: Path, logged_errors: list[LogEvent]) -> None:
+    desk = Desk(tmp_path)
+    entries = [desk.books.begin(EXPECTED) for _ in range(3)]
+    journal = desk.books._books[0].journal
+    end, journal.end = journal.end, _full  # type: ignore[method-assign]
+    for entry in entries:
+        entry.end(USED)
+    assert [event["log_format"] for event in logged_errors] == [
+        "What a request used cannot be written down: {error}"
+    ] * 3
+    desk.turn()
+    assert desk.store.total() == (0, 0, 0)
+    journal.end = end  # type: ignore[method-assign]
+    desk.turn()
+    assert desk.store.total() == (3, 0, 3)
+    desk.close()
+    assert journals_in(tmp_path) == []
+    logged_errors.clear()
+
+
+def _full(*_: Any) -> Any:
+    raise OSError("no space left")
+
+
+def test_a_journal_that_cannot_be_added_keeps_no_other_waiting(tmp_path: Path, logged_errors: list[LogEvent]) -> None:
+    left = Desk(tmp_path)
+    left.request()
+    left.kill()
+    store = Store()
+    desk = Desk(tmp_path, store)
+    (writer,) = {book.journal.writer for book in desk.books._books[:-1]}
+    store.refused = writer
+    desk.request()
+    desk.turn()
+    desk.turn()
+    assert store.total() == (1, 0, 1)
+    assert len(logged_errors) == 1
+    store.refused = None
+    desk.turn()
+    assert store.total() == (2, 0, 2)
+    desk.close()
+    logged_errors.clear()

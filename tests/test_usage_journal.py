@@ -138,7 +138,22 @@ def test_what_is_written_by_a_newer_version_or_is_rubbish_is_passed_over(
 ) -> None:
     journal = Journal.create(tmp_path)
     journal.begin("1", WANTED)
-    for line in (b"\x00\xff\n", b"[]\n", b'["-","x",{"unheard_of":1}]\n', b'["+",1]\n', b"null\n"):
+    damaged = (
+        b"\x00\xff\n",
+        b"[]\n",
+        b'["-","x",{"unheard_of":1}]\n',
+        b'["+",1]\n',
+        b"null\n",
+        b'["-","x",{"time":1.2e45,"key":"k"}]\n',
+        b'["-","x",{"time":NaN,"key":"k"}]\n',
+        b'["-","x",{"time":1,"key":"k","prompt_tokens":"1"}]\n',
+        b'["-","x",{"time":1,"key":"k","spend":-1}]\n',
+        b'["-","x",{"time":1,"key":"k","spend":true}]\n',
+        b'["-","x",{"time":1,"key":5}]\n',
+        b'["-","x",{"time":1,"key":"k","quality":"good"}]\n',
+        b"[" * 100_000 + b"\n",
+    )
+    for line in damaged:
         os.write(journal._descriptor, line)
     journal.size = os.fstat(journal._descriptor).st_size
     journal.end("1", USED)

@@ -174,6 +174,7 @@ class ProxyService(Service):
         self._ports: list[IListeningPort] = []
         self._proxy: Proxy | None = None
         self._opening: Deferred[None] | None = None
+        self._made_key = settings.simulate and settings.master_key is None
 
     def privilegedStartService(self) -> None:
         """Bind, while the process may still bind low ports. A process that cannot do its work does not start."""
@@ -235,7 +236,7 @@ class ProxyService(Service):
         for url in urls:
             _log.info("Listening on {url}, for {upstream}", url=url, upstream=self._settings.upstream.name)
         if self._settings.simulate:
-            text = what_to_try(urls[0], key_file(self._settings))
+            text = what_to_try(urls[0], key_file(self._settings) if self._made_key else None)
             os.write(1, text.encode())  # not print: twistd would make log lines of it
 
     def _not_opened(self, reason: Any) -> None:

@@ -49,19 +49,21 @@ def _kept_key(path: Path) -> str:
     return key
 
 
-def what_to_try(base: str, key: Path) -> str:
+def what_to_try(base: str, key: Path | None) -> str:
     """Return curl lines for a person; the key itself is not in them.
 
     :param base: ``http://host:port`` of the proxy.
-    :param key: the file that holds the master key.
+    :param key: the file that a master key was made in; ``None``: the person has one.
     """
-    auth = f'-H "Authorization: Bearer $(cat {shlex.quote(str(key))})"'
+    secret = "$LITELLM_MASTER_KEY" if key is None else f"$(cat {shlex.quote(str(key))})"
+    auth = f'-H "Authorization: Bearer {secret}"'
+    terminal = "in another terminal" if key else "in another terminal, with your master key in LITELLM_MASTER_KEY"
     json = "-H 'Content-Type: application/json'"
     chat = (
         f'{{"model": "{DEFAULT_MODEL}", "messages": [{{"role": "user", "content": "What is there to see in Paris?"}}]'
     )
     return f"""
-vllmproxy answers on {base}, with a simulated vLLM behind it. Try, in another terminal:
+vllmproxy answers on {base}, with a simulated vLLM behind it. Try, {terminal}:
 
   curl {base}/vllm/metrics {auth}
 
@@ -73,7 +75,7 @@ vllmproxy answers on {base}, with a simulated vLLM behind it. Try, in another te
     {json} -d '{chat}, "stream": true}}'
 
   # for the README's own examples:
-  export LITELLM_MASTER_KEY="$(cat {shlex.quote(str(key))})" LITELLM_VIRTUAL_KEY="$(cat {shlex.quote(str(key))})"
+  export LITELLM_MASTER_KEY="{secret}" LITELLM_VIRTUAL_KEY="{secret}"
 
   # a virtual key for somebody else:
   curl {base}/key/generate {auth} \\

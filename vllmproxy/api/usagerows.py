@@ -12,8 +12,8 @@ from vllmproxy.usage.ledger import NOTHING, added, sum_of
 from vllmproxy.usage.prices import currency
 from vllmproxy.usage.sums import UsageSum
 
-#: What a spreadsheet takes for the beginning of a formula, or drops before it looks for one.
-_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n")
+#: What a spreadsheet takes for the beginning of a formula.
+_FORMULA: Final = ("=", "+", "-", "@")
 
 #: The aliases of those of the keys that still exist.
 Aliases = Mapping[str, str | None]
@@ -65,6 +65,8 @@ def _counts(each: UsageSum) -> dict[str, int]:
 
 
 def _harmless(text: str) -> str:
+    """Return ``text`` as neither a spreadsheet nor a terminal does anything about it."""
+    text = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
     return f"'{text}" if text.lstrip(" ").startswith(_FORMULA) else text
 
 

@@ -13,13 +13,16 @@ from attrs import frozen
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from vllmproxy.inspection.document import Unreadable
+from vllmproxy.inspection.document import TooMuch, Unreadable
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 #: Of a field or of a part's headers, more is not read: Starlette refuses a longer field.
 LONGEST_FIELD: Final = 1 << 20
+#: Parts of a form, of which Starlette takes no more either, and bytes of a Content-Type.
+MOST_PARTS: Final = 1000
+_LONGEST_TYPE: Final = 1024
 
 _NAMES: Final = frozenset({"model", "stream", "stream_include_usage", "max_completion_tokens", "user"})
 _BROKEN: Final = "the form cannot be read in one way only"
@@ -57,7 +60,12 @@ class Form:
 
 
 def is_form(content_type: bytes | None) -> bool:
-    """Tell whether the body is a form to Starlette; to it, all others are none."""
+    """Tell whether the body is a form to Starlette; to it, all others are none.
+
+    :raises Unreadable: it takes too long to say.
+    """
+    if content_type is not None and len(content_type) > _LONGEST_TYPE:
+        raise Unreadable("its Content-Type is too long")
     return parse_options_header(content_type)[0].lower() == b"multipart/form-data"
 
 
@@ -67,6 +75,8 @@ def read_form(body: bytes, content_type: bytes) -> Form:
     :raises Unreadable: it is none, or could be read in two ways.
     """
     boundary = _boundary_of(content_type)
+    if body.count(b"\r\n--" + boundary) > MOST_PARTS:
+        raise TooMuch("the form has too many parts")
     if not _is_framed(body, boundary):
         raise Unreadable(_BROKEN)
     reading = _Reading()

@@ -1,11 +1,13 @@
 """What a body asks for, as one value: model, stream, tokens, usage, end user. Nothing ambiguous passes for clear."""
 
+import json
+import re
 from typing import Final, Literal
 
 import attrs
 from attrs import frozen
 
-from vllmproxy.inspection.document import Document, Member, Unreadable, read_document
+from vllmproxy.inspection.document import Document, Member, TooMuch, Unreadable, read_document
 from vllmproxy.inspection.form import Form, is_form, read_form
 from vllmproxy.inspection.lax import MOST, count_of, truth_of
 from vllmproxy.inspection.routes import bounds_of, writes_nothing
@@ -21,19 +23,27 @@ _COMPLETION_TOKENS: Final = 16
 #: Members that may be as large as the body: that they are there is kept, and not what they are.
 _LARGE: Final = frozenset({"messages", "prompt", "prompt_embeds"})
 _KEPT: Final = _LARGE | {"model", "stream", "stream_options"}
-_READ: Final = frozenset(
+#: Members that decide on how many tokens are used, and how they are told.
+_COUNTED: Final = frozenset(
     {
-        *_KEPT,
+        *_LARGE,
+        "background",
         "max_completion_tokens",
         "max_output_tokens",
         "max_tokens",
-        "metadata",
         "n",
-        "safety_identifier",
         "sampling_params",
-        "user",
+        "stream",
+        "stream_interval",
+        "stream_options",
     }
 )
+_READ: Final = _KEPT | _COUNTED | {"metadata", "safety_identifier", "user"}
+
+#: What is no text in a prompt: images, sounds and files, in base64, in OpenAI's and Anthropic's forms.
+_OTHERS: Final = re.compile(rb'"data:[\w/+.-]*;base64,[\w+/=]{256,}"|"data"\s*:\s*"[\w+/=]{256,}"')
+_BYTES_PER_TOKEN: Final = 4
+_TOKENS_PER_OTHER: Final = 1024
 
 
 @frozen(kw_only=True)
@@ -46,6 +56,12 @@ class Asked:
     :ivar answers: how many will be written: ``n`` for each prompt.
     :ivar output_tokens: the most that all of them together may come to, at most ``MOST``; ``None`` if the body does
         not say. vLLM cuts it down to what the model's context leaves, or refuses.
+    :ivar prompt_tokens: about as many as the prompt will have: one for four bytes of text, and for what else is in it a
+        thousand a piece.
+    :ivar interval: tokens that one event of a stream may hold (vLLM's ``stream_interval``).
+    :ivar detached: what is begun goes on when its client has left (``background``).
+    :ivar unclear: why nobody can say what this uses before vLLM does, though vLLM may take it, as half a sentence for
+        the caller; empty where it is clear.
     :ivar usage: the client asked for the usage of a stream itself.
     :ivar end_user: printable, not empty, at most ``LONGEST_END_USER`` characters.
     :ivar document: where the members are that a splice may touch; ``form``: the same of a form.
@@ -57,6 +73,10 @@ class Asked:
     stream: bool = False
     answers: int = 1
     output_tokens: int | None = None
+    prompt_tokens: int = 0
+    interval: int = 1
+    detached: bool = False
+    unclear: str = ""
     usage: bool = False
     end_user: str | None = None
     document: Document | None = attrs.field(default=None, repr=False)
@@ -72,12 +92,29 @@ def read_request(path: str, body: bytes, content_type: bytes | None, content_enc
     """
     if content_encoding is not None and content_encoding.strip().lower() not in (b"", b"identity"):
         return Asked(surety="ambiguous", reason="the body is compressed")
+    form = False
     try:
-        if is_form(content_type):
+        form = is_form(content_type)
+        if form:
             return _of_form(read_form(body, content_type or b""), path)
-        return _of_document(read_document(body, _READ), path)
+        return attrs.evolve(_of_document(read_document(body, _READ), path), prompt_tokens=_prompt_tokens(body))
     except Unreadable as unreadable:
-        return Asked(surety="ambiguous", reason=str(unreadable))
+        reason = str(unreadable)
+        clear = not form and not isinstance(unreadable, TooMuch) and not _takes(body)
+        return Asked(surety="ambiguous", reason=reason, unclear="" if clear else reason)
+
+
+def _takes(body: bytes) -> bool:
+    """Tell whether vLLM may read ``body`` though we do not: it takes more encodings."""
+    try:
+        return isinstance(json.loads(body), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _prompt_tokens(body: bytes) -> int:
+    others = [len(match[0]) for match in _OTHERS.finditer(body)]
+    return -(-(len(body) - sum(others)) // _BYTES_PER_TOKEN) + len(others) * _TOKENS_PER_OTHER
 
 
 def _of_document(document: Document, path: str) -> Asked:
@@ -91,10 +128,18 @@ def _of_document(document: Document, path: str) -> Asked:
         stream=truth_of(document.value("stream")) is True,
         answers=answers,
         output_tokens=_output(document, path, answers),
+        interval=max(count_of(document.value("stream_interval")) or 1, 1),
+        detached=truth_of(document.value("background")) is not False,
+        unclear=_unclear(document),
         usage=isinstance(options, dict) and truth_of(options.get("include_usage")) is True,
         end_user=_end_user(document),
         document=_pruned(document),
     )
+
+
+def _unclear(document: Document) -> str:
+    twice = sorted(document.repeated & _COUNTED)
+    return f"{twice[0]} is given twice" if twice else ""
 
 
 def _pruned(document: Document) -> Document:
@@ -120,8 +165,10 @@ def _of_form(form: Form, path: str) -> Asked:
         reason=reason,
         stream=truth_of(form.value("stream")) is True,
         output_tokens=bound,
+        prompt_tokens=_TOKENS_PER_OTHER,
+        unclear=next((f"{name} is given twice" for name in sorted(form.repeated - {"model", "user"})), ""),
         usage=truth_of(form.value("stream_include_usage")) is True,
-        end_user=_printable(form.value("user")),
+        end_user=printable(form.value("user")),
         form=form,
     )
 
@@ -191,10 +238,10 @@ def _end_user(document: Document) -> str | None:
         metadata.get("user_id") if isinstance(metadata, dict) else None,
         document.value("safety_identifier"),
     )
-    return next((user for user in map(_printable, named) if user), None)
+    return next((user for user in map(printable, named) if user), None)
 
 
-def _printable(value: object) -> str | None:
+def printable(value: object) -> str | None:
     """Return ``value`` without what cannot be printed, cut off where it grows too long; ``None`` if nothing is left."""
     if not isinstance(value, str):
         return None

@@ -11,6 +11,7 @@ _WITHOUT_MODEL: Final = re.compile(r"/v1/responses/[^/]+/cancel")
 _STREAMS: Final = {
     "/v1/chat/completions": frozenset({"messages"}),
     "/v1/completions": frozenset({"prompt", "prompt_embeds"}),
+    "/invocations": frozenset({"messages", "prompt", "prompt_embeds"}),  # is either, by what is in it
 }
 
 #: Routes whose answers hold nothing that was generated.
@@ -42,6 +43,7 @@ _NO_OUTPUT: Final = frozenset(
 _BOUNDS: Final = {
     "/cohere/v2/chat": ("max_tokens",),
     "/inference/v1/generate": ("max_tokens",),
+    "/invocations": ("max_completion_tokens", "max_tokens"),
     "/v1/audio/transcriptions": ("max_completion_tokens",),
     "/v1/audio/translations": ("max_completion_tokens",),
     "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
@@ -68,8 +70,8 @@ def streams_usage(path: str) -> bool:
     """Tell whether a stream of this route tells its usage only when asked, in one event that can be taken out again.
 
     Responses, Messages and Cohere's chat end every stream with their usage. Transcriptions are asked in a form's
-    field, and ``/inference/v1/generate`` is off unless the server has ``--enable-scale-out``; ``/invocations`` may be
-    chat or completions, and no one can tell which before vLLM does. Their streams are counted.
+    field, and ``/inference/v1/generate`` is off unless the server has ``--enable-scale-out``: their streams are
+    counted.
     """
     return path in _STREAMS
 

@@ -6,13 +6,13 @@ from twisted.internet.defer import Deferred
 
 from vllmproxy.errors import BadRequest, Forbidden, ModelDenied, StoreDown, TooLarge
 from vllmproxy.http1.stream import Stream
-from vllmproxy.inspection.request import Asked, read_request
+from vllmproxy.inspection.request import Asked, printable, read_request
 from vllmproxy.inspection.routes import streams_usage, takes_model
 from vllmproxy.inspection.splice import with_model, with_usage
 from vllmproxy.keys.gate import RETRY_AFTER, Caller
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.keys.routes import Group, group_for, reading_of
-from vllmproxy.relay.demand import NO_DEMAND, Demand, expected_tokens
+from vllmproxy.relay.demand import NO_DEMAND, Demand, expected_tokens, guessed_prompt, uses_none
 from vllmproxy.relay.quotas import Reservation
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 #: The end user of a request, in LiteLLM's names and order.
 _END_USER_HEADERS: Final = (b"x-litellm-customer-id", b"x-litellm-end-user-id")
-_LONGEST_END_USER: Final = 256
 
 #: What a body is read by; of several, vLLM takes the first, and others the last.
 _DECIDING: Final = {b"content-type": "Content-Type", b"content-encoding": "Content-Encoding"}
@@ -53,7 +52,7 @@ class Admission:
         self.body: bytes | None = None
         self.demand: Demand = NO_DEMAND
         self.withholds = False
-        self._pieces: list[bytes] = []
+        self._pieces = bytearray()
         self._held = 0
 
     @property
@@ -70,12 +69,19 @@ class Admission:
     @property
     def uses_tokens(self) -> bool:
         """Whether vLLM may read or make tokens for it; a route that is not known may."""
+        if self._stream.head.websocket:
+            return self.group == "inference"
         return self.group in ("inference", "unknown") and takes_model(self._method, self._route)
 
     @property
     def guessed_prompt(self) -> int:
         """Tokens that the prompt may have, by the length of a body that nobody reads."""
-        return expected_tokens(self._route, self._stream.head.content_length or 0, None)[0] if self.uses_tokens else 0
+        return guessed_prompt(self._route, self._stream.head.content_length or 0)
+
+    @property
+    def tells_usage(self) -> bool:
+        """Whether an answer without any usage has left something out."""
+        return self.uses_tokens and not uses_none(self._route)
 
     def check(self, caller: Caller) -> bool:
         """Tell whether the body has to be read first. Raises :class:`~vllmproxy.errors.ApiError`: it does not pass."""
@@ -84,8 +90,10 @@ class Admission:
         key, head = caller.key, self._stream.head
         if key is None:
             return False
-        if head.websocket and (key.needs_model or key.counts_tokens):
-            raise Forbidden(_NO_TUNNEL)
+        if head.websocket:
+            if key.needs_model or key.counts_tokens:
+                raise Forbidden(_NO_TUNNEL)
+            return False
         if not (self.uses_tokens and self._reads_body_of(key)):
             return False
         if head.content_length is not None:
@@ -98,9 +106,9 @@ class Admission:
     def hold(self, data: bytes) -> None:
         """Keep a piece of the body. Raises :class:`TooLarge`, :class:`StoreDown`."""
         self._check_size(self._held + len(data))
-        self._pieces.append(data)
+        self._pieces += data
         self._held += len(data)
-        self._relay.held += len(data)
+        self._relay.hold(self.caller.key_id, len(data))
 
     def _check_size(self, size: int) -> None:
         relay = self._relay
@@ -109,7 +117,7 @@ class Admission:
                 f"This key's rules need the body read before it is forwarded, and at most {relay.max_inspected_body} "
                 "bytes of it are held for that (--max-inspected-body)."
             )
-        if relay.held + size - self._held > relay.max_held:
+        if not relay.may_hold(self.caller.key_id, size - self._held):
             raise StoreDown("Too many bodies are being read just now. Try again in a moment.", headers=RETRY_AFTER)
 
     def judge(self) -> None:
@@ -117,10 +125,14 @@ class Admission:
         an alias or ``--usage exact`` change. Raises :class:`~vllmproxy.errors.ApiError`."""
         key = self.caller.key
         assert key is not None
-        body = b"".join(self._pieces)
-        size = len(body)
+        body = bytes(self._pieces)
         self._pieces.clear()
         asked = self._read(body)
+        if key.counts_tokens and asked.unclear:
+            raise BadRequest(
+                f"This key has a limit of tokens or a budget, and {asked.unclear}: what it uses could not be counted. "
+                "Send plain UTF-8 JSON, each member once."
+            )
         named, model = asked.model, self._model_for(key, asked)
         if model is not None and model != named:
             body = with_model(body, asked, model)
@@ -131,13 +143,15 @@ class Admission:
             body = body if changed is None else changed
         self.end_user = self.end_user or asked.end_user
         self.body = body
-        prompt, output = expected_tokens(self._route, size, asked.output_tokens)
+        prompt, output = expected_tokens(self._route, asked.prompt_tokens, asked.output_tokens)
         self.demand = Demand(
             asked=named,
             model=model,
             prompt_tokens=prompt,
             output_tokens=output,
             is_bounded=asked.output_tokens is not None,
+            interval=asked.interval,
+            is_detached=asked.detached,
             spend=self._price(key, model, prompt, output),
         )
 
@@ -145,9 +159,12 @@ class Admission:
         fields = self._stream.head.fields
         for name, said in _DECIDING.items():
             if len(fields.get(name, ())) > 1:
-                return Asked(surety="ambiguous", reason=f"there are several headers {said}")
+                reason = f"there are several headers {said}"
+                return Asked(surety="ambiguous", reason=reason, unclear=reason)
         if _OVERRIDES & fields.keys():
-            return Asked(surety="ambiguous", reason="a header names another")
+            return Asked(
+                surety="ambiguous", reason="a header names another model", unclear="a header names another model"
+            )
         content_type, encoding = (fields.get(name, [None])[0] for name in _DECIDING)
         return read_request(self._route, body, content_type, encoding)
 
@@ -189,7 +206,7 @@ class Admission:
 
     def release(self) -> None:
         """The body is held no longer."""
-        self._relay.held -= self._held
+        self._relay.hold(self.caller.key_id, -self._held)
         self._held = 0
         self._pieces.clear()
 
@@ -204,7 +221,5 @@ class Admission:
 
 def end_user_in(fields: dict[bytes, list[bytes]]) -> str | None:
     """Return the end user that the headers name."""
-    for name in _END_USER_HEADERS:
-        if name in fields:
-            return fields[name][0].decode("utf-8", "replace")[:_LONGEST_END_USER]
-    return None
+    named = (printable(fields[name][0].decode("utf-8", "replace")) for name in _END_USER_HEADERS if name in fields)
+    return next((user for user in named if user), None)

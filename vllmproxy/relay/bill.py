@@ -33,7 +33,7 @@ class Bill:
 
     :param entry: where it stands in the journal; ``None`` for what is not counted.
     :param expected: what it stands there as.
-    :param prompt: tokens that the prompt is guessed to have where nothing ever tells.
+    :param admission: of the request.
     """
 
     def __init__(
@@ -44,9 +44,11 @@ class Bill:
         entry: Entry | None,
         expected: UsageEvent,
         *,
-        prompt: int = 0,
+        admission: Admission,
     ) -> None:
-        self._prompt = prompt
+        self._demand = admission.demand
+        self._prompt = admission.guessed_prompt
+        self._tells_usage = admission.tells_usage
         self._quotas = quotas
         self._prices = prices
         self._reservation = reservation
@@ -80,26 +82,35 @@ class Bill:
         return self._without_usage(event, outcome)
 
     def _of_usage(self, event: UsageEvent, usage: Usage) -> UsageEvent:
-        prompt = usage.prompt_tokens
-        if prompt is None and usage.source == "counted":
-            prompt = self._expected.prompt_tokens or self._prompt
+        prompt, completion = usage.prompt_tokens, usage.completion_tokens or 0
+        if usage.source == "counted":
+            if prompt is None:
+                prompt = self._expected.prompt_tokens or self._prompt
+            completion = self._of_events(completion)
         return evolve(
             event,
             prompt_tokens=prompt or 0,
-            completion_tokens=usage.completion_tokens or 0,
+            completion_tokens=completion,
             cached_tokens=usage.cached_prompt_tokens or 0,
             audio_ms=round((usage.audio_seconds or 0) * 1000),
             quality="reported" if usage.source == "reported" else "estimated",
         )
+
+    def _of_events(self, events: int) -> int:
+        """Return how many tokens so many events hold, at most. Of what goes on without its client, all."""
+        demand = self._demand
+        if demand.is_detached:
+            return max(events, demand.output_tokens)
+        tokens = events * demand.interval
+        return max(events, min(tokens, demand.output_tokens)) if demand.is_bounded else tokens
 
     def _without_usage(self, event: UsageEvent, outcome: Outcome) -> UsageEvent:
         """Nothing was said. What was expected is charged: the answer was compressed, binary or cut off, or it is to be
         fetched later (``background`` responses). Of one that never began, the prompt."""
         expected = self._expected
         if not expected.tokens:
-            told = outcome.ended == "done" and outcome.answer is not None and outcome.answer.was_read
-            return event if told or self._entry is None else evolve(event, quality="unknown")
-        output = expected.completion_tokens if outcome.status else 0
+            return evolve(event, quality="unknown") if self._tells_usage else event
+        output = expected.completion_tokens if outcome.status or self._demand.is_detached else 0
         return self._priced(
             evolve(event, prompt_tokens=expected.prompt_tokens, completion_tokens=output, quality="estimated")
         )
@@ -138,7 +149,7 @@ def open_bill(
         held_tokens=0 if reservation is None else reservation.held("budget_tokens"),
     )
     entry = books.begin(expected) if admission.uses_tokens else None
-    return Bill(quotas, prices, reservation, entry, expected, prompt=admission.guessed_prompt)
+    return Bill(quotas, prices, reservation, entry, expected, admission=admission)
 
 
 def _period(key: VirtualKey | None, reservation: Reservation | None, time: float) -> int:

@@ -9,8 +9,8 @@ from vllmproxy.limits.values import MAX_AMOUNT, Kind, Rule
 
 #: Output tokens of an answer whose request sets no bound.
 DEFAULT_OUTPUT: Final = 1024
-#: Bytes of a body for each token of a prompt, and the most that a prompt is expected to have: what is longer is likely
-#: to be an image or a sound.
+#: Bytes of a body for each token of a prompt where nobody reads it, and the most that is guessed so: what is longer is
+#: likely to be an image or a sound.
 _BYTES_PER_TOKEN: Final = 4
 _MOST_PROMPT: Final = 8192
 
@@ -27,6 +27,8 @@ class Demand:
     :ivar asked: the model as the client named it, ``None`` where it named none.
     :ivar model: what vLLM calls it.
     :ivar is_bounded: the client said itself how many output tokens it wants at most.
+    :ivar interval: tokens that one event of a stream may hold.
+    :ivar is_detached: what is begun goes on when its client has left.
     :ivar spend: what the tokens cost, in micro-units of money; 0 where there are no prices.
     """
 
@@ -35,6 +37,8 @@ class Demand:
     prompt_tokens: int = 0
     output_tokens: int = 0
     is_bounded: bool = False
+    interval: int = 1
+    is_detached: bool = False
     spend: int = 0
 
     @property
@@ -51,19 +55,34 @@ class Demand:
 NO_DEMAND: Final = Demand()
 
 
-def expected_tokens(path: str, body_bytes: int, output_bound: int | None) -> tuple[int, int]:
+def uses_none(path: str) -> bool:
+    """Tell whether a route neither reads nor makes tokens, though it is asked as if it did."""
+    return _last(path) in _COUNTING
+
+
+def expected_tokens(path: str, prompt: int, output_bound: int | None) -> tuple[int, int]:
     """Return how many tokens a request is expected to read and to make.
 
     :param path: the forwarded path, decoded.
+    :param prompt: how many its prompt seems to have.
     :param output_bound: what the client said that it wants at most, in all answers together.
     """
-    last = path.rstrip("/").rpartition("/")[2]
+    last = _last(path)
     if last in _COUNTING:
         return 0, 0
-    prompt = min(-(-body_bytes // _BYTES_PER_TOKEN), _MOST_PROMPT)
+    prompt = min(prompt, MAX_AMOUNT)
     if last in _READING:
         return prompt, 0
     return prompt, DEFAULT_OUTPUT if output_bound is None else min(output_bound, MAX_AMOUNT)
+
+
+def guessed_prompt(path: str, body_bytes: int) -> int:
+    """Return how many tokens the prompt may have in a body that nobody reads."""
+    return expected_tokens(path, min(-(-body_bytes // _BYTES_PER_TOKEN), _MOST_PROMPT), None)[0]
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def rules_of(key: VirtualKey, demand: Demand, now: float) -> tuple[Rule, ...]:

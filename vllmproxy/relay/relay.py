@@ -48,6 +48,7 @@ class Relay:
     max_held: int = 512 << 20
     held: int = 0
     first_byte_deadlines: Deadlines[Exchange] = field(init=False)
+    _held_by: dict[str | None, int] = field(factory=dict)
     _running: dict[str, set[Exchange]] = field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
@@ -74,6 +75,19 @@ class Relay:
             running.discard(exchange)
             if not running:
                 del self._running[token or ""]
+
+    def may_hold(self, token: str | None, size: int) -> bool:
+        """Tell whether so many bytes more of a key's bodies may be held: of all that there is room for, no key has more
+        than a quarter."""
+        by_key = self._held_by.get(token, 0) + size
+        return self.held + size <= self.max_held and by_key <= max(self.max_held // 4, self.max_inspected_body)
+
+    def hold(self, token: str | None, size: int) -> None:
+        """So many bytes more, or fewer, are held of that key's bodies."""
+        self.held += size
+        self._held_by[token] = self._held_by.get(token, 0) + size
+        if not self._held_by[token]:
+            del self._held_by[token]
 
     def running(self) -> list[str]:
         """Return the keys that have requests under way."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from twisted.enterprise.adbapi import ConnectionPool, Transaction
+from twisted.internet.defer import Deferred, DeferredSemaphore
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.threads import deferToThreadPool
 
@@ -54,6 +55,8 @@ class SqliteStore(Changes):
         self._calls = Calls(reactor)
         self._pool: ConnectionPool | None = None
         self._limiters = MemoryLimiters(self.read_account)
+        #: What takes long has one of the threads, so that look-ups find another.
+        self._long = DeferredSemaphore(1)
 
     async def open(self) -> None:
         if self._pool is not None:
@@ -120,7 +123,7 @@ class SqliteStore(Changes):
         await self._run(usage_sqlite.forget, writer)
 
     async def read_usage(self, query: UsageQuery) -> list[UsageSum]:
-        return await self._run_within(LIST_SECONDS, usage_sqlite.read, query)
+        return await self._run_long(usage_sqlite.read, query)
 
     async def read_account(self, token: str) -> Account:
         return await self._run(usage_sqlite.account, token)
@@ -135,7 +138,23 @@ class SqliteStore(Changes):
         return await self._run(_in_time, self._lateness(), work, *args, **kwargs)
 
     async def _list(self, query: KeyQuery) -> KeyPage:
-        return await self._run_within(LIST_SECONDS, _list_keys, query)
+        return await self._run_long(_list_keys, query)
+
+    async def _run_long(self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return what ``work`` returns, after others that take long. Its thread is its own until it is done, however
+        early its caller gives up."""
+        await self._calls.run(self._long.acquire(), LIST_SECONDS)
+        if self._pool is None:
+            self._long.release()
+            raise StoreUnavailable("the store is closed")
+        waiter: Deferred[T] = Deferred()
+
+        def done(result: Any) -> None:
+            self._long.release()
+            waiter.callback(result)
+
+        self._pool.runInteraction(work, *args, **kwargs).addBoth(done)
+        return await self._result(waiter, LIST_SECONDS)
 
     def _lateness(self) -> Callable[[], bool]:
         """Return what tells whether a call that begins now has been given up by its caller."""
@@ -152,12 +171,13 @@ class SqliteStore(Changes):
     ) -> T:
         if self._pool is None:
             raise StoreUnavailable("the store is closed")
-        call = self._pool.runInteraction(work, *args, **kwargs)
+        return await self._result(self._pool.runInteraction(work, *args, **kwargs), seconds)
+
+    async def _result(self, call: Deferred[T], seconds: float) -> T:
         try:
-            result: T = await self._calls.run(call, seconds)
+            return await self._calls.run(call, seconds)
         except (sqlite3.Error, ValueError) as error:
             raise StoreUnavailable(f"{self._path}: {error}") from error
-        return result
 
 
 def _configure(connection: sqlite3.Connection) -> None:

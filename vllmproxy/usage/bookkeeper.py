@@ -93,6 +93,7 @@ class Book:
         self.added = 0
         self._offset = 0
         self._pending: deque[Numbered] = deque()
+        self._unwritten: list[tuple[str, UsageEvent]] = []
         self._synced = 0
 
     def end(self, id: str, event: UsageEvent) -> None:
@@ -101,6 +102,16 @@ class Book:
         last = self._pending[-1].number if self._pending else self.added
         if numbered.number == last + 1 and len(self._pending) < _MOST_PENDING:
             self._pending.append(numbered)
+
+    def end_later(self, id: str, event: UsageEvent) -> None:
+        """The disk took no more: try again with the next batch."""
+        self._unwritten.append((id, event))
+
+    def end_unwritten(self) -> None:
+        """Write down what could not be. Raises ``OSError``: the disk still takes no more."""
+        while self._unwritten:
+            self.end(*self._unwritten[-1])
+            self._unwritten.pop()
 
     def batch(self) -> list[Numbered]:
         """Return what the store is to have next."""
@@ -137,11 +148,13 @@ class Entry:
         self._id = id
 
     def end(self, event: UsageEvent) -> None:
-        """It is over. Where that cannot be written down, it is counted as expected when the proxy starts again."""
+        """It is over. Where that cannot be written down yet, it is as soon as it can; should the proxy be killed before
+        that, it is counted as expected."""
         try:
             self._book.end(self._id, event)
         except OSError as error:
             _log.error("What a request used cannot be written down: {error}", error=str(error))
+            self._book.end_later(self._id, event)
 
 
 class Bookkeeper:
@@ -208,21 +221,30 @@ class Bookkeeper:
         return self._turns.run(self._flush_once)
 
     def _flush_once(self) -> Deferred[None]:
-        return Deferred.fromCoroutine(self._flush()).addErrback(self._not_flushed)
+        return Deferred.fromCoroutine(self._flush())
 
     async def _flush(self) -> None:
+        """Go through the books; one that cannot be brought to the store does not keep the others from it."""
+        is_late = False
         for book in list(self._books):
-            if book.needs_sync():
-                await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), book.journal.sync)
-        for book in list(self._books):
-            while batch := book.batch():
-                await self._store.add_usage(book.journal.writer, batch[0].number, [each.event for each in batch])
-                book.has(batch)
-            if book.is_done and book is not self._books[-1]:
-                await self._remove(book)
-        if self._is_late:
-            self._is_late = False
+            bringing: Deferred[Any] = Deferred.fromCoroutine(self._bring(book))
+            error = await bringing.addErrback(self._not_brought)
+            is_late = is_late or error is not None
+            if isinstance(error, StoreUnavailable):
+                break
+        if self._is_late and not is_late:
             _log.info("The store has all usage again")
+        self._is_late = is_late
+
+    async def _bring(self, book: Book) -> None:
+        book.end_unwritten()
+        if book.needs_sync():
+            await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), book.journal.sync)
+        while batch := book.batch():
+            await self._store.add_usage(book.journal.writer, batch[0].number, [each.event for each in batch])
+            book.has(batch)
+        if book.is_done and book is not self._books[-1]:
+            await self._remove(book)
 
     async def _remove(self, book: Book) -> None:
         """The file first: without it the events cannot come again, whatever the store remembers."""
@@ -230,13 +252,16 @@ class Bookkeeper:
         book.journal.remove()
         await self._store.forget_writer(book.journal.writer)
 
-    def _not_flushed(self, reason: Failure) -> None:
+    def _not_brought(self, reason: Failure) -> BaseException:
+        """Say so once, and hand on why."""
         if not self._is_late:
-            self._is_late = True
             if reason.check(StoreUnavailable):
                 _log.warn("The store is away: usage waits in the journal")
             else:
                 _log.failure("Adding usage failed; it waits in the journal", reason)
+            self._is_late = True
+        assert reason.value is not None
+        return reason.value
 
     async def close(self) -> None:
         """Have the store add what it can now; the rest waits for the next start."""

@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 from operator import attrgetter
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import attrs
 from attrs import frozen
@@ -68,11 +68,24 @@ class UsageEvent:
     def of_json(cls, fields: dict[str, Any]) -> Self:
         """Return the event that :meth:`as_json` made ``fields`` of.
 
-        :raises TypeError: they are not an event's.
+        :raises TypeError: they are not an event's, or one of them is not what it can be.
         """
-        return cls(**fields)
+        event = cls(**fields)
+        texts, numbers = _texts(event), _numbers(event)
+        if not all(isinstance(text, str) for text in texts) or event.quality not in get_args(Quality):
+            raise TypeError("a text is none")
+        if not all(type(number) is int and 0 <= number <= _MOST for number in numbers):
+            raise TypeError("a number is none")
+        if not isinstance(event.time, int | float) or not 0 <= event.time <= _END_OF_TIME:
+            raise TypeError("the time is none")
+        return event
 
 
 _NAMES = tuple(a.name for a in attrs.fields(UsageEvent))
 _values = attrgetter(*_NAMES)
+_texts = attrgetter("key", "model", "end_user", "quality")
+_numbers = attrgetter(*(name for name in _NAMES if name not in ("time", "key", "model", "end_user", "quality")))
+_MOST = 1 << 53
+#: The last moment that a calendar of four digits knows.
+_END_OF_TIME = 253_402_300_799
 _DEFAULTS = {a.name: a.default for a in attrs.fields(UsageEvent) if a.default is not attrs.NOTHING}

@@ -164,7 +164,7 @@ class Journal:
                 offset += len(text)
                 try:
                     line = json.loads(text)
-                except ValueError:
+                except (ValueError, RecursionError):
                     _log.error("{path} has a line that cannot be read", path=str(self.path))
                     line = None
                 yield line, offset
