@@ -10,24 +10,25 @@ import pytest
 from _asking import CHAT, Reply, ask, make_key, until
 from _load import PRICES, Crowd, Key, check_sums, executed, usage
 from _redis import redis_server
-from _service import Twistd, start_proxy, start_simulator
+from _service import Twistd, start_proxy
 
 BUDGET = 2000
 
 
 class House:
-    """A simulator, and proxies in front of it that share a state directory.
+    """Proxies that share a state directory, and a simulator behind them whose counters begin anew.
 
     :ivar running: by the name of their own directory.
     """
 
-    def __init__(self, directory: Path, store: str) -> None:
+    def __init__(self, sim: Twistd, directory: Path, store: str) -> None:
         self._directory = directory
         self._store = store
         self.state = directory / "state"
         self.running: dict[str, Twistd] = {}
         (directory / "prices.toml").write_text(PRICES)
-        self.sim = start_simulator(directory / "sim")
+        self.sim = sim
+        assert ask(sim, "POST", "/vllmsim/reset").status == 200
 
     def start(self, directory: str = "proxy") -> Twistd:
         state = ("--state-directory", str(self.state))
@@ -54,13 +55,12 @@ class House:
         for service in self.running.values():
             service.stop()
             assert "Traceback" not in service.log
-        self.sim.stop()
 
 
 @pytest.fixture(params=["sqlite", "redis"])
-def house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[House]:
+def house(request: pytest.FixtureRequest, sim: Twistd, tmp_path: Path) -> Iterator[House]:
     with redis_server() as redis:
-        made = House(tmp_path, redis.url if request.param == "redis" else f"sqlite:{tmp_path / 'keys.sqlite'}")
+        made = House(sim, tmp_path, redis.url if request.param == "redis" else f"sqlite:{tmp_path / 'keys.sqlite'}")
         yield made
         made.stop()
 
@@ -104,6 +104,7 @@ def test_what_was_used_is_counted_once_however_often(house: House) -> None:
     kill_and_start(house, 20)
 
 
+@pytest.mark.parametrize("house", ["redis"], indirect=True)
 def test_what_was_used_before_a_stop_is_counted_once(house: House) -> None:
     service = house.start()
     crowd = Crowd(make_keys(service))
@@ -146,6 +147,7 @@ def test_what_a_killed_proxy_held_of_a_budget_is_spent_or_let_go_of(house: House
     wire.close()
 
 
+@pytest.mark.parametrize("house", ["sqlite"], indirect=True)
 def test_proxies_that_share_a_directory_leave_each_other_s_requests_alone(house: House) -> None:
     one, other = house.start("one"), house.start("other")
     crowd = Crowd(make_keys(one))

@@ -8,7 +8,7 @@ import pytest
 from _asking import ask, make_key, until
 from _load import PRICES, Crowd, Key, check_sums, usage
 from _redis import RedisServer, redis_server
-from _service import Twistd, start_proxy, start_simulator
+from _service import Twistd, start_proxy
 
 #: What is kept is still there after a kill -9.
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
@@ -21,18 +21,11 @@ def redis() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-def own_sim(tmp_path: Path) -> Iterator[Twistd]:
-    """A simulator that nobody else asks."""
-    service = start_simulator(tmp_path / "sim")
-    yield service
-    service.stop()
-
-
-@pytest.fixture
-def service(own_sim: Twistd, redis: RedisServer, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Twistd]:
+def service(sim: Twistd, redis: RedisServer, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Twistd]:
+    assert ask(sim, "POST", "/vllmsim/reset").status == 200
     (tmp_path / "prices.toml").write_text(PRICES)
     options = ("--store", redis.url, "--prices", str(tmp_path / "prices.toml"), *getattr(request, "param", ()))
-    proxy = start_proxy(tmp_path / "proxy", own_sim.url, *options)
+    proxy = start_proxy(tmp_path / "proxy", sim.url, *options)
     yield proxy
     proxy.stop()
     assert "Traceback" not in proxy.log
@@ -67,26 +60,24 @@ def settle(service: Twistd, crowd: Crowd) -> None:
 
 
 @pytest.mark.parametrize("outage", ["killed", "stopped"])
-def test_what_was_used_meanwhile_is_added_once(
-    service: Twistd, own_sim: Twistd, redis: RedisServer, outage: str
-) -> None:
+def test_what_was_used_meanwhile_is_added_once(service: Twistd, sim: Twistd, redis: RedisServer, outage: str) -> None:
     crowd = Crowd([Key(make_key(service)["key"], False) for _ in range(3)])
     go_through(redis, service, crowd, outage)
     settle(service, crowd)
     assert {asked.status for asked in crowd.asked} == {200}
-    check_sums(service, own_sim, crowd)
+    check_sums(service, sim, crowd)
 
 
 @pytest.mark.parametrize("service", [("--store-outage", "local")], indirect=True)
 def test_what_keys_with_limits_used_of_their_share_is_added_once(
-    service: Twistd, own_sim: Twistd, redis: RedisServer
+    service: Twistd, sim: Twistd, redis: RedisServer
 ) -> None:
     limits: list[dict[str, object]] = [{"tpm_limit": 10**9}, {"rpm_limit": 10**6}, {"max_budget_tokens": 10**9}]
     crowd = Crowd([Key(make_key(service, **each)["key"], "rpm_limit" not in each) for each in limits])
     go_through(redis, service, crowd, "stopped")
     settle(service, crowd)
     assert {asked.status for asked in crowd.asked} == {200, 503}  # a budget is kept in Redis and nowhere else
-    check_sums(service, own_sim, crowd)
+    check_sums(service, sim, crowd)
 
 
 def held_of(redis: RedisServer, key: Key) -> bytes:
@@ -95,19 +86,18 @@ def held_of(redis: RedisServer, key: Key) -> bytes:
     return redis.command("HGET", f"vllmproxy:{{{token}}}:budget", "held_tokens")
 
 
-@pytest.mark.parametrize("outage", ["killed", "stopped"])
-def test_of_a_budget_nothing_stays_held(service: Twistd, own_sim: Twistd, redis: RedisServer, outage: str) -> None:
+def test_of_a_budget_nothing_stays_held(service: Twistd, sim: Twistd, redis: RedisServer) -> None:
     crowd = Crowd([Key(make_key(service, max_budget_tokens=10**9)["key"], True) for _ in range(2)])
     for _ in range(2):
-        go_through(redis, service, crowd, outage, meanwhile=0)
+        go_through(redis, service, crowd, "stopped", meanwhile=0)
     settle(service, crowd)
-    check_sums(service, own_sim, crowd)
+    check_sums(service, sim, crowd)
     for key in crowd.keys:
         until(lambda key=key: held_of(redis, key) == b"$1\r\n0\r\n")  # type: ignore[misc]
 
 
 def test_a_proxy_that_stops_meanwhile_leaves_it_to_the_next(
-    service: Twistd, own_sim: Twistd, redis: RedisServer, tmp_path: Path
+    service: Twistd, sim: Twistd, redis: RedisServer, tmp_path: Path
 ) -> None:
     crowd = Crowd([Key(make_key(service)["key"], False)])
     with crowd.asking(service, clients=4):
@@ -119,11 +109,11 @@ def test_a_proxy_that_stops_meanwhile_leaves_it_to_the_next(
     service.stop()
     redis.resume()
     options = ("--store", redis.url, "--prices", str(tmp_path / "prices.toml"))
-    heir = start_proxy(tmp_path / "proxy", own_sim.url, *options)
+    heir = start_proxy(tmp_path / "proxy", sim.url, *options)
     try:
         until(lambda: ask(heir, "GET", "/health/readiness").status == 200)
         settle(heir, crowd)
-        check_sums(heir, own_sim, crowd)
+        check_sums(heir, sim, crowd)
     finally:
         heir.stop()
     assert "Traceback" not in heir.log
