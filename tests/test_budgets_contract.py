@@ -194,8 +194,10 @@ async def test_spend_that_is_set_counts_at_once(bench: Bench) -> None:
     await bench.reserve(money(100, 10))
     await bench.store.set_account(TOKEN, Account(0, 90, 0))
     assert isinstance(await bench.reserve(money(100, 1)), Denied)
-    await bench.store.set_account(TOKEN, Account(0, 0, 0))
-    assert await bench.reserve(money(100, 90)) == Granted((0,))
+    await bench.store.set_account(TOKEN, Account(0, 5, 0))
+    assert await bench.reserve(money(100, 85)) == Granted((0,))
+    await bench.store.set_account(TOKEN, Account(0, 0, 0))  # to nothing, with all that was held
+    assert await bench.reserve(money(100, 100)) == Granted((0,))
 
 
 @pytest_twisted.ensureDeferred

@@ -86,6 +86,8 @@ class Accounts:
             if balance is not None and account.period >= balance.period:
                 balance.begin(account.period)
                 balance.spend, balance.tokens = account.spend, account.tokens
+                if not events and not account.spend and not account.tokens:  # it was set so, and begins anew
+                    balance.held = balance.held_tokens = 0
         for event in events:
             balance = self._balances.get(event.key)
             if balance is not None and balance.period == event.period:

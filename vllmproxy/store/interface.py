@@ -187,5 +187,6 @@ class Store(Protocol):
     async def set_account(self, token: str, account: Account, audit: Sequence[AuditEntry] = ()) -> None:
         """Say what a key has spent, whatever it had, and write that down, both or nothing.
 
-        What requests under way hold stays held, unless it is another period than it was.
+        What requests under way hold stays held, unless it is another period than it was, or nothing at all was spent:
+        then nothing is held either.
         """

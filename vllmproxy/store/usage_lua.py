@@ -127,7 +127,8 @@ ACCOUNT: Final = PUNCTUAL + "return {1, now, unpack(redis.call('HMGET', KEYS[1],
 SET_ACCOUNT: Final = (
     PUNCTUAL
     + """
-if (redis.call('HGET', KEYS[1], 'period') or '0') ~= ARGV[2] then redis.call('DEL', KEYS[1]) end
+local begins_anew = ARGV[3] == '0' and ARGV[4] == '0'
+if begins_anew or (redis.call('HGET', KEYS[1], 'period') or '0') ~= ARGV[2] then redis.call('DEL', KEYS[1]) end
 redis.call('HSET', KEYS[1], 'period', ARGV[2], 'spend', ARGV[3], 'tokens', ARGV[4])
 for place = 5, #ARGV do redis.call('XADD', KEYS[2], '*', 'entry', ARGV[place]) end
 return {1, now}
