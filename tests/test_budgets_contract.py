@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import pytest_twisted
 from _redis import RedisServer, redis_server
+from _stores import KINDS, opened, url_of
 from attrs import evolve
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
@@ -14,7 +15,6 @@ from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
 from vllmproxy.keys.key import VirtualKey, hash_key
 from vllmproxy.limits.values import MAX_AMOUNT, Ask, Denied, Granted, Rule
 from vllmproxy.store.interface import Store, Writes
-from vllmproxy.store.opening import make_store
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.sums import Account
 
@@ -50,21 +50,15 @@ class Bench:
         await self.store.add_usage("w", self._events, [UsageEvent(time=NOW, key=key, **fields)])
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis"])
+@pytest.fixture(params=KINDS)
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "redis":
-        server: RedisServer = request.getfixturevalue("redis")
-        server.command("FLUSHALL")
-        return server.url
-    return {"memory": "memory:", "sqlite": f"sqlite:{tmp_path / 'keys.sqlite3'}"}[request.param]
+    return url_of(request, tmp_path)
 
 
 @pytest_twisted.async_yield_fixture
 async def bench(url: str) -> AsyncIterator[Bench]:
-    store = make_store(url, reactor=reactor)
-    await store.open()
-    yield Bench(store)
-    await store.close()
+    async with opened(url) as (store,):
+        yield Bench(store)
 
 
 def money(limit: int, cost: int, period: int = 0) -> Rule:

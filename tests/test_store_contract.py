@@ -8,6 +8,7 @@ import attrs
 import pytest
 import pytest_twisted
 from _redis import RedisServer, redis_server
+from _stores import KINDS, every_url, opened, url_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twisted.internet import reactor
@@ -55,32 +56,21 @@ def redis() -> Iterator[RedisServer]:
         yield server
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis"])
+@pytest.fixture(params=KINDS)
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "redis":
-        server: RedisServer = request.getfixturevalue("redis")
-        server.command("FLUSHALL")
-        return server.url
-    return {"memory": "memory:", "sqlite": f"sqlite:{tmp_path / 'keys.sqlite3'}"}[request.param]
+    return url_of(request, tmp_path)
 
 
 @pytest_twisted.async_yield_fixture
 async def store(url: str) -> AsyncIterator[Store]:
-    made = make_store(url, reactor=reactor)
-    await made.open()
-    yield made
-    await made.close()
+    async with opened(url) as (made,):
+        yield made
 
 
 @pytest_twisted.async_yield_fixture
 async def every_store(redis: RedisServer, tmp_path: Path) -> AsyncIterator[list[Store]]:
-    redis.command("FLUSHALL")
-    stores = [make_store(url, reactor=reactor) for url in ("memory:", f"sqlite:{tmp_path / 'every'}", redis.unix_url)]
-    for store in stores:
-        await store.open()
-    yield stores
-    for store in stores:
-        await store.close()
+    async with opened(*every_url(redis, tmp_path)) as stores:
+        yield stores
 
 
 @pytest_twisted.ensureDeferred
