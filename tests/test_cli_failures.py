@@ -244,7 +244,11 @@ def test_ctrl_c() -> None:
 
     with raw_server(serve) as url, running(*LIST, url=url) as process:
         assert asked.wait(SECONDS)
-        process.send_signal(signal.SIGINT)
+        for _ in range(3):  # Python loses an interrupt that comes while it is in a finalizer: one presses again
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=SECONDS / 4)
+                break
         out, err = process.communicate(timeout=SECONDS)
         assert (process.returncode, out, err) == (130, b"", b"")
 
