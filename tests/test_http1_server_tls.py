@@ -12,6 +12,7 @@ from twisted.internet import reactor as installed_reactor
 from twisted.internet.error import ConnectionDone
 from twisted.internet.task import deferLater
 
+from vllmproxy.http1.sockets import is_closing
 from vllmproxy.http1.stream import Stream
 
 reactor: Any = installed_reactor
@@ -52,6 +53,24 @@ async def test_a_client_that_leaves_a_paused_answer(how: str, authority: Authori
         await client.end(how)
         await until(lambda: stream.over)
         assert stream.bytes_out < 50_000_000
+        assert stream.receiver.events == ["client_gone"]  # type: ignore[union-attr]
+        await until(lambda: not server.factory.channels)
+
+
+@pytest.mark.parametrize("words", ["fin", "close_notify fin"])
+@pytest_twisted.ensureDeferred
+async def test_a_client_that_leaves_and_takes_nothing_more(words: str, authority: Authority) -> None:
+    """It does not read what is queued for it: its FIN is heard all the same, long before a deadline."""
+    async with site(authority.certificate, write_timeout=3600) as server, client_of(server, authority) as client:
+        stream = await ask(server, client, GET)
+        stream.start_response(200, b"OK", b"", length=50_000_000)
+        stream.write(b"x" * 20_000_000)  # more than the kernel's queues hold, so that it stays so
+        await until(lambda: stream.channel.congested)
+        if "close_notify" in words:
+            await client.close_notify()
+            await until(lambda: is_closing(stream.channel.transport))
+        client.half_close()
+        await until(lambda: stream.over)
         assert stream.receiver.events == ["client_gone"]  # type: ignore[union-attr]
         await until(lambda: not server.factory.channels)
 

@@ -106,6 +106,8 @@ class ServerChannel(Protocol):
         self.congested = True
         self._queued = queued_bytes(self.transport)
         self.factory.write_deadlines.set(self)
+        if self.is_secure and self._mode not in ("closed", "linger"):
+            self._watch()
         if self._active is not None and self._active.producer is not None:
             self._active.producer.pauseProducing()
 
@@ -115,6 +117,8 @@ class ServerChannel(Protocol):
             return
         self.congested = False
         self.factory.write_deadlines.clear(self)
+        if self.is_secure:
+            self._watch()
         if self._active is not None:
             if self._active.producer is not None:
                 self._active.producer.resumeProducing()
@@ -237,12 +241,21 @@ class ServerChannel(Protocol):
         self._reading = wanted
         transport: Any = self.transport
         if wanted:
-            self._unwatch()
             transport.resumeProducing()
         else:
             transport.pauseProducing()
-            if self._fd >= 0:
-                self.factory.hangups.watch(self._fd, self._hung_up, resets_only=self._mode == "tunnel")
+        self._watch()
+
+    def _watch(self) -> None:
+        """Have somebody look out for the client's leaving while the reactor does not: it reads nothing from a paused
+        connection, nor from one that TLS closes behind what is queued, which a congested one may be."""
+        if self._fd < 0:
+            return
+        in_tunnel = self._mode == "tunnel"
+        if not self._reading or (self.congested and self.is_secure and not in_tunnel):
+            self.factory.hangups.watch(self._fd, self._hung_up, resets_only=in_tunnel)
+        else:
+            self._unwatch()
 
     def _hung_up(self) -> None:
         """The client is gone behind bytes that nobody reads. (In a tunnel a close is found behind those bytes.)"""
