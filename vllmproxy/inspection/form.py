@@ -64,7 +64,9 @@ def is_form(content_type: bytes | None) -> bool:
 
     :raises Unreadable: it takes too long to say.
     """
-    if content_type is not None and len(content_type) > _LONGEST_TYPE:
+    if content_type is None or content_type == b"application/json":  # nearly all
+        return False
+    if len(content_type) > _LONGEST_TYPE:
         raise Unreadable("its Content-Type is too long")
     return parse_options_header(content_type)[0].lower() == b"multipart/form-data"
 

@@ -97,7 +97,7 @@ def read_request(path: str, body: bytes, content_type: bytes | None, content_enc
         form = is_form(content_type)
         if form:
             return _of_form(read_form(body, content_type or b""), path)
-        return attrs.evolve(_of_document(read_document(body, _READ), path), prompt_tokens=_prompt_tokens(body))
+        return _of_document(read_document(body, _READ), path, _prompt_tokens(body))
     except Unreadable as unreadable:
         reason = str(unreadable)
         clear = not form and not isinstance(unreadable, TooMuch) and not _takes(body)
@@ -117,7 +117,7 @@ def _prompt_tokens(body: bytes) -> int:
     return -(-(len(body) - sum(others)) // _BYTES_PER_TOKEN) + len(others) * _TOKENS_PER_OTHER
 
 
-def _of_document(document: Document, path: str) -> Asked:
+def _of_document(document: Document, path: str, prompt_tokens: int) -> Asked:
     model, surety, reason = _model_of(document.value("model"), "model" in document.repeated)
     options = document.value("stream_options")
     answers = _answers(document, path)
@@ -128,6 +128,7 @@ def _of_document(document: Document, path: str) -> Asked:
         stream=truth_of(document.value("stream")) is True,
         answers=answers,
         output_tokens=_output(document, path, answers),
+        prompt_tokens=prompt_tokens,
         interval=max(count_of(document.value("stream_interval")) or 1, 1),
         detached=truth_of(document.value("background")) is not False,
         unclear=_unclear(document),

@@ -1,5 +1,6 @@
 """What a request has to pass before it is forwarded: who calls, where to, for which model, and for how much."""
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from twisted.internet.defer import Deferred
@@ -210,11 +211,11 @@ class Admission:
         self._held = 0
         self._pieces.clear()
 
-    @property
+    @cached_property
     def _method(self) -> str:
         return self._stream.head.method.decode("ascii")
 
-    @property
+    @cached_property
     def _route(self) -> str:
         return reading_of(self.path, self._base)
 
