@@ -38,6 +38,11 @@ ANSWERS = {
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", 200, b"", kept=False, method=b"HEAD"
     ),
     "head open": Case(b"HTTP/1.1 200 OK\r\n\r\n", 200, b"", method=b"HEAD"),
+    "about RTSP": Case(
+        b"HTTP/1.1 200 OK\r\nContent-Length: 24\r\n\r\n\r\n\r\nRTSP/1.0 200 OK\r\n...",
+        200,
+        b"\r\n\r\nRTSP/1.0 200 OK\r\n...",
+    ),
     "informed": Case(
         b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK,
         200,
@@ -146,6 +151,9 @@ def test_a_truncated_answer_is_not_taken_for_a_whole_one(data: bytes, clean: boo
         b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\nok",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\nok",
         b"HTTP/1.1 200 OK\nContent-Length: 2\n\nok",
+        b"RTSP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
+        b"ICE/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+        b"HTTP/1.1 103 Early Hints\r\n\r\nRTSP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
         b"HTTP/1.1 200 OK\r\nX: a\r\n b\r\n\r\n",
         b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 600,
         b"HTTP/1.1 200 OK\r\nX: " + b"y" * 5000,

@@ -121,6 +121,8 @@ BAD = {
     "gzip": (b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 501),
     "connect": (b"CONNECT h:1 HTTP/1.1\r\nHost: h:1\r\n\r\n", 405),
     "http2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 0),
+    "rtsp": (b"GET / RTSP/1.0\r\nHost: h\r\n\r\n", 505),
+    "rtsp as 1.1": (b"POST /  RTSP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n", 505),
     "expect": (b"POST / HTTP/1.1\r\nHost: h\r\nExpect: x\r\nContent-Length: 3\r\n\r\n", 417),
     "old chunked": (b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
 }

@@ -1,5 +1,6 @@
 """Turns the bytes of a connection into requests. No sockets, no answers."""
 
+import re
 from typing import Any, Protocol
 
 import httptools
@@ -46,6 +47,8 @@ class RequestReader:
         self._head_bytes = 0
         self._progressed = False
         self._silent = 0  # bytes fed in a row that carried no message on: they reach no callback that could count
+        self._data = b""
+        self._begun = bytearray()  # what earlier reads brought of an unfinished head
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._ignoring_head = False
@@ -60,9 +63,12 @@ class RequestReader:
             return
         size, self._progressed = len(data), False
         while data:
+            self._data = data
             try:
                 self._parser.feed_data(data)
                 data = b""
+                if self.in_head:
+                    self._begun += self._data
             except httptools.HttpParserUpgrade as upgrade:
                 data = self._after_upgrade(data[upgrade.args[0] :])
             except httptools.HttpParserError:
@@ -118,6 +124,7 @@ class RequestReader:
         self.in_head = True
         self._progressed = True
         self._head_bytes = 0
+        self._begun.clear()
         self._target = b""
         self._headers = []
         self._sink.head_begun()
@@ -145,6 +152,8 @@ class RequestReader:
             return
         self._progressed = True
         self.in_head = False
+        if self._is_rtsp():
+            self._refuse(505, "This is RTSP; only HTTP/1.1 and HTTP/1.0 are spoken here.")
         major, minor = self._parser.get_http_version().split(".")
         head = RequestHead(
             method=self._parser.get_method(),
@@ -160,6 +169,15 @@ class RequestReader:
         self._body_follows_upgrade = self._parser.should_upgrade() and not head.websocket
         self._head = head
         self._sink.request_begun(head)
+
+    def _is_rtsp(self) -> bool:
+        """Whether the request line names RTSP: llhttp takes it for HTTP of that version, for GET, POST and OPTIONS too,
+        and does not tell."""
+        raw = self._begun + self._data if self._begun else self._data
+        if b" RTSP/" not in raw:
+            return False
+        line = re.escape(self._parser.get_method()) + b" +" + re.escape(self._target) + b" +RTSP/"
+        return re.search(rb"(?:\A|\n)" + line, raw) is not None
 
     def on_body(self, data: bytes) -> None:
         self._progressed = True

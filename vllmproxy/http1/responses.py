@@ -12,6 +12,8 @@ from vllmproxy.http1.rules import check_response
 #: Informational answers that one request may have. There are two kinds in use, and each needs but one.
 _MOST_INFORMED = 32
 _BLANKS = (b" ", b"\t")
+#: What llhttp takes for HTTP of the same version without telling.
+_OTHER_PROTOCOL = re.compile(rb"[\r\n]*(?:RTSP|ICE)/")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
@@ -42,6 +44,9 @@ class ResponseReader:
         self._upgrade = upgrade
         self._inform = inform
         self._reason = b""
+        self._data = b""
+        self._begun = bytearray()  # what earlier reads brought while no final head was complete
+        self._head_at = 0  # where in that and the read of now the current head begins
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = self._overhead = self._informed = 0
         self._error: BadAnswer | None = None
@@ -63,6 +68,7 @@ class ResponseReader:
         if self.whole:
             self.extra = True
             return
+        self._data = data
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -72,6 +78,7 @@ class ResponseReader:
                 raise self._error or BadAnswer("malformed HTTP") from None
             self.extra = True  # bytes after a complete answer only discard the connection
         if self.head is None:
+            self._begun += data
             self.fed += len(data)
             if self.fed > self._limits.answer_head:
                 raise BadAnswer("a head that is too large")
@@ -132,6 +139,9 @@ class ResponseReader:
     def on_headers_complete(self) -> None:
         if self.whole:
             return
+        raw = self._begun + self._data if self._begun else self._data
+        if _OTHER_PROTOCOL.match(raw, self._head_at):
+            self._reject("RTSP or Icecast, not HTTP")
         version = self._parser.get_http_version()
         if version not in ("1.1", "1.0"):
             self._reject("an unknown HTTP version")
@@ -152,6 +162,7 @@ class ResponseReader:
             if self._inform is not None:
                 self._inform(head)
             self._headers, self._reason, self._head_bytes = [], b"", 0
+            self._head_at = raw.index(b"\r\n\r\n", self._head_at) + 4
             return
         self.head = head
         # After HEAD, an upstream that sends the body it announced would answer the next request with it.
