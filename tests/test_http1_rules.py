@@ -106,7 +106,23 @@ def test_hosts(host: bytes) -> None:
 
 @pytest.mark.parametrize(
     "host",
-    [b"a b", b"h:x", b"h:123456", b"a/b", b"u@h", b"[::1", b"::1", b"h\x00", b"h#", b"h?", b"\xc3\xa9", b"h\n"],
+    [
+        b"a b",
+        b"h:x",
+        b"h:123456",
+        b"a/b",
+        b"u@h",
+        b"[::1",
+        b"::1",
+        b"h\x00",
+        b"h#",
+        b"h?",
+        b"\xc3\xa9",
+        b"h\n",
+        b"h%zz",
+        b"h%4",
+        b":80",
+    ],
 )
 def test_malformed_hosts(host: bytes) -> None:
     assert refusal(head_of((b"Host", host), host=False)) == 400
@@ -175,6 +191,10 @@ def test_an_absolute_target_with_an_empty_host_is_refused() -> None:
         b"x-api_key",
         b"API_KEY",
         b"x_forwarded_for",
+        b"X_Real_IP",
+        b"X-Forwarded_Prefix",
+        b"Content_Type",
+        b"content_encoding",
         b"X_Vllm_Priority",
     ],
 )

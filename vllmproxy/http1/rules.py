@@ -41,17 +41,24 @@ _GUARDED = frozenset(
         b"api-key",
         b"x-api-key",
         b"x-litellm-api-key",
+        b"content-type",
+        b"content-encoding",
         b"x-request-id",
         b"x-forwarded-for",
         b"x-forwarded-host",
+        b"x-forwarded-port",
+        b"x-forwarded-prefix",
         b"x-forwarded-proto",
+        b"x-forwarded-server",
+        b"x-real-ip",
         b"x-data-parallel-rank",
         b"x-session-id",
         b"x-vllm-priority",
     ]
 )
 
-_HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?\Z")
+_NAME = rb"[A-Za-z0-9._~!$&'()*+,;=-]*"
+_HOST = re.compile(rb"(?:(?!:)%s(?:%%[0-9A-Fa-f]{2}%s)*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?\Z" % (_NAME, _NAME))
 _ABSOLUTE = re.compile(rb"(?i:https?)://([^/?#]*)(.*)\Z", re.DOTALL)
 _TARGET = re.compile(rb"[\x21\x22\x24-\x7e]+\Z")
 _DIGITS = re.compile(rb"[0-9]{1,18}\Z")
