@@ -335,6 +335,13 @@ def test_answers_that_may_not_pass(status: int, headers: list[tuple[bytes, bytes
         check_response(ResponseHead(status, b"", headers), b"GET")
 
 
+def test_an_answer_in_http_1_0_has_no_transfer_encoding() -> None:
+    """RFC 9112 §6.1: its framing is to be treated as faulty."""
+    head = ResponseHead(200, b"OK", [(b"Transfer-Encoding", b"chunked")], b"1.0")
+    with pytest.raises(BadAnswer):
+        check_response(head, b"GET")
+
+
 @given(status=st.integers(0, 999), method=st.sampled_from([b"GET", b"HEAD"]), lines=LINES)
 def test_an_answer_is_refused_in_one_way_only(status: int, method: bytes, lines: list[tuple[bytes, bytes]]) -> None:
     head = ResponseHead(status, b"", lines)

@@ -165,6 +165,8 @@ def check_response(head: ResponseHead, method: bytes) -> None:
     if codings and lengths:
         raise BadAnswer("Content-Length with Transfer-Encoding")
     if codings:
+        if head.version == b"1.0":
+            raise BadAnswer("Transfer-Encoding in HTTP/1.0")
         if len(codings) != 1 or codings[0].lower() != b"chunked":
             raise BadAnswer("a transfer coding other than chunked")
         head.chunked = True
