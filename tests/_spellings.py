@@ -55,6 +55,9 @@ UNSAFE = [
     "/v1/..;/sleep",
 ]
 
+_TAILS = ("%00", ";", ";x=1", "%0a", "%0d%0a", "/.", "/..", "/%2e", "%2f", "%", "/%2500")
+_FRONTS = ("/v1", "/v2", "/inference", "/inference/v1", "/cohere", "/cohere/v2", "/v1/v1")
+
 
 def spellings(path: str) -> list[str]:
     """Return ways to write ``path``, or what a careless reader takes for it."""
@@ -76,14 +79,17 @@ def spellings(path: str) -> list[str]:
             ways.add(path[:at] + code % ord(path[at]) + path[at + 1 :])
         ways.add(path[:at] + path[at].upper() + path[at + 1 :])
         ways.add(path[:at] + f"%25{ord(path[at]):02x}" + path[at + 1 :])  # encoded twice
+        ways |= {_encoded(path.upper(), {at}), path[:at] + path[at:].upper(), path[:at].upper() + path[at:]}
+        ways.add("".join(c if at == other or c == "/" else f"%{ord(c):02x}" for other, c in enumerate(path)))
     for count in range(2, 6):
-        for some in combinations(letters[:5], count):
-            ways.add("".join(f"%{ord(c):02x}" if at in some else c for at, c in enumerate(path)))
+        ways |= {_encoded(path, set(some)) for some in combinations(letters[:5], count)}
     every = "".join(character if character == "/" else f"%{ord(character):02x}" for character in path)
     ways |= {every, every.upper().replace("%5F", "%5f"), every + "/", every + "?x", path.upper(), path.title()}
+    ways |= {way + tail for way in (every, path.upper(), path.title()) for tail in _TAILS}
+    ways |= {front + way for way in (every, path.upper(), path.title()) for front in _FRONTS}
     ways |= {path.replace("/", mark) for mark in ("//", "/./", "/x/../", "/%2e/", "%2f", "/%2f", "/;/", "\\", "%5c")}
-    ways |= {path + tail for tail in ("%00", ";", ";x=1", "%0a", "%0d%0a", "/.", "/..", "/%2e", "%2f", "%", "/%2500")}
-    ways |= {front + path for front in ("/v1", "/v2", "/inference", "/inference/v1", "/cohere", "/cohere/v2", "/v1/v1")}
+    ways |= {path + tail for tail in _TAILS}
+    ways |= {front + path for front in _FRONTS}
     ways |= {"/" + path, "/." + path, "/.." + path, "/v1/.." + path, "/v1/%2e%2e" + path, "/vllm/.." + path}
     ways |= {"/v1/models/../.." + path, "/health/.." + path, "/static/.." + path, "/models/..%2f.." + path}
     if path.startswith("/v1/"):
@@ -91,3 +97,8 @@ def spellings(path: str) -> list[str]:
         ways |= {bare, bare + "/", "/inference" + bare, "/%761" + bare, "/v%31" + bare, "/V1" + bare, "/v1/" + bare}
     # What does not begin with a slash would not be below /vllm: test_only_vllm_is_below_vllm.
     return sorted(way for way in ways if way.startswith("/"))
+
+
+def _encoded(path: str, some: set[int]) -> str:
+    """Return ``path`` with the characters at these places percent-encoded."""
+    return "".join(f"%{ord(c):02x}" if at in some else c for at, c in enumerate(path))

@@ -27,9 +27,7 @@ def test_a_connection_is_kept(proxy: Twistd) -> None:
             assert answer.get("connection") is None
 
 
-@pytest.mark.parametrize(
-    ("target", "key", "status"), [("/vllm/v1/models", None, 401), ("/vllm/%00", "sk-x", 400), ("/vllm/sleep", "", 403)]
-)
+@pytest.mark.parametrize(("target", "key", "status"), [("/vllm/v1/models", None, 401), ("/vllm/sleep", "", 403)])
 def test_a_connection_is_kept_after_a_refusal(proxy: Twistd, target: str, key: str | None, status: int) -> None:
     with wire(proxy) as connection:
         connection.send(request(target, key=new_key(proxy) if key == "" else key))
@@ -122,7 +120,7 @@ def test_a_slow_one_holds_up_those_behind_it(proxy: Twistd) -> None:
             + request("/vllm/v1/models", key=None)
             + request("/vllm/v1/x", "X-Vllmsim: bytes; length=300000; chunked=1", method="HEAD")
             + request("/vllm/v1/x", "X-Vllmsim: bytes; length=300000; chunked=1")
-            + request("/vllm/a;b")
+            + request("/vllm/a", key="sk-x")
             + request("/key/info")
             + request("/vllm/v1/x", "X-Vllmsim: echo", method="PUT", body=b"with a body")
             + request("/vllm/version", "Connection: close")
@@ -132,7 +130,7 @@ def test_a_slow_one_holds_up_those_behind_it(proxy: Twistd) -> None:
         assert connection.answer().status == 401
         assert connection.answer("HEAD").status == 200
         assert len(connection.answer().body) == 300_000
-        assert connection.answer().status == 400
+        assert connection.answer().status == 401
         assert connection.answer().headers
         assert connection.answer().json()["body_length"] == 11
         assert connection.answer().json() == {"version": "0.32.0"}

@@ -81,6 +81,7 @@ class Exchange:
         record.route = forwarded.decode("ascii")
         try:
             if is_unsafe(path):
+                stream.head.keep_alive = False  # whoever writes such a path is given no second try on this connection
                 raise BadRequest(_UNSAFE_PATH)
             self._target = forwarded + query
             admission = self._admission = Admission(self._relay, stream, forwarded)
