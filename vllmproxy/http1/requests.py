@@ -176,8 +176,9 @@ class RequestReader:
         raw = self._begun + self._data if self._begun else self._data
         if b" RTSP/" not in raw:
             return False
-        line = re.escape(self._parser.get_method()) + b" +" + re.escape(self._target) + b" +RTSP/"
-        return re.search(rb"(?:\A|\n)" + line, raw) is not None
+        first = re.escape(self._headers[0][0]) + b":" if self._headers else b"\r\n"
+        line = re.escape(self._parser.get_method()) + b" +" + re.escape(self._target) + rb" +RTSP/[0-9.]+\r\n" + first
+        return re.search(line, raw) is not None
 
     def on_body(self, data: bytes) -> None:
         self._progressed = True

@@ -128,7 +128,9 @@ class ResponseReader:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.head is not None:
-            return  # a trailer field
+            if not self.whole and name.lower() in (b"transfer-encoding", b"content-length"):
+                self._reject("a trailer that frames")  # RFC 9110 §6.5.1
+            return
         if value[-1:] in _BLANKS and name.lower() == b"transfer-encoding":
             self._reject("a blank behind the transfer coding")  # llhttp would read another coding than we
         self._headers.append((name, value.rstrip(b" \t")))
