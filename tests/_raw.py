@@ -234,6 +234,7 @@ class Upstream:
         self._wires: list[Wire] = []
         self._threads: list[threading.Thread] = []
         self._errors: list[BaseException] = []
+        self._lock = threading.Lock()  # a connection is taken whole, or not at all
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -259,7 +260,8 @@ class Upstream:
         try:
             yield
         finally:
-            self._script = None
+            with self._lock:
+                self._script = None
             for wire in self._wires:
                 with suppress(OSError):
                     wire.sock.shutdown(socket.SHUT_RDWR)
@@ -277,18 +279,22 @@ class Upstream:
                 sock, _ = self._listener.accept()
             except OSError:
                 return
-            script = self._script
-            if script is None:
-                sock.close()
-                continue
-            sock.settimeout(PATIENCE)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            wire = Wire(sock)
-            self.connections += 1
-            self._wires.append(wire)
-            thread = threading.Thread(target=self._play, args=(script, wire), daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            with self._lock:
+                self._take(sock)
+
+    def _take(self, sock: socket.socket) -> None:
+        script = self._script
+        if script is None:
+            sock.close()
+            return
+        sock.settimeout(PATIENCE)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        wire = Wire(sock)
+        self.connections += 1
+        self._wires.append(wire)
+        thread = threading.Thread(target=self._play, args=(script, wire), daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _play(self, script: Script, wire: Wire) -> None:
         try:
