@@ -198,7 +198,7 @@ def test_nothing_is_answered_before_the_store_is_open(tmp_path: Path, sim: Twist
 
 
 def test_sigterm_ends_it_within_seconds_whatever_is_under_way(tmp_path: Path, sim: Twistd) -> None:
-    service = start_proxy(tmp_path, sim.url)
+    service = start_proxy(tmp_path, sim.url, "--drain-timeout", "0.5")
     with service.connect(), service.connect() as streaming, service.connect() as half:
         half.sendall(b"POST /vllm/v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n")
         streaming.sendall(

@@ -80,6 +80,8 @@ def test_defaults() -> None:
         key_max_stale=300.0,
         store_outage="closed",
         local_share=0.5,
+        drain_delay=0.0,
+        drain_timeout=30.0,
     )
     assert settings() == expected
 
@@ -237,7 +239,8 @@ def test_stores_are_taken_as_written(text: str) -> None:
     assert settings({**BASE, "store": text}).store == text
 
 
-_NUMBERS = [name for name in TABLE if name.startswith(("max-", "key-", "local-")) or name.endswith("-timeout")]
+_PREFIXES = ("max-", "key-", "local-", "drain-")
+_NUMBERS = [name for name in TABLE if name.startswith(_PREFIXES) or name.endswith("-timeout")]
 
 
 @pytest.mark.parametrize("name", _NUMBERS)
@@ -247,7 +250,7 @@ def test_bad_numbers(name: str, text: str) -> None:
         settings({**BASE, name: text})
 
 
-@pytest.mark.parametrize("name", [name for name in _NUMBERS if not name.startswith("key-")])
+@pytest.mark.parametrize("name", [name for name in _NUMBERS if not name.startswith(("key-", "drain-"))])
 def test_zero_is_no_limit(name: str) -> None:
     with pytest.raises(SettingsError, match=f"^--{name}: "):
         settings({**BASE, name: "0"})

@@ -4,16 +4,20 @@ import atexit
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
 from typing import Any
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import Deferred, gatherResults, maybeDeferred
 from twisted.internet.interfaces import IAddress, IListeningPort
 from twisted.logger import Logger
 
 from vllmproxy import __version__
 from vllmproxy.api.app import Api
 from vllmproxy.api.branch import ApiBranch
+from vllmproxy.draining import Draining
 from vllmproxy.exposure import judge
 from vllmproxy.http1.factory import ServerFactory
 from vllmproxy.http1.hangup import HangupWatcher
@@ -25,6 +29,7 @@ from vllmproxy.keys.masterkey import MasterKey
 from vllmproxy.keys.routes import KNOWN_ROUTES
 from vllmproxy.limits.fallback import FallbackLimiter
 from vllmproxy.listening import CannotListen, accept, listen
+from vllmproxy.notify import Notifier
 from vllmproxy.observers.fanout import FanOut
 from vllmproxy.observers.jsonlines import JsonLines, open_access_log
 from vllmproxy.observers.metrics import MetricsObserver
@@ -54,7 +59,7 @@ class CannotStart(Exception):
 class Proxy:
     """Everything that is running, wired."""
 
-    def __init__(self, settings: Settings, reactor: Any) -> None:
+    def __init__(self, settings: Settings, reactor: Any, is_stopping: Callable[[], bool]) -> None:
         assert settings.upstream is not None
         limits = Limits(settings.max_head, settings.max_headers, settings.max_target)
         self._reactor = reactor
@@ -106,6 +111,7 @@ class Proxy:
             open_metrics=settings.open_metrics,
             version=__version__,
             is_well=Probe(server, reactor).is_well,
+            is_stopping=is_stopping,
             priced=settings.prices is not None,
         )
         self.api = ApiBranch(reactor, api.site(), api.routes, self.observer, trusted, settings.max_api_body)
@@ -171,10 +177,15 @@ class ProxyService(Service):
     def __init__(self, settings: Settings, reactor: Any) -> None:
         self._settings = settings
         self._reactor = reactor
-        self._ports: list[IListeningPort] = []
+        self._listeners: list[IListeningPort] = []
+        self._simulator: IListeningPort | None = None
         self._proxy: Proxy | None = None
         self._opening: Deferred[None] | None = None
         self._made_key = settings.simulate and settings.master_key is None
+        self._accepting = False
+        self._draining = Draining(reactor, self._take_no_more)
+        self._signalled = False
+        self._notifier = Notifier(os.environ, reactor)
 
     def privilegedStartService(self) -> None:
         """Bind, while the process may still bind low ports. A process that cannot do its work does not start."""
@@ -191,21 +202,19 @@ class ProxyService(Service):
         settings = self._settings
         if settings.simulate:
             try:
-                port, settings = start_simulator(self._reactor, settings)
+                self._simulator, settings = start_simulator(self._reactor, settings)
             except OSError as error:
                 where = f"{str(settings.state_directory)!r}: {error.strerror}"
                 raise CannotStart(f"--state-directory: cannot write in {where}; name another directory") from None
-            self._ports.append(port)
-        proxy = Proxy(settings, self._reactor)
-        ports = listen(self._reactor, settings.listen, proxy.factory)
-        verdict = judge([port.getHost() for port in ports], master_key=settings.master_key, open=settings.open)
+        proxy = Proxy(settings, self._reactor, lambda: self._draining.has_begun)
+        self._listeners = listen(self._reactor, settings.listen, proxy.factory)
+        addresses = [port.getHost() for port in self._listeners]
+        verdict = judge(addresses, master_key=settings.master_key, open=settings.open)
         if verdict.refusal is not None:
             raise CannotStart(verdict.refusal)
         for warning in verdict.warnings:
             _log.warn("{warning}", warning=warning)
         self._settings, self._proxy = settings, proxy
-        self._ports = [*self._ports, *ports]
-        self._listeners = ports
 
     def _reopen_log(self) -> None:
         """After SIGHUP, as logrotate sends it."""
@@ -225,11 +234,17 @@ class ProxyService(Service):
 
     def _open(self) -> None:
         assert self._proxy is not None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            usual = signal.getsignal(number)  # the reactor's, by now, unless whoever started us has it ignored
+            if callable(usual):
+                signal.signal(number, partial(self._asked_to_stop, usual))
         self._opening = Deferred.fromCoroutine(self._proxy.open())
         self._opening.addCallbacks(self._opened, self._not_opened)
 
     def _opened(self, _: None) -> None:
         accept(self._listeners)
+        self._accepting = True
+        self._notifier.ready()
         assert self._settings.upstream is not None
         addresses = [port.getHost() for port in self._listeners]
         urls = [base_url(*each) for each in zip(addresses, self._settings.listen, strict=True)]
@@ -249,14 +264,37 @@ class ProxyService(Service):
         atexit.register(_exit_with_failure)
         self._reactor.stop()
 
+    def _asked_to_stop(
+        self, usual: Callable[[int, FrameType | None], object], number: int, frame: FrameType | None
+    ) -> None:
+        """Take a signal: the first one stops the reactor, the next ones do not wait for that."""
+        if self.running and not self._signalled:
+            self._signalled = True
+            usual(number, frame)
+        else:
+            self._reactor.callFromThread(self._draining.hurry)
+
+    def _take_no_more(self) -> Deferred[Any]:
+        assert self._proxy is not None
+        return gatherResults([self._stop_listening(), self._proxy.factory.drain()])
+
+    def _stop_listening(self) -> Deferred[Any]:
+        listeners, self._listeners = self._listeners, []
+        return gatherResults([maybeDeferred(port.stopListening) for port in listeners])
+
     async def _stop(self) -> None:
-        for port in self._ports:
-            await maybeDeferred(port.stopListening)
+        self._notifier.stopping()
+        if self._accepting:
+            await self._draining.begin(self._settings.drain_delay, self._settings.drain_timeout)
+        await self._stop_listening()
         if self._proxy is not None:
             await self._proxy.close()
+        if self._simulator is not None:
+            await maybeDeferred(self._simulator.stopListening)
+        self._notifier.close()
 
     def stopService(self) -> Deferred[None]:
-        """Stop listening and let go of everything."""
+        """Stop as the settings say, then let go of everything. The reactor turns on until that is done."""
         super().stopService()  # type: ignore[no-untyped-call]  # Twisted is half typed
         if self._opening is not None:
             self._opening.cancel()

@@ -54,6 +54,7 @@ class Settings:
     :ivar max_headers: the number of header lines.
     :ivar store_outage: ``closed`` or ``local``.
     :ivar local_share: above 0, up to 1.
+    :ivar drain_delay: between not being ready any more and taking no more; ``drain_timeout``: from then on.
     """
 
     upstream: Upstream | None
@@ -88,6 +89,8 @@ class Settings:
     key_max_stale: float
     store_outage: str
     local_share: float
+    drain_delay: float
+    drain_timeout: float
 
 
 class _Level(IntEnum):

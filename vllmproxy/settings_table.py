@@ -285,6 +285,18 @@ _ROWS = (
         "With --store-outage local, how much of each limit a proxy gives, above 0 and up to 1.",
         default="0.5",
     ),
+    Row(
+        "drain-delay",
+        SECONDS_OR_ZERO,
+        "Seconds to go on taking requests when asked to stop, with /health/readiness at 503, so that balancers see it.",
+        default="0",
+    ),
+    Row(
+        "drain-timeout",
+        SECONDS_OR_ZERO,
+        "Seconds that requests under way have to finish in after that, before they are cut off.",
+        default="30",
+    ),
 )
 
 #: Every setting by its name.

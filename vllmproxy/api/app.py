@@ -44,6 +44,7 @@ class Api:
         open_metrics: bool,
         version: str,
         is_well: Callable[[], Awaitable[bool]],
+        is_stopping: Callable[[], bool] = lambda: False,
         priced: bool = False,
     ) -> None:
         self._clock = clock
@@ -56,7 +57,7 @@ class Api:
         KeyViewApi(gate, store, clock).register(app)
         UsageApi(gate, store, clock).register(app)
         AuditApi(gate, store).register(app)
-        HealthApi(store, version, is_well).register(app)
+        HealthApi(store, version, is_well, is_stopping).register(app)
         MetricsApi(gate, metrics_text, open_metrics).register(app)
         app.handle_errors(Exception)(_explain)
         self.routes = frozenset(str(rule.rule) for rule in app.url_map.iter_rules())

@@ -13,12 +13,20 @@ class HealthApi:
     """The handlers. They name states, never addresses.
 
     :param is_well: tells whether vLLM answers.
+    :param is_stopping: tells whether requests should go elsewhere, because this process is going to end.
     """
 
-    def __init__(self, store: Store, version: str, is_well: Callable[[], Awaitable[bool]]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        version: str,
+        is_well: Callable[[], Awaitable[bool]],
+        is_stopping: Callable[[], bool],
+    ) -> None:
         self._store = store
         self._version = version
         self._is_well = is_well
+        self._is_stopping = is_stopping
 
     def register(self, app: Klein) -> None:
         """Add the routes to ``app``."""
@@ -31,17 +39,18 @@ class HealthApi:
         return answer_json(request, "I'm alive!")
 
     async def readiness(self, request: IRequest) -> bytes:
-        """Answer 200 if keys can be looked up and vLLM answers, else 503, and say which."""
+        """Answer 200 if keys can be looked up, vLLM answers and this is not the end, else 503, and say which."""
         upstream = await self._is_well()
         try:
             await self._store.ping()
             store = True
         except StoreUnavailable:
             store = False
+        stopping = self._is_stopping()
         state = {
-            "status": "healthy" if store and upstream else "unhealthy",
+            "status": "stopping" if stopping else "healthy" if store and upstream else "unhealthy",
             "db": "connected" if store else "not connected",
             "upstream": "reachable" if upstream else "unreachable",
             "version": self._version,
         }
-        return answer_json(request, state, 200 if store and upstream else 503)
+        return answer_json(request, state, 200 if store and upstream and not stopping else 503)

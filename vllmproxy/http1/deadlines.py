@@ -41,6 +41,19 @@ class Deadlines(Generic[T]):
         """End the wait of ``item``, if there is one."""
         self._due.pop(item, None)
 
+    def change(self, seconds: float) -> None:
+        """Have every wait last ``seconds``, those under way too, each from when it began."""
+        longer = seconds - self._seconds
+        self._seconds = seconds
+        self._slack = min(seconds / 4, 1.0)
+        self._due = {item: due + longer for item, due in self._due.items()} if seconds else {}
+        if self._call is not None:
+            self._call.cancel()
+            self._call = None
+        if self._due:
+            first = next(iter(self._due.values())) - self._clock.seconds()
+            self._call = self._clock.callLater(max(first, 0) + self._slack, self._tick)
+
     def close(self) -> None:
         """Forget every wait and those to come; nothing expires any more."""
         self._seconds = 0

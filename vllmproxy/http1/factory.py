@@ -23,6 +23,8 @@ class ServerFactory(Factory):
     """
 
     noisy = False
+    #: The server is stopping: each connection's next answer is its last.
+    draining = False
 
     def __init__(
         self,
@@ -37,18 +39,20 @@ class ServerFactory(Factory):
         body_timeout: float = 60.0,
         write_timeout: float = 60.0,
         linger_timeout: float = 2.0,
+        unused_timeout: float = 2.0,
     ) -> None:
         self.handle = handler
         self.render = render
         self.hangups = hangups
         self.limits = limits
-        self._closed: Deferred[None] | None = None
+        self._waiting: list[Deferred[None]] = []
         self.channels: set[ServerChannel] = set()
         self.head_deadlines: Deadlines[ServerChannel] = Deadlines(clock, head_timeout, ServerChannel.head_late)
         self.idle_deadlines: Deadlines[ServerChannel] = Deadlines(clock, idle_timeout, ServerChannel.lose)
         self.body_deadlines: Deadlines[ServerChannel] = Deadlines(clock, body_timeout, ServerChannel.body_late)
         self.write_deadlines: Deadlines[ServerChannel] = Deadlines(clock, write_timeout, ServerChannel.write_late)
         self.linger_deadlines: Deadlines[ServerChannel] = Deadlines(clock, linger_timeout, ServerChannel.linger_late)
+        self.unused_deadlines: Deadlines[ServerChannel] = Deadlines(clock, unused_timeout, ServerChannel.unused_late)
 
     def buildProtocol(self, addr: IAddress | None) -> ServerChannel:  # type: ignore[override]
         return ServerChannel(self, addr)
@@ -66,13 +70,33 @@ class ServerFactory(Factory):
         self.body_deadlines.clear(channel)
         self.write_deadlines.clear(channel)
         self.linger_deadlines.clear(channel)
-        if not self.channels and self._closed is not None and not self._closed.called:
-            self._closed.callback(None)
+        self.unused_deadlines.clear(channel)
+        if not self.channels:
+            waiting, self._waiting = self._waiting, []
+            for waiter in waiting:
+                waiter.callback(None)
+
+    def drain(self) -> Deferred[None]:
+        """Have every connection end with the requests that are under way; the result fires when all are gone.
+
+        Idle ones close now. One on which nothing has come yet is given a moment: a client that has just been accepted
+        has sent its request, or is about to, and could not know.
+        """
+        self.draining = True
+        for channel in list(self.channels):
+            channel.drain()
+        return self._emptied()
+
+    def _emptied(self) -> Deferred[None]:
+        emptied: Deferred[None] = Deferred()
+        if self.channels:
+            self._waiting.append(emptied)
+        else:
+            emptied.callback(None)
+        return emptied
 
     def close(self) -> Deferred[None]:
         """Reset every connection; the result fires when all of them are gone and their requests settled."""
-        closed: Deferred[None] = Deferred()
-        self._closed = closed
         for channel in list(self.channels):
             channel.abort()
         self.head_deadlines.close()
@@ -80,6 +104,5 @@ class ServerFactory(Factory):
         self.body_deadlines.close()
         self.write_deadlines.close()
         self.linger_deadlines.close()
-        if not self.channels:
-            closed.callback(None)
-        return closed
+        self.unused_deadlines.close()
+        return self._emptied()

@@ -12,7 +12,7 @@ from zope.interface import implementer
 
 from vllmproxy.http1.message import RequestHead, WireError
 from vllmproxy.http1.requests import RequestReader
-from vllmproxy.http1.sockets import hang_up, is_closing, is_plain, queued_bytes, raw_socket, write_now
+from vllmproxy.http1.sockets import hang_up, has_ended, is_closing, is_plain, queued_bytes, raw_socket, write_now
 from vllmproxy.http1.stream import Stream
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class ServerChannel(Protocol):
         self._lingered = 0
         self._half_closed = False
         self._shut = False
+        self._used = False
         self._incoming: Stream | None = None
         self._reader = RequestReader(self, factory.limits)
 
@@ -136,6 +137,7 @@ class ServerChannel(Protocol):
             self.factory.head_deadlines.set(self)
 
     def request_begun(self, head: RequestHead) -> None:
+        self._used = True
         self._incoming = Stream(head, self)
         self._queue.append(self._incoming)
         self.factory.head_deadlines.clear(self)
@@ -162,6 +164,8 @@ class ServerChannel(Protocol):
             self._active.deliver()
         self._start_next()
         self.update_reading()
+        if self.factory.draining:
+            self.drain()
 
     def _start_next(self) -> None:
         if self._starting:
@@ -192,6 +196,30 @@ class ServerChannel(Protocol):
             waiting_for = self.factory.head_deadlines if self._reader.in_head else self.factory.idle_deadlines
             waiting_for.set(self)
         self.update_reading()
+        if self.factory.draining:
+            self.drain()
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the answer that begins now is the last one here, because the server is stopping."""
+        return self.factory.draining and not self._queue and not self._reader.in_head
+
+    def drain(self) -> None:
+        """The server is stopping: close if no request is under way, nor on its way as far as can be seen."""
+        if not self._is_idle():
+            return
+        if not self._used:
+            self.factory.unused_deadlines.set(self)
+        elif not has_ended(raw_socket(self.transport)):
+            self.lose()
+
+    def unused_late(self) -> None:
+        """The server is stopping, and this connection's client has had its time to send a first request."""
+        if self._is_idle():
+            self.lose()
+
+    def _is_idle(self) -> bool:
+        return self._mode == "http" and self._active is None and not self._queue and not self._reader.in_head
 
     def _body_broke(self, stream: Stream) -> None:
         """The active request's body is malformed, or late: the upstream must not take it for a whole one."""

@@ -139,7 +139,7 @@ class Stream:
             self._framing = "length"
         else:
             self._framing = "chunked" if self.head.version == (1, 1) else "close"
-        self.closes = not self.head.keep_alive or not self.complete or self._framing == "close"
+        self.closes = not self.head.keep_alive or not self.complete or self._framing == "close" or self.channel.is_last
         if length is not None and status != 204:  # RFC 9110 §8.6
             lines += b"content-length: %d\r\n" % length
         elif self._framing == "chunked":
