@@ -6,6 +6,7 @@ from pathlib import Path
 
 import attrs
 import pytest
+import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,6 +51,7 @@ def test_defaults() -> None:
     expected = Settings(
         upstream=Upstream.parse(URL),
         upstream_key=None,
+        upstream_ca=None,
         listen=("tcp:4000:interface=127.0.0.1",),
         store="sqlite:/home/ann/.local/state/vllmproxy/vllmproxy.sqlite",
         state_directory=Path("/home/ann/.local/state/vllmproxy"),
@@ -393,3 +395,16 @@ def test_prices_are_read_out_of_their_file() -> None:
 def test_a_choice_is_one_of_those_that_there_are(name: str, wrong: str) -> None:
     with pytest.raises(SettingsError, match=f"--{name}: .*choose"):
         load({"upstream": URL, name: wrong}, HOME)
+
+
+def test_authorities_are_read_out_of_their_file() -> None:
+    pem = trustme.CA().cert_pem.bytes().decode()
+    files = {"/ca.pem": f"# ours\n{pem}"}
+    read = lambda path: files[str(path)]  # noqa: E731 (as above)
+    loaded = load({"upstream": URL, "upstream-ca": "/ca.pem"}, HOME, read)
+    assert loaded.upstream_ca is not None
+    assert loaded.upstream_ca.pem == (pem.strip(),)
+    for bad, says in (("", "holds no certificate"), (pem.replace("M", "A"), "1 certificates is damaged")):
+        files["/ca.pem"] = bad
+        with pytest.raises(SettingsError, match=f"--upstream-ca: '/ca.pem': .*{says}"):
+            load({"upstream": URL, "upstream-ca": "/ca.pem"}, HOME, read)

@@ -76,6 +76,7 @@ class Proxy:
             reactor,
             settings.upstream,
             key=settings.upstream_key.reveal() if settings.upstream_key else None,
+            authorities=settings.upstream_ca,
             connect_timeout=settings.connect_timeout,
             idle_timeout=settings.upstream_idle_timeout,
             write_timeout=settings.write_timeout,

@@ -11,16 +11,18 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from attrs import field, frozen
 
-from vllmproxy.settings_table import DIRECTORY, FLAG, PRICES, SECRET, TABLE, Row
+from vllmproxy.settings_table import AUTHORITIES, DIRECTORY, FLAG, PRICES, SECRET, TABLE, Row
+from vllmproxy.upstreams.authorities import Authorities
 from vllmproxy.upstreams.upstream import Upstream
 from vllmproxy.usage.prices import Prices
 from vllmproxy.usage.reader import UsageMode
 
 ReadFile = Callable[[Path], str]
+T = TypeVar("T")
 
 
 class SettingsError(Exception):
@@ -59,6 +61,7 @@ class Settings:
 
     upstream: Upstream | None
     upstream_key: Secret | None
+    upstream_ca: Authorities | None
     listen: tuple[str, ...]
     store: str = field(repr=False)
     state_directory: Path
@@ -129,7 +132,9 @@ def load(options: Mapping[str, object], environ: Mapping[str, str], read_file: R
         if row.kind is SECRET:
             values[row.field] = _secret(row, said, environ, read_file)
         elif row.kind is PRICES:
-            values[row.field] = None if said is None else _prices(said, read_file)
+            values[row.field] = None if said is None else _parsed(said, read_file, Prices.parse)
+        elif row.kind is AUTHORITIES:
+            values[row.field] = None if said is None else _parsed(said, read_file, Authorities.parse)
         elif row.name not in {"state-directory", "store"} or said is not None:
             values[row.field] = _value(row, said)
     if "state_directory" not in values:
@@ -228,10 +233,10 @@ def _secret(row: Row, found: _Found | None, environ: Mapping[str, str], read_fil
     return checked_secret(_read(path, found.place, read_file), f"{found.place}: {str(path)!r}")
 
 
-def _prices(found: _Found, read_file: ReadFile) -> Prices:
+def _parsed(found: _Found, read_file: ReadFile, parse: Callable[[str], T]) -> T:
     path = Path(found.texts[0])
     try:
-        return Prices.parse(_read(path, found.place, read_file))
+        return parse(_read(path, found.place, read_file))
     except ValueError as error:
         raise SettingsError(f"{found.place}: {str(path)!r}: {error}") from None
 

@@ -139,6 +139,7 @@ SECONDS_OR_ZERO = Kind((int, float), "a number", _seconds_or_zero)
 OUTAGE = Kind((str,), "closed or local", _outage)
 SHARE = Kind((int, float), "a number", _share)
 COUNT = Kind((int,), "a whole number", _count)
+AUTHORITIES = Kind((str,), "a string (the file's name)", _filled)
 PRICES = Kind((str,), "a string (the file's name)", _filled)
 BUDGET_STATUS = Kind((int,), "an HTTP status", _budget_status)
 
@@ -183,6 +184,11 @@ _ROWS = (
         SECRET,
         "FILE that holds vLLM's own API key; the variable holds the key itself.",
         ("VLLM_API_KEY",),
+    ),
+    Row(
+        "upstream-ca",
+        AUTHORITIES,
+        "FILE with the certificates (PEM) of those who may sign that of an https:// upstream, instead of the system's.",
     ),
     Row(
         "listen",

@@ -17,6 +17,7 @@ from twisted.internet.ssl import optionsForClientTLS
 
 from vllmproxy.http1.agent import UpstreamAgent
 from vllmproxy.http1.message import Limits
+from vllmproxy.upstreams.authorities import Authorities
 from vllmproxy.upstreams.upstream import Upstream
 
 
@@ -52,6 +53,7 @@ def make_server(
     upstream: Upstream,
     *,
     key: str | None,
+    authorities: Authorities | None = None,
     connect_timeout: float,
     idle_timeout: float,
     write_timeout: float,
@@ -60,11 +62,12 @@ def make_server(
     """Return the server for ``upstream``; no connection is made yet.
 
     :param key: the server's own API key.
+    :param authorities: who may sign its certificate; ``None``: whom the system trusts.
     :param idle_timeout: seconds that an idle connection is kept for reuse.
     :param connect_timeout: seconds for the name and the connection, and as many again for the TLS handshake.
     :param write_timeout: seconds in which the server takes no byte of what waits for it.
     """
-    endpoint = _endpoint(reactor, upstream, connect_timeout)
+    endpoint = _endpoint(reactor, upstream, authorities, connect_timeout)
     agent = UpstreamAgent(
         reactor,
         endpoint,
@@ -78,7 +81,9 @@ def make_server(
     return Server(upstream, upstream.origin.decode("ascii"), agent, HTTPClient(agent), authorization)
 
 
-def _endpoint(reactor: Any, upstream: Upstream, timeout: float) -> IStreamClientEndpoint:
+def _endpoint(
+    reactor: Any, upstream: Upstream, authorities: Authorities | None, timeout: float
+) -> IStreamClientEndpoint:
     if upstream.socket_path is not None:
         return UNIXClientEndpoint(reactor, upstream.socket_path, timeout=timeout)
     host, port = upstream.host, upstream.port
@@ -90,5 +95,6 @@ def _endpoint(reactor: Any, upstream: Upstream, timeout: float) -> IStreamClient
     else:
         endpoint = HostnameEndpoint(reactor, host, port, timeout=timeout)
     if upstream.scheme == "https":
-        return wrapClientTLS(optionsForClientTLS(host), endpoint)
+        trust_root = None if authorities is None else authorities.trust_root()
+        return wrapClientTLS(optionsForClientTLS(host, trustRoot=trust_root), endpoint)
     return endpoint
