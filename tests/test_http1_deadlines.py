@@ -110,3 +110,35 @@ def test_nothing_waits_after_the_end() -> None:
     deadlines.close()
     deadlines.set("a")
     assert not clock.getDelayedCalls()
+
+
+@pytest.mark.parametrize(("first", "then"), [(10.0, 2.0), (2.0, 10.0), (10.0, 10.0)])
+def test_waits_that_are_changed_last_as_long_as_they_would_have(first: float, then: float) -> None:
+    clock, expired = Clock(), []
+    deadlines: Deadlines[str] = Deadlines(clock, first, lambda item: expired.append((item, clock.seconds())))
+    deadlines.set("early")
+    clock.advance(1)
+    deadlines.set("late")
+    deadlines.change(then)
+    deadlines.set("new")
+    for _ in range(300):
+        clock.advance(0.05)
+    assert [item for item, _ in expired] == ["early", "late", "new"]
+    slack = min(then / 4, 1.0) + 0.051
+    for (_, when), began in zip(expired, (0, 1, 1), strict=True):
+        assert began + then - 1e-6 <= when <= began + then + slack
+    assert not clock.getDelayedCalls()
+
+
+def test_a_wait_that_is_over_by_the_new_length_ends_soon() -> None:
+    clock, expired = Clock(), []
+    deadlines: Deadlines[str] = Deadlines(clock, 600, expired.append)
+    deadlines.set("item")
+    clock.advance(100)
+    deadlines.change(4)
+    clock.advance(1.1)
+    assert expired == ["item"]
+    deadlines.set("item")
+    deadlines.change(0)
+    clock.advance(1000)
+    assert expired == ["item"]

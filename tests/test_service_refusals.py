@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 from _redis import redis_server
 from _service import MASTER_KEY, START_SECONDS, Twistd, free_port, run, start
 
@@ -101,6 +102,14 @@ def test_a_bad_certificate(tmp_path: Path, kind: str, content: str | None) -> No
     endpoint = f"{kind}:{free_port()}:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
     line = refused(tmp_path, *UPSTREAM, "--listen", endpoint, listen=False)
     assert "server.pem" in line
+
+
+def test_a_certificate_with_another_s_key(tmp_path: Path) -> None:
+    pem = tmp_path / "server.pem"
+    one, other = (trustme.CA().issue_cert("localhost") for _ in range(2))
+    pem.write_bytes(one.private_key_pem.bytes() + other.cert_chain_pems[0].bytes())
+    endpoint = f"ssl:{free_port()}:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
+    assert "keys do not match" in refused(tmp_path, *UPSTREAM, "--listen", endpoint, listen=False)
 
 
 @pytest.mark.parametrize("option", ["--master-key-file", "--upstream-key-file"])

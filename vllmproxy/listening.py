@@ -3,51 +3,91 @@
 from collections.abc import Sequence
 from typing import Any
 
+from attrs import frozen
 from OpenSSL import SSL, crypto
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.endpoints import serverFromString
-from twisted.internet.error import CannotListenError
+from twisted.internet.error import CannotListenError, VerifyError
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.protocol import Factory
 from twisted.python.failure import Failure
 
+from vllmproxy.certificates import Certificate
+
 #: How many connections the kernel keeps for us while we are busy; Twisted's 50 drops them under a burst.
 BACKLOG = 1024
+
+
+#: What a description can be wrong with, and the files that it names.
+_ERRORS = (OSError, ValueError, TypeError, KeyError, IndexError, VerifyError, SSL.Error, crypto.Error)
+
+
+@frozen
+class Listener:
+    """An endpoint that is open.
+
+    :ivar certificate: of an ``ssl:`` one.
+    """
+
+    description: str
+    port: IListeningPort
+    certificate: Certificate | None = None
 
 
 class CannotListen(Exception):
     """A listener cannot be opened; the text says which and why."""
 
 
-def listen(reactor: Any, descriptions: Sequence[str], factory: Factory) -> list[IListeningPort]:
+def listen(reactor: Any, descriptions: Sequence[str], factory: Factory) -> list[Listener]:
     """Listen on every endpoint, and accept nothing yet: :func:`accept` begins that.
 
     :raises CannotListen: and leaves none of them open.
     """
-    ports: list[IListeningPort] = []
+    listeners: list[Listener] = []
     try:
         for description in descriptions:
-            ports.append(_listen(reactor, description, factory))
+            listeners.append(_listen(reactor, description, factory))
     except CannotListen:
-        for port in ports:
-            port.stopListening()
+        for listener in listeners:
+            listener.port.stopListening()
         raise
-    return ports
+    return listeners
 
 
-def accept(ports: Sequence[IListeningPort]) -> None:
+def accept(listeners: Sequence[Listener]) -> None:
     """Take connections, those that came meanwhile first."""
-    for port in ports:
-        port.startReading()  # type: ignore[attr-defined]
+    for listener in listeners:
+        listener.port.startReading()  # type: ignore[attr-defined]
 
 
-def _listen(reactor: Any, description: str, factory: Factory) -> IListeningPort:
+def renew_certificates(listeners: Sequence[Listener]) -> list[str]:
+    """Show connections to come what the certificates' files hold now; return a sentence on each that cannot be used,
+    for which the old one stays."""
+    problems = []
+    for listener in listeners:
+        if listener.certificate is not None:
+            try:
+                listener.certificate.renew()
+            except _ERRORS as error:
+                problems.append(f"the certificate of {listener.description} stays the old one: {error}")
+    return problems
+
+
+def _listen(reactor: Any, description: str, factory: Factory) -> Listener:
+    certificate = None
+    listening: Deferred[Any]
     try:
-        endpoint = serverFromString(reactor, _with_backlog(description))
-    except (OSError, ValueError, TypeError, KeyError, IndexError, SSL.Error, crypto.Error) as error:
+        full = _with_backlog(description)
+        if full.startswith("ssl:"):
+            certificate = Certificate(full)
+            listening = maybeDeferred(certificate.listen, reactor, factory)
+        else:
+            listening = serverFromString(reactor, full).listen(factory)
+    except _ERRORS as error:
         raise CannotListen(f"cannot listen on {description}: {error}") from None
     # Twisted's own server endpoints bind before they return; so does StreamServerEndpointService rely on it.
     results: list[Any] = []
-    endpoint.listen(factory).addBoth(results.append)
+    listening.addBoth(results.append)
     if not results:
         raise CannotListen(f"cannot listen on {description}: this kind of endpoint does not bind at once")
     (result,) = results
@@ -58,8 +98,7 @@ def _listen(reactor: Any, description: str, factory: Factory) -> IListeningPort:
         reason = getattr(reason, "strerror", None) or reason
         raise CannotListen(f"cannot listen on {description}: {reason}")
     result.stopReading()
-    port: IListeningPort = result
-    return port
+    return Listener(description, result, certificate)
 
 
 def _with_backlog(description: str) -> str:

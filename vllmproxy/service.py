@@ -28,7 +28,7 @@ from vllmproxy.keys.gate import Gate
 from vllmproxy.keys.masterkey import MasterKey
 from vllmproxy.keys.routes import KNOWN_ROUTES
 from vllmproxy.limits.fallback import FallbackLimiter
-from vllmproxy.listening import CannotListen, accept, listen
+from vllmproxy.listening import CannotListen, Listener, accept, listen, renew_certificates
 from vllmproxy.notify import Notifier
 from vllmproxy.observers.fanout import FanOut
 from vllmproxy.observers.jsonlines import JsonLines, open_access_log
@@ -40,13 +40,14 @@ from vllmproxy.relay.refuse import wire_refusal
 from vllmproxy.relay.relay import Relay
 from vllmproxy.relay.revocation import Revocation
 from vllmproxy.relay.targets import is_under_prefix
+from vllmproxy.reloading import reload
 from vllmproxy.settings import Settings, SettingsError
 from vllmproxy.simulated import base_url, key_file, start_simulator, what_to_try
 from vllmproxy.store.interface import CannotOpenStore
 from vllmproxy.store.limits_memory import MemoryLimiter
 from vllmproxy.store.opening import make_store
 from vllmproxy.upstreams.probe import Probe
-from vllmproxy.upstreams.server import make_server
+from vllmproxy.upstreams.server import Server, make_server
 from vllmproxy.usage.bookkeeper import Bookkeeper
 
 _log = Logger()
@@ -61,27 +62,19 @@ class Proxy:
 
     def __init__(self, settings: Settings, reactor: Any, is_stopping: Callable[[], bool]) -> None:
         assert settings.upstream is not None
-        limits = Limits(settings.max_head, settings.max_headers, settings.max_target)
         self._reactor = reactor
+        self._is_stopping = is_stopping
         self.store = make_store(settings.store, reactor=reactor, state_directory=settings.state_directory)
         self.access_log = _open_access_log(settings.access_log, reactor)
-        metrics = MetricsObserver(known_routes=KNOWN_ROUTES)
-        self.observer = FanOut([self.access_log, metrics])
+        self._metrics = MetricsObserver(known_routes=KNOWN_ROUTES)
+        self.observer = FanOut([self.access_log, self._metrics])
         master = MasterKey(settings.master_key.reveal()) if settings.master_key else None
-        cache = KeyCache(reactor, ttl=settings.key_cache_ttl, max_stale=settings.key_max_stale)
-        gate = Gate(self.store, cache, master, reactor)
-        self.store.watch_keys(gate.changed)
+        self.cache = KeyCache(reactor, ttl=settings.key_cache_ttl, max_stale=settings.key_max_stale)
+        self.gate = Gate(self.store, self.cache, master, reactor)
+        self.store.watch_keys(self.gate.changed)
         trusted = TrustedProxies(settings.trusted_proxy)
-        server = make_server(
-            reactor,
-            settings.upstream,
-            key=settings.upstream_key.reveal() if settings.upstream_key else None,
-            authorities=settings.upstream_ca,
-            connect_timeout=settings.connect_timeout,
-            idle_timeout=settings.upstream_idle_timeout,
-            write_timeout=settings.write_timeout,
-            limits=limits,
-        )
+        server = self.make_server(settings)
+        self.probe = Probe(server, reactor)
         # Where keys are forgotten with the process, so is what they used.
         journals = None if settings.store == "memory:" else settings.state_directory / "usage"
         self.books = Bookkeeper(self.store, reactor, journals)
@@ -90,7 +83,7 @@ class Proxy:
             limiter = FallbackLimiter(limiter, MemoryLimiter(reactor), settings.local_share)
         self.relay = Relay(
             reactor,
-            gate,
+            self.gate,
             server,
             self.observer,
             trusted,
@@ -103,18 +96,8 @@ class Proxy:
             settings.max_held_bodies,
         )
         if settings.cut_revoked:
-            gate.watch(Revocation(gate, self.relay).changed)
-        api = Api(
-            gate,
-            self.store,
-            reactor,
-            metrics_text=metrics.text,
-            open_metrics=settings.open_metrics,
-            version=__version__,
-            is_well=Probe(server, reactor).is_well,
-            is_stopping=is_stopping,
-            priced=settings.prices is not None,
-        )
+            self.gate.watch(Revocation(self.gate, self.relay).changed)
+        api = self.make_api(settings)
         self.api = ApiBranch(reactor, api.site(), api.routes, self.observer, trusted, settings.max_api_body)
         self.hangups = HangupWatcher(reactor)
         self.factory = ServerFactory(
@@ -122,12 +105,43 @@ class Proxy:
             self.handle,
             self.refuse_wire,
             self.hangups,
-            limits=limits,
+            limits=_limits(settings),
             head_timeout=settings.head_timeout,
             idle_timeout=settings.idle_timeout,
             body_timeout=settings.body_timeout,
             write_timeout=settings.write_timeout,
         )
+
+    def make_server(self, settings: Settings) -> Server:
+        """Return the upstream that ``settings`` name."""
+        assert settings.upstream is not None
+        return make_server(
+            self._reactor,
+            settings.upstream,
+            key=settings.upstream_key.reveal() if settings.upstream_key else None,
+            authorities=settings.upstream_ca,
+            connect_timeout=settings.connect_timeout,
+            idle_timeout=settings.upstream_idle_timeout,
+            write_timeout=settings.write_timeout,
+            limits=_limits(settings),
+        )
+
+    def make_api(self, settings: Settings) -> Api:
+        """Return the API as ``settings`` have it."""
+        return Api(
+            self.gate,
+            self.store,
+            self._reactor,
+            metrics_text=self._metrics.text,
+            open_metrics=settings.open_metrics,
+            version=__version__,
+            is_well=self._is_well,
+            is_stopping=self._is_stopping,
+            priced=settings.prices is not None,
+        )
+
+    def _is_well(self) -> Deferred[bool]:
+        return self.probe.is_well()
 
     def handle(self, stream: Stream) -> None:
         """Send a request down its branch of the tree."""
@@ -175,15 +189,17 @@ class Proxy:
 class ProxyService(Service):
     """The proxy under twistd: it listens, opens its store, then accepts; or the process ends with status 1."""
 
-    def __init__(self, settings: Settings, reactor: Any) -> None:
+    def __init__(self, settings: Settings, load: Callable[[], Settings], reactor: Any) -> None:
         self._settings = settings
+        self._load = load
         self._reactor = reactor
-        self._listeners: list[IListeningPort] = []
+        self._listeners: list[Listener] = []
         self._simulator: IListeningPort | None = None
         self._proxy: Proxy | None = None
         self._opening: Deferred[None] | None = None
         self._made_key = settings.simulate and settings.master_key is None
         self._accepting = False
+        self._reloads_later = False
         self._draining = Draining(reactor, self._take_no_more)
         self._signalled = False
         self._notifier = Notifier(os.environ, reactor)
@@ -209,28 +225,41 @@ class ProxyService(Service):
                 raise CannotStart(f"--state-directory: cannot write in {where}; name another directory") from None
         proxy = Proxy(settings, self._reactor, lambda: self._draining.has_begun)
         self._listeners = listen(self._reactor, settings.listen, proxy.factory)
-        addresses = [port.getHost() for port in self._listeners]
-        verdict = judge(addresses, master_key=settings.master_key, open=settings.open)
+        verdict = judge(self._addresses(), master_key=settings.master_key, open=settings.open)
         if verdict.refusal is not None:
             raise CannotStart(verdict.refusal)
         for warning in verdict.warnings:
             _log.warn("{warning}", warning=warning)
         self._settings, self._proxy = settings, proxy
 
-    def _reopen_log(self) -> None:
-        """After SIGHUP, as logrotate sends it."""
-        if self._proxy is not None:
+    def _addresses(self) -> list[IAddress]:
+        return [listener.port.getHost() for listener in self._listeners]
+
+    def _reload(self) -> None:
+        """After SIGHUP, as systemd and logrotate send it."""
+        proxy = self._proxy
+        if proxy is None:
+            return
+        try:
+            proxy.access_log.reopen()
+        except OSError as error:
+            _log.error("The access log goes on in the old file: {error}", error=str(error))
+        self._reloads_later = not self._accepting
+        if self._accepting and self.running:
+            self._notifier.reloading()
             try:
-                self._proxy.access_log.reopen()
-            except OSError as error:
-                _log.error("The access log goes on in the old file: {error}", error=str(error))
+                for problem in renew_certificates(self._listeners):
+                    _log.error("Reloading: {problem}", problem=problem)
+                self._settings = reload(proxy, self._settings, self._load, self._addresses())
+            finally:
+                self._notifier.ready()
 
     def startService(self) -> None:
         """Begin to accept once the store is open."""
         super().startService()  # type: ignore[no-untyped-call]  # Twisted is half typed
         if self._proxy is None:
             self.privilegedStartService()
-        signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._reopen_log))
+        signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._reload))
         self._reactor.callWhenRunning(self._open)
 
     def _open(self) -> None:
@@ -247,13 +276,14 @@ class ProxyService(Service):
         self._accepting = True
         self._notifier.ready()
         assert self._settings.upstream is not None
-        addresses = [port.getHost() for port in self._listeners]
-        urls = [base_url(*each) for each in zip(addresses, self._settings.listen, strict=True)]
+        urls = [base_url(listener.port.getHost(), listener.description) for listener in self._listeners]
         for url in urls:
             _log.info("Listening on {url}, for {upstream}", url=url, upstream=self._settings.upstream.name)
         if self._settings.simulate:
             text = what_to_try(urls[0], key_file(self._settings) if self._made_key else None)
             os.write(1, text.encode())  # not print: twistd would make log lines of it
+        if self._reloads_later:
+            self._reload()
 
     def _not_opened(self, reason: Any) -> None:
         if not self.running:
@@ -281,7 +311,7 @@ class ProxyService(Service):
 
     def _stop_listening(self) -> Deferred[Any]:
         listeners, self._listeners = self._listeners, []
-        return gatherResults([maybeDeferred(port.stopListening) for port in listeners])
+        return gatherResults([maybeDeferred(listener.port.stopListening) for listener in listeners])
 
     async def _stop(self) -> None:
         self._notifier.stopping()
@@ -321,6 +351,10 @@ def _exit_with_failure() -> None:
     os._exit(1)
 
 
-def build_service(settings: Settings, reactor: Any) -> ProxyService:
-    """Return the service for ``settings``."""
-    return ProxyService(settings, reactor)
+def _limits(settings: Settings) -> Limits:
+    return Limits(settings.max_head, settings.max_headers, settings.max_target)
+
+
+def build_service(settings: Settings, load: Callable[[], Settings], reactor: Any) -> ProxyService:
+    """Return the service for ``settings``; ``load`` reads them again."""
+    return ProxyService(settings, load, reactor)

@@ -56,9 +56,13 @@ class Options(UsageOptions):
     def postOptions(self) -> None:
         """Make ``settings``. Raises ``UsageError`` with one sentence."""
         try:
-            self.settings = load(self, os.environ)
+            self.settings = self.load()
         except SettingsError as error:
             raise UsageError(str(error)) from None
+
+    def load(self) -> Settings:
+        """Make settings out of these options, and the environment and the files of now. Raises ``SettingsError``."""
+        return load(self, os.environ)
 
     def getUsage(self, width: int | None = None) -> str:
         """Return the options' explanations and a few examples."""
@@ -105,5 +109,5 @@ def makeService(options: Options) -> IService:
 
     from vllmproxy.service import build_service  # noqa: PLC0415 (--help and --version need none of it)
 
-    service: IService = build_service(options.settings, reactor)
+    service: IService = build_service(options.settings, options.load, reactor)
     return service

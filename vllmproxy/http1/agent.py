@@ -228,6 +228,11 @@ class UpstreamAgent:
         self._idle.pop(connection, None)
         connection.abort()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no connection."""
+        return not (self._busy or self._idle)
+
     def close(self) -> None:
         """Reset every connection."""
         self._expiry.close()

@@ -46,10 +46,10 @@ class KeyCache:
     ) -> None:
         self._clock = clock
         self._max_entries = max_entries
-        self._ttl = ttl
+        self.ttl = ttl
         self._negative_ttl = negative_ttl
         self._max_unknown = max_unknown
-        self._max_stale = max_stale
+        self.max_stale = max_stale
         self._doubts = 0
         self._keys: OrderedDict[str, _Known] = OrderedDict()
         self._unknown: OrderedDict[str, float] = OrderedDict()
@@ -57,14 +57,14 @@ class KeyCache:
     def get(self, token: str) -> VirtualKey | None:
         """Return the key if it is held and fresh; ``None`` says nothing about whether it exists."""
         known = self._held(token)
-        if known is None or known.doubts != self._doubts or self._age(known) >= self._ttl:
+        if known is None or known.doubts != self._doubts or self._age(known) >= self.ttl:
             return None
         return known.key
 
     def get_stale(self, token: str) -> VirtualKey | None:
         """Return the key if the store gave it within ``max_stale`` seconds: for when the store cannot be asked."""
         known = self._held(token)
-        return known.key if known is not None and self._age(known) < self._max_stale else None
+        return known.key if known is not None and self._age(known) < self.max_stale else None
 
     def is_unknown(self, token: str) -> bool:
         """Tell whether the store has lately said that there is no such key."""
@@ -104,7 +104,7 @@ class KeyCache:
         known = self._keys.get(token)
         if known is None:
             return None
-        if self._age(known) >= max(self._ttl, self._max_stale):
+        if self._age(known) >= max(self.ttl, self.max_stale):
             del self._keys[token]
             return None
         self._keys.move_to_end(token)

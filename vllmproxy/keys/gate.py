@@ -71,14 +71,14 @@ def store_down() -> StoreDown:
 class Gate:
     """Tells callers apart by their key.
 
-    :param master: ``None``: authentication is off, every credential is as good as none.
+    :param master: ``None``: authentication is off, every credential is as good as none. It may be exchanged.
     :param clock: ``seconds()`` is the time of day, seconds since the epoch.
     """
 
     def __init__(self, store: Store, cache: KeyCache, master: MasterKey | None, clock: IReactorTime) -> None:
         self._store = store
         self._cache = cache
-        self._master = master
+        self.master = master
         self._clock = clock
         self._pending: dict[str, list[Deferred[VirtualKey | None]]] = {}
         self._watchers: list[Callable[[str | None], None]] = []
@@ -90,12 +90,12 @@ class Gate:
         :class:`~vllmproxy.keys.cache.KeyCache`). Raises (or fails with) :class:`AuthError` and its kin, and
         :class:`StoreDown`. Cancelling the Deferred leaves other callers who wait for the same key alone.
         """
-        if self._master is None:
+        if self.master is None:
             return ANONYMOUS
         if credential.state != "present":
             raise AuthError(_NO_KEY if credential.state == "none" else _MALFORMED, headers=_CHALLENGE)
         token = hash_key(credential.secret)
-        if self._master.matches_token(token):
+        if self.master.matches_token(token):
             return MASTER
         return self.admit(token)
 
@@ -123,7 +123,7 @@ class Gate:
 
     def is_master_token(self, token: str) -> bool:
         """Tell whether ``token`` is the master key's sha256 hex: no virtual key may be made of it."""
-        return self._master is not None and self._master.matches_token(token)
+        return self.master is not None and self.master.matches_token(token)
 
     def invalidate(self, token: str) -> None:
         """Forget what is known of a key that was just made, changed or deleted; this process asks again.

@@ -49,6 +49,7 @@ class Exchange:
         self._stream = stream
         self._state = State.ADMITTING
         self._began = relay.clock.seconds()
+        self._server = relay.server  # it may be exchanged meanwhile
         self._target = stream.head.target
         self._admission: Admission | None = None
         self._bill: Bill | None = None
@@ -75,7 +76,7 @@ class Exchange:
         """Decide on the head alone whether this request goes on."""
         stream, record = self._stream, self._record
         stream.receiver = self
-        upstream = self._relay.server.upstream
+        upstream = self._server.upstream
         path, query = split_target(stream.head.target)
         forwarded = upstream_path(path, upstream.base_path)
         record.route = forwarded.decode("ascii")
@@ -173,7 +174,7 @@ class Exchange:
     def _send(self) -> None:
         self._state = State.WAITING
         self._forwarded = True
-        stream, server = self._stream, self._relay.server
+        stream, server = self._stream, self._server
         assert self._admission is not None
         headers = headers_of(stream, self._admission, self._client, self._id, server)
         headers.inform = self._inform
@@ -202,7 +203,7 @@ class Exchange:
 
     def _inform(self, head: ResponseHead) -> None:
         if self._state is State.WAITING:
-            lines = answer_lines(head, self._id, self._relay.server.upstream)
+            lines = answer_lines(head, self._id, self._server.upstream)
             self._stream.inform(head.status, head.reason, lines)
 
     def _no_answer(self, reason: Failure) -> None:
@@ -234,7 +235,7 @@ class Exchange:
             self._body.forget()
         if self._admission is not None:
             self._admission.release()
-        lines = answer_lines(head, self._id, relay.server.upstream)
+        lines = answer_lines(head, self._id, self._server.upstream)
         if self._bill is not None:
             lines += self._bill.lines
         if head.status == 101:
@@ -244,7 +245,7 @@ class Exchange:
             return
         self._state = State.ANSWERING
         assert self._admission is not None
-        self._passing = Passing(head, relay.server.told, withholds=self._admission.withholds)
+        self._passing = Passing(head, self._server.told, withholds=self._admission.withholds)
         self._record.streamed = self._passing.streamed
         stream.start_response(head.status, head.reason, lines, length=head.content_length, bodiless=head.bodiless)
         stream.set_producer(self)

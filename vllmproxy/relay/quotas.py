@@ -94,7 +94,7 @@ class Quotas:
 
     def __init__(self, limiter: Limiter, clock: IReactorTime, budget_status: int = 422) -> None:
         self._limiter = limiter
-        self._budget_status = budget_status
+        self.budget_status = budget_status
         self._leases: dict[str, set[str]] = {}
         self._renewing = LoopingCall(self._renew)
         self._renewing.clock = clock
@@ -176,10 +176,10 @@ class Quotas:
             message += f", and this request may use {_amount(rule.needed, rule)}: ask for fewer tokens (max_tokens)"
         message += "."
         if ends is None:
-            return BudgetExceeded(message, status=self._budget_status)
+            return BudgetExceeded(message, status=self.budget_status)
         headers = ((b"retry-after", b"%d" % max(math.ceil(ends - now), 1)), (b"reset_at", _time(ends).encode()))
         message += f" It begins anew at {_time(ends)}."
-        return BudgetExceeded(message, status=self._budget_status, headers=headers)
+        return BudgetExceeded(message, status=self.budget_status, headers=headers)
 
     def _tell(self, debt: "_Debt") -> None:
         settled = self._limiter.settle(debt.key, debt.request_id, debt.costs)

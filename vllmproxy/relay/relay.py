@@ -50,6 +50,7 @@ class Relay:
     first_byte_deadlines: Deadlines[Exchange] = field(init=False)
     _held_by: dict[str | None, int] = field(factory=dict)
     _running: dict[str, set[Exchange]] = field(factory=dict)
+    _former: list[Server] = field(factory=list)
 
     def __attrs_post_init__(self) -> None:
         self.first_byte_deadlines = Deadlines(self.clock, self.first_byte_timeout, Exchange.late)
@@ -58,6 +59,11 @@ class Relay:
         """Take a request whose head is complete."""
         self.observer.started()
         Exchange(self, stream).begin()
+
+    def serve(self, server: Server) -> None:
+        """Send requests to ``server`` from here on. Those under way go on where they are."""
+        self._former = [each for each in (*self._former, self.server) if not each.agent.is_idle]
+        self.server = server
 
     def client_of(self, stream: Stream) -> Client:
         """Return who is at the other end of ``stream``."""
@@ -117,5 +123,6 @@ class Relay:
     async def close(self) -> None:
         """End the waits and the connections to vLLM, and settle what is left."""
         self.first_byte_deadlines.close()
-        self.server.agent.close()
+        for server in (*self._former, self.server):
+            server.agent.close()
         await self.quotas.close()

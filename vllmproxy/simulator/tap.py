@@ -6,11 +6,10 @@ from typing import Any
 from twisted.application.service import Service
 from twisted.internet import endpoints, reactor
 from twisted.internet.defer import Deferred, gatherResults, maybeDeferred
-from twisted.internet.interfaces import IListeningPort
 from twisted.python import usage
 
 from vllmproxy import __version__
-from vllmproxy.listening import CannotListen, accept, listen
+from vllmproxy.listening import CannotListen, Listener, accept, listen
 from vllmproxy.simulator.config import DEFAULT_MODEL, SimulatorConfig
 from vllmproxy.simulator.server import SimulatorFactory
 
@@ -94,19 +93,19 @@ class _Listening(Service):
     def __init__(self, description: str, factory: SimulatorFactory) -> None:
         self._description = description
         self._factory = factory
-        self._ports: list[IListeningPort] = []
+        self._listeners: list[Listener] = []
 
     def privilegedStartService(self) -> None:
         """Bind; a port that is taken ends ``twistd`` with one line and status 1."""
         try:
-            self._ports = listen(reactor, [self._description], self._factory)
+            self._listeners = listen(reactor, [self._description], self._factory)
         except CannotListen as error:
             raise SystemExit(f"vllmsim: {error}") from None
-        accept(self._ports)
+        accept(self._listeners)
 
     def stopService(self) -> Deferred[Any]:
         """Stop listening, which ends every connection."""
-        return gatherResults([maybeDeferred(port.stopListening) for port in self._ports])
+        return gatherResults([maybeDeferred(each.port.stopListening) for each in self._listeners])
 
 
 def makeService(options: Options) -> Service:

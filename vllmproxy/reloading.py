@@ -1,0 +1,132 @@
+"""Which settings take effect without a restart, and what each of them changes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+from attrs import evolve, fields_dict
+from twisted.internet.interfaces import IAddress
+from twisted.logger import Logger
+
+from vllmproxy.exposure import judge
+from vllmproxy.http1.message import Limits
+from vllmproxy.keys.masterkey import MasterKey
+from vllmproxy.relay.headers import TrustedProxies
+from vllmproxy.settings import Settings, SettingsError
+from vllmproxy.settings_table import TABLE
+from vllmproxy.upstreams.probe import Probe
+
+if TYPE_CHECKING:
+    from vllmproxy.service import Proxy
+
+_log = Logger()
+
+_NAMES: Final = {row.field: row.name for row in TABLE.values()}
+
+
+def reload(proxy: "Proxy", old: Settings, load: Callable[[], Settings], listening: Sequence[IAddress]) -> Settings:
+    """Read the settings again and have requests to come be served by them; return those that now hold.
+
+    :param load: reads them. Where it raises :class:`SettingsError`, or what it returns would open the proxy to whom it
+        must not be open, all stay as they are.
+    :param listening: the addresses that it can be reached at.
+    """
+    try:
+        new = _in_force(old, load())
+    except SettingsError as error:
+        _log.error("Reloading: the settings stay as they are: {reason}", reason=str(error))
+        return old
+    verdict = judge(listening, master_key=new.master_key, open=new.open)
+    if verdict.refusal is not None:
+        _log.error("Reloading: the settings stay as they are: {reason}", reason=verdict.refusal)
+        return old
+    for warning in verdict.warnings:
+        _log.warn("{warning}", warning=warning)
+    changed = [name for name in _NAMES if getattr(old, name) != getattr(new, name)]
+    for change in dict.fromkeys(change for name in changed for change in _CHANGES[name]):
+        change(proxy, new)
+    names = ", ".join(_NAMES[name] for name in changed) or "no setting"
+    _log.info("Reloading: {names} changed", names=names)
+    return new
+
+
+def _in_force(old: Settings, new: Settings) -> Settings:
+    """Return ``new``, as far as it can be without a restart; say what has to wait for one."""
+    if old.simulate or new.simulate:  # where the simulator stands for an upstream, that has its address and its key
+        new = evolve(new, upstream=old.upstream, master_key=new.master_key or old.master_key)
+    waiting = [name for name in RESTART_ONLY if getattr(old, name) != getattr(new, name)]
+    if waiting:
+        names = ", ".join(_NAMES[name] for name in waiting)
+        _log.warn("Reloading: this takes effect only after a restart: {names}", names=names)
+    return evolve(new, **{name: getattr(old, name) for name in waiting})
+
+
+def _gate(proxy: "Proxy", settings: Settings) -> None:
+    proxy.gate.master = MasterKey(settings.master_key.reveal()) if settings.master_key else None
+
+
+def _cache(proxy: "Proxy", settings: Settings) -> None:
+    proxy.cache.ttl, proxy.cache.max_stale = settings.key_cache_ttl, settings.key_max_stale
+
+
+def _wire(proxy: "Proxy", settings: Settings) -> None:
+    factory = proxy.factory
+    factory.limits = Limits(settings.max_head, settings.max_headers, settings.max_target)
+    factory.head_deadlines.change(settings.head_timeout)
+    factory.idle_deadlines.change(settings.idle_timeout)
+    factory.body_deadlines.change(settings.body_timeout)
+    factory.write_deadlines.change(settings.write_timeout)
+
+
+def _relay(proxy: "Proxy", settings: Settings) -> None:
+    relay = proxy.relay
+    relay.prices, relay.usage = settings.prices, settings.usage
+    relay.max_inspected_body, relay.max_held = settings.max_inspected_body, settings.max_held_bodies
+    relay.first_byte_deadlines.change(settings.first_byte_timeout)
+    relay.quotas.budget_status = settings.budget_status
+    relay.trusted = TrustedProxies(settings.trusted_proxy)
+
+
+def _upstream(proxy: "Proxy", settings: Settings) -> None:
+    proxy.relay.serve(proxy.make_server(settings))
+    proxy.probe = Probe(proxy.relay.server, proxy.relay.clock)
+
+
+def _api(proxy: "Proxy", settings: Settings) -> None:
+    api = proxy.make_api(settings)
+    proxy.api.site, proxy.api.max_body = api.site(), settings.max_api_body
+    proxy.api.trusted = TrustedProxies(settings.trusted_proxy)
+
+
+#: What follows from each setting that can change; what is not here waits for a restart.
+_CHANGES: Mapping[str, tuple[Callable[["Proxy", Settings], None], ...]] = {
+    "upstream": (_upstream,),
+    "upstream_key": (_upstream,),
+    "upstream_ca": (_upstream,),
+    "master_key": (_gate,),
+    "open": (),  # it is judged before anything changes
+    "trusted_proxy": (_relay, _api),
+    "open_metrics": (_api,),
+    "connect_timeout": (_upstream,),
+    "head_timeout": (_wire,),
+    "idle_timeout": (_wire,),
+    "body_timeout": (_wire,),
+    "first_byte_timeout": (_relay,),
+    "upstream_idle_timeout": (_upstream,),
+    "write_timeout": (_wire, _upstream),
+    "max_head": (_wire, _upstream),
+    "max_headers": (_wire, _upstream),
+    "max_target": (_wire, _upstream),
+    "max_api_body": (_api,),
+    "max_inspected_body": (_relay,),
+    "max_held_bodies": (_relay,),
+    "prices": (_relay, _api),
+    "budget_status": (_relay,),
+    "usage": (_relay,),
+    "key_cache_ttl": (_cache,),
+    "key_max_stale": (_cache,),
+    "drain_delay": (),  # these are looked at when it stops
+    "drain_timeout": (),
+}
+
+#: Fields of :class:`Settings` that a reload leaves as they were.
+RESTART_ONLY: Final = tuple(name for name in fields_dict(Settings) if name not in _CHANGES)
