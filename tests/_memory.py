@@ -258,9 +258,12 @@ class Gatekeeper:
 
 
 class House:
-    """A proxy whose client, store and upstream are the test."""
+    """A proxy whose client, store and upstream are the test.
 
-    def __init__(self, url: str = "http://gpu1:8000", authorization: bytes = b"") -> None:
+    :param shared: what the relay has besides.
+    """
+
+    def __init__(self, url: str = "http://gpu1:8000", authorization: bytes = b"", **shared: Any) -> None:
         self.clock = Clock()
         self.clock.advance(1000)
         self.endpoint = MemoryEndpoint(self.clock)
@@ -281,6 +284,7 @@ class House:
             TrustedProxies(()),
             Quotas(self.store.limiter(self.clock), self.clock),
             Bookkeeper(self.store, self.clock, None),
+            **shared,
         )
         self.relay.books.open()
         hangups: Any = Hangups()

@@ -59,7 +59,7 @@ def test_every_event_in_every_state(state: State, event: Event) -> None:
     if known and event is Event.ANSWERED:
         house.wires[0].receive(STREAM)
     else:
-        exchange._feed(event, *ARGUMENTS.get(event, ()))
+        exchange.feed(event, *ARGUMENTS.get(event, ()))
     assert (exchange._state is not state) is (known and event is not Event.PIECE)
     ends = known and event not in (Event.ADMITTED, Event.PIECE, Event.HELD, Event.RESERVED, Event.ANSWERED)
     assert len(house.observer.records) == before + ends

@@ -63,7 +63,12 @@ def test_defaults() -> None:
         head_timeout=10.0,
         idle_timeout=75.0,
         body_timeout=60.0,
+        min_body_rate=100,
         first_byte_timeout=600.0,
+        first_byte_timeout_for=(),
+        between_bytes_timeout=600.0,
+        total_timeout=0.0,
+        tunnel_idle_timeout=600.0,
         upstream_idle_timeout=2.5,
         write_timeout=60.0,
         max_head=65536,
@@ -237,7 +242,7 @@ def test_stores_are_taken_as_written(text: str) -> None:
     assert settings({**BASE, "store": text}).store == text
 
 
-_NUMBERS = [name for name in TABLE if name.startswith(("max-", "key-", "local-")) or name.endswith("-timeout")]
+_NUMBERS = [name for name in TABLE if name.startswith(("max-", "key-", "local-", "min-")) or name.endswith("-timeout")]
 
 
 @pytest.mark.parametrize("name", _NUMBERS)
@@ -247,10 +252,33 @@ def test_bad_numbers(name: str, text: str) -> None:
         settings({**BASE, name: text})
 
 
-@pytest.mark.parametrize("name", [name for name in _NUMBERS if not name.startswith("key-")])
+_OFF = {"between-bytes-timeout", "total-timeout", "tunnel-idle-timeout", "min-body-rate"}
+
+
+@pytest.mark.parametrize("name", [name for name in _NUMBERS if not name.startswith("key-") and name not in _OFF])
 def test_zero_is_no_limit(name: str) -> None:
     with pytest.raises(SettingsError, match=f"^--{name}: "):
         settings({**BASE, name: "0"})
+
+
+@pytest.mark.parametrize("name", sorted(_OFF))
+def test_zero_switches_a_limit_off(name: str) -> None:
+    assert getattr(settings({**BASE, name: "0"}), TABLE[name].field) == 0
+
+
+def test_routes_with_a_time_of_their_own() -> None:
+    said = settings({**BASE, "first-byte-timeout-for": ["/vllm/v1/embeddings=30", "/v1/a=b=.5"]})
+    assert [(route.text, seconds) for route, seconds in said.first_byte_timeout_for] == [
+        ("/v1/embeddings", 30.0),
+        ("/v1/a=b", 0.5),
+    ]
+    assert with_toml('first-byte-timeout-for = "/v1/score=7"').first_byte_timeout_for[0][1] == 7
+
+
+@pytest.mark.parametrize("text", ["", "30", "/v1/x", "/v1/x=", "/v1/x=0", "v1/x=3", "/v1//x=3", "/v1/%78=3", "=3"])
+def test_bad_routes_with_a_time(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"^--first-byte-timeout-for: [^\n]+$"):
+        settings({**BASE, "first-byte-timeout-for": [text]})
 
 
 @pytest.mark.parametrize(

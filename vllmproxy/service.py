@@ -35,6 +35,7 @@ from vllmproxy.relay.refuse import wire_refusal
 from vllmproxy.relay.relay import Relay
 from vllmproxy.relay.revocation import Revocation
 from vllmproxy.relay.targets import is_under_prefix
+from vllmproxy.relay.waits import Timeouts
 from vllmproxy.settings import Settings, SettingsError
 from vllmproxy.simulated import base_url, key_file, start_simulator, what_to_try
 from vllmproxy.store.interface import CannotOpenStore
@@ -91,7 +92,7 @@ class Proxy:
             Quotas(limiter, reactor, settings.budget_status),
             self.books,
             settings.prices,
-            settings.first_byte_timeout,
+            _timeouts(settings),
             settings.usage,
             settings.max_inspected_body,
             settings.max_held_bodies,
@@ -119,6 +120,7 @@ class Proxy:
             head_timeout=settings.head_timeout,
             idle_timeout=settings.idle_timeout,
             body_timeout=settings.body_timeout,
+            min_body_rate=settings.min_body_rate,
             write_timeout=settings.write_timeout,
         )
 
@@ -260,6 +262,16 @@ class ProxyService(Service):
         if self._opening is not None:
             self._opening.cancel()
         return Deferred.fromCoroutine(self._stop())
+
+
+def _timeouts(settings: Settings) -> Timeouts:
+    return Timeouts(
+        first_byte=settings.first_byte_timeout,
+        first_byte_for=settings.first_byte_timeout_for,
+        between_bytes=settings.between_bytes_timeout,
+        tunnel_idle=settings.tunnel_idle_timeout,
+        total=settings.total_timeout,
+    )
 
 
 def _open_access_log(target: str, reactor: Any) -> JsonLines:

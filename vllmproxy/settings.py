@@ -15,6 +15,7 @@ from typing import Any
 
 from attrs import field, frozen
 
+from vllmproxy.keys.policy import Route
 from vllmproxy.settings_table import DIRECTORY, FLAG, PRICES, SECRET, TABLE, Row
 from vllmproxy.upstreams.upstream import Upstream
 from vllmproxy.usage.prices import Prices
@@ -51,6 +52,8 @@ class Settings:
     :ivar access_log: a file's name, ``-`` for standard output.
     :ivar head_timeout: for a whole request head, from its first byte; ``idle_timeout``: between requests.
     :ivar first_byte_timeout: from the request's last byte to the first of vLLM's answer.
+    :ivar min_body_rate: bytes a second, over ``body_timeout``.
+    :ivar total_timeout: 0 for none, as for ``between_bytes_timeout`` and ``tunnel_idle_timeout``.
     :ivar max_headers: the number of header lines.
     :ivar store_outage: ``closed`` or ``local``.
     :ivar local_share: above 0, up to 1.
@@ -71,7 +74,12 @@ class Settings:
     head_timeout: float
     idle_timeout: float
     body_timeout: float
+    min_body_rate: int
     first_byte_timeout: float
+    first_byte_timeout_for: tuple[tuple[Route, float], ...]
+    between_bytes_timeout: float
+    total_timeout: float
+    tunnel_idle_timeout: float
     upstream_idle_timeout: float
     write_timeout: float
     max_head: int

@@ -37,6 +37,13 @@ class Deadlines(Generic[T]):
         if self._call is None and not self._ticking:
             self._call = self._clock.callLater(self._seconds + self._slack, self._tick)
 
+    def begin(self, item: T) -> bool:
+        """Begin the wait of ``item``, and tell so, unless it waits already."""
+        begins = item not in self._due
+        if begins:
+            self.set(item)
+        return begins
+
     def clear(self, item: T) -> None:
         """End the wait of ``item``, if there is one."""
         self._due.pop(item, None)

@@ -20,6 +20,7 @@ class ServerFactory(Factory):
 
     :param handler: takes each :class:`Stream` when its head is complete and it is its turn.
     :param render: makes the whole answer for a request refused by the wire itself.
+    :param min_body_rate: bytes a second that a client has to send of a body, over ``body_timeout``; 0 for any.
     """
 
     noisy = False
@@ -35,6 +36,7 @@ class ServerFactory(Factory):
         head_timeout: float = 10.0,
         idle_timeout: float = 75.0,
         body_timeout: float = 60.0,
+        min_body_rate: int = 0,
         write_timeout: float = 60.0,
         linger_timeout: float = 2.0,
     ) -> None:
@@ -47,6 +49,9 @@ class ServerFactory(Factory):
         self.head_deadlines: Deadlines[ServerChannel] = Deadlines(clock, head_timeout, ServerChannel.head_late)
         self.idle_deadlines: Deadlines[ServerChannel] = Deadlines(clock, idle_timeout, ServerChannel.lose)
         self.body_deadlines: Deadlines[ServerChannel] = Deadlines(clock, body_timeout, ServerChannel.body_late)
+        self.least_body = min_body_rate * body_timeout
+        rate_timeout = body_timeout if min_body_rate else 0
+        self.rate_deadlines: Deadlines[ServerChannel] = Deadlines(clock, rate_timeout, ServerChannel.body_slow)
         self.write_deadlines: Deadlines[ServerChannel] = Deadlines(clock, write_timeout, ServerChannel.write_late)
         self.linger_deadlines: Deadlines[ServerChannel] = Deadlines(clock, linger_timeout, ServerChannel.linger_late)
 
@@ -64,6 +69,7 @@ class ServerFactory(Factory):
         self.head_deadlines.clear(channel)
         self.idle_deadlines.clear(channel)
         self.body_deadlines.clear(channel)
+        self.rate_deadlines.clear(channel)
         self.write_deadlines.clear(channel)
         self.linger_deadlines.clear(channel)
         if not self.channels and self._closed is not None and not self._closed.called:
@@ -78,6 +84,7 @@ class ServerFactory(Factory):
         self.head_deadlines.close()
         self.idle_deadlines.close()
         self.body_deadlines.close()
+        self.rate_deadlines.close()
         self.write_deadlines.close()
         self.linger_deadlines.close()
         if not self.channels:

@@ -70,12 +70,12 @@ class Admission:
     @property
     def uses_tokens(self) -> bool:
         """Whether vLLM may read or make tokens for it; a route that is not known may."""
-        return self.group in ("inference", "unknown") and takes_model(self._method, self._route)
+        return self.group in ("inference", "unknown") and takes_model(self._method, self.route)
 
     @property
     def guessed_prompt(self) -> int:
         """Tokens that the prompt may have, by the length of a body that nobody reads."""
-        return expected_tokens(self._route, self._stream.head.content_length or 0, None)[0] if self.uses_tokens else 0
+        return expected_tokens(self.route, self._stream.head.content_length or 0, None)[0] if self.uses_tokens else 0
 
     def check(self, caller: Caller) -> bool:
         """Tell whether the body has to be read first. Raises :class:`~vllmproxy.errors.ApiError`: it does not pass."""
@@ -126,12 +126,12 @@ class Admission:
             body = with_model(body, asked, model)
             asked = self._read(body)
         if self._is_exact_for(key):
-            changed = with_usage(self._route, body, asked)
+            changed = with_usage(self.route, body, asked)
             self.withholds = changed is not None
             body = body if changed is None else changed
         self.end_user = self.end_user or asked.end_user
         self.body = body
-        prompt, output = expected_tokens(self._route, size, asked.output_tokens)
+        prompt, output = expected_tokens(self.route, size, asked.output_tokens)
         self.demand = Demand(
             asked=named,
             model=model,
@@ -149,7 +149,7 @@ class Admission:
         if _OVERRIDES & fields.keys():
             return Asked(surety="ambiguous", reason="a header names another")
         content_type, encoding = (fields.get(name, [None])[0] for name in _DECIDING)
-        return read_request(self._route, body, content_type, encoding)
+        return read_request(self.route, body, content_type, encoding)
 
     def _model_for(self, key: VirtualKey, asked: Asked) -> str | None:
         """Return what vLLM calls the model. Raises where the key may not use it, or nobody can say which it is."""
@@ -198,7 +198,8 @@ class Admission:
         return self._stream.head.method.decode("ascii")
 
     @property
-    def _route(self) -> str:
+    def route(self) -> str:
+        """The path as vLLM reads it."""
         return reading_of(self.path, self._base)
 
 

@@ -11,6 +11,7 @@ from vllmproxy.errors import ApiError, AuthError, BadRequest, Internal, Upstream
 from vllmproxy.http1.agent import NO_COOKIES, ConnectFailed, RawURL
 from vllmproxy.http1.answer import Answer
 from vllmproxy.http1.bodies import StreamedBody, WholeBody
+from vllmproxy.http1.deadlines import Deadlines
 from vllmproxy.http1.message import ResponseHead, WireError
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.credentials import read_credential
@@ -38,6 +39,7 @@ _UNSAFE_PATH = (
     "The path has dot segments, //, ;, a backslash, %2f, %5c or %00, which could be read as another path. "
     "Write it plainly."
 )
+_TOO_LONG = "The request took longer in all than this proxy allows (--total-timeout)."
 _REVOKED = "Authentication Error, Key is blocked, or deleted, since this request began."
 
 
@@ -58,6 +60,7 @@ class Exchange:
         self._answer: Answer | None = None
         self._passing: Passing | None = None
         self._tunnel: Tunnel | None = None
+        self._wait: Deadlines[Exchange] | None = None
         self._client = relay.client_of(stream)
         self._id = request_id(stream.head)
         self._record = RequestRecord(
@@ -75,6 +78,7 @@ class Exchange:
         """Decide on the head alone whether this request goes on."""
         stream, record = self._stream, self._record
         stream.receiver = self
+        self._relay.waits.total.set(self)
         upstream = self._relay.server.upstream
         path, query = split_target(stream.head.target)
         forwarded = upstream_path(path, upstream.base_path)
@@ -89,23 +93,23 @@ class Exchange:
                 return
             caller = self._relay.gate.identify(read_credential(stream.head.fields))
         except ApiError as error:
-            self._feed(Event.REFUSED, error)
+            self.feed(Event.REFUSED, error)
             return
         if isinstance(caller, Deferred):
             caller.addCallbacks(self._identified, self._not_admitted)
             caller.addErrback(_unexpected)
         else:
-            self._feed(Event.ADMITTED, caller)
+            self.feed(Event.ADMITTED, caller)
 
     def _identified(self, caller: Caller) -> None:
-        self._feed(Event.ADMITTED, caller)
+        self.feed(Event.ADMITTED, caller)
 
     def _not_admitted(self, reason: Failure) -> None:
         error = reason.value
         if not isinstance(error, ApiError):
             _log.failure("Admitting a request failed", reason)
             error = Internal("The proxy failed to look up the key or its limits. Its log says why.")
-        self._feed(Event.REFUSED, error)
+        self.feed(Event.REFUSED, error)
 
     def _admitted(self, caller: Caller) -> None:
         self._record.key_id = caller.key_id
@@ -143,7 +147,7 @@ class Exchange:
 
     def _got_reservation(self, reservation: Reservation) -> None:
         if self._state is State.ADMITTING:
-            self._feed(Event.RESERVED, reservation)
+            self.feed(Event.RESERVED, reservation)
         else:  # the client left meanwhile
             self._relay.cancel(reservation)
 
@@ -178,7 +182,7 @@ class Exchange:
         headers.inform = self._inform
         self._body = body_of(stream, self._admission)
         if not isinstance(self._body, StreamedBody):
-            self._relay.first_byte_deadlines.set(self)
+            self._await_answer()
         sending = server.client.request(
             stream.head.method.decode("ascii"),
             RawURL(server.origin + self._target.decode("ascii")),
@@ -194,10 +198,10 @@ class Exchange:
         sending.addErrback(_unexpected)
 
     def _got_answer(self, response: Any) -> None:
-        self._feed(Event.ANSWERED, response.original)
+        self.feed(Event.ANSWERED, response.original)
 
     def _got_none(self, reason: Failure) -> None:
-        self._feed(Event.NO_ANSWER, reason)
+        self.feed(Event.NO_ANSWER, reason)
 
     def _inform(self, head: ResponseHead) -> None:
         if self._state is State.WAITING:
@@ -209,9 +213,17 @@ class Exchange:
             self._forwarded = False  # nothing was sent: it costs nothing
         self._explain(error_of(reason), "upstream_failed")
 
-    def late(self) -> None:
-        """The time for vLLM to begin its answer is over."""
-        self._feed(Event.LATE)
+    def _await(self, wait: Deadlines["Exchange"] | None) -> None:
+        """Begin a wait, instead of the one before it."""
+        if self._wait is not None:
+            self._wait.clear(self)
+        self._wait = wait
+        if wait is not None:
+            wait.set(self)
+
+    def _await_answer(self) -> None:
+        assert self._admission is not None
+        self._await(self._relay.waits.first_byte(self._admission))
 
     def _late(self) -> None:
         self._cancel()
@@ -227,7 +239,6 @@ class Exchange:
 
     def _answered(self, answer: Answer) -> None:
         relay, stream, head = self._relay, self._stream, answer.head
-        relay.first_byte_deadlines.clear(self)
         self._answer = answer
         if self._body is not None:
             self._body.forget()
@@ -238,10 +249,13 @@ class Exchange:
             lines += self._bill.lines
         if head.status == 101:
             self._state = State.TUNNELLING
+            relay.waits.total.clear(self)
+            self._await(relay.waits.tunnel_idle)
             self._tunnel = Tunnel(stream, answer, self._settle)
             self._tunnel.begin(answer, head.reason, lines)
             return
         self._state = State.ANSWERING
+        self._await_answer()  # now for the body: it may be a stream whose prompt has yet to be read
         assert self._admission is not None
         self._passing = Passing(head, relay.server.told, withholds=self._admission.withholds)
         self._record.streamed = self._passing.streamed
@@ -254,20 +268,23 @@ class Exchange:
         """A piece of vLLM's answer (:class:`~vllmproxy.http1.answer.AnswerReceiver`)."""
         if self._record.time_to_first_byte is None:
             self._record.time_to_first_byte = self._relay.clock.seconds() - self._began
+            self._await(self._relay.waits.between_bytes)
+        elif self._wait is not None:
+            self._wait.set(self)
         assert self._passing is not None
         data = self._passing.feed(data)
         if last:
-            self._feed(Event.BODY_ENDED, data)
+            self.feed(Event.BODY_ENDED, data)
         else:
             self._stream.write(data)
 
     def answer_finished(self) -> None:
         """vLLM's answer is whole."""
-        self._feed(Event.BODY_ENDED)
+        self.feed(Event.BODY_ENDED)
 
     def answer_failed(self, reason: Failure) -> None:
         """vLLM's answer broke off."""
-        self._feed(Event.BODY_FAILED, reason)
+        self.feed(Event.BODY_FAILED, reason)
 
     def _body_ended(self, data: bytes = b"") -> None:
         self._state = State.OVER
@@ -291,20 +308,20 @@ class Exchange:
         if isinstance(self._body, StreamedBody):
             self._body.body_received(data)
         else:
-            self._feed(Event.PIECE, data)
+            self.feed(Event.PIECE, data)
 
     def body_complete(self) -> None:
-        self._feed(Event.HELD)
+        self.feed(Event.HELD)
         if isinstance(self._body, StreamedBody):
             if self._state is State.WAITING:
-                self._relay.first_byte_deadlines.set(self)
+                self._await_answer()
             self._body.body_complete()
 
     def body_failed(self, error: WireError) -> None:
-        self._feed(Event.UPLOAD_FAILED, error)
+        self.feed(Event.UPLOAD_FAILED, error)
 
     def client_gone(self, reason: Failure) -> None:
-        self._feed(Event.CLIENT_GONE)
+        self.feed(Event.CLIENT_GONE)
 
     def tunnel_received(self, data: bytes) -> None:
         """Tunnels have a receiver of their own."""
@@ -333,29 +350,48 @@ class Exchange:
     def resumeProducing(self) -> None:
         """The client reads again."""
         if self._answer is not None and self._state is State.ANSWERING:
+            self._await(self._wait)
             self._answer.connection.resume_answer()
 
     # the end
-
-    def revoke(self) -> None:
-        """The key is good no longer, and what it began is to end."""
-        self._feed(Event.REVOKED)
 
     def _revoked(self) -> None:
         self._cancel()
         self._explain(AuthError(_REVOKED), "refused")
 
-    def _cut_answer(self) -> None:
+    def _expired(self) -> None:
+        self._cancel()
+        self._explain(UpstreamTimeout(_TOO_LONG), "refused")
+
+    def _cut(self, why: Ended, error: str) -> None:
         """What passes breaks off on both sides."""
         assert self._answer is not None
         self._state = State.OVER
         self._answer.connection.abort()
         self._stream.abort()
-        self._settle("refused", "revoked")
+        self._settle(why, error)
+
+    def _cut_revoked(self) -> None:
+        self._cut("refused", "revoked")
+
+    def _cut_expired(self) -> None:
+        self._cut("refused", "total_timeout")
+
+    def _cut_stalled(self) -> None:
+        """Reset, so that the client can tell that this is not all. While it does not read, vLLM is not waited for."""
+        if not self._stream.is_congested:
+            self._cut("upstream_failed", "stalled")
 
     def _cut_tunnel(self) -> None:
         assert self._tunnel is not None
         self._tunnel.cut()
+
+    def _cut_silent_tunnel(self) -> None:
+        assert self._tunnel is not None
+        if self._tunnel.was_silent():
+            self._tunnel.cut()
+        else:
+            self._await(self._wait)
 
     def _release(self, why: Ended) -> None:
         """Give back what was reserved and not used, and write down what was. Before the client can know that its
@@ -373,7 +409,8 @@ class Exchange:
         """Report, once: every way out ends here, after the stream was told."""
         self._state = State.OVER
         relay, record, stream = self._relay, self._record, self._stream
-        relay.first_byte_deadlines.clear(self)
+        relay.waits.total.clear(self)
+        self._await(None)
         self._release(why)
         relay.ended(self, record.key_id)
         record.ended = why
@@ -387,7 +424,7 @@ class Exchange:
             record.tell(self._passing.usage)
         relay.observer.finished(record)
 
-    def _feed(self, event: Event, *args: Any) -> None:
+    def feed(self, event: Event, *args: Any) -> None:
         """Act on ``event`` as the table says; a pair that is not in it came too late to matter."""
         action = _TABLE.get((self._state, event))
         if action is not None:
@@ -408,21 +445,27 @@ _TABLE: dict[tuple[State, Event], Callable[..., None]] = {
     (State.ADMITTING, Event.REFUSED): Exchange._refused,
     (State.ADMITTING, Event.UPLOAD_FAILED): Exchange._upload_failed,
     (State.ADMITTING, Event.CLIENT_GONE): Exchange._client_gone,
+    (State.ADMITTING, Event.EXPIRED): Exchange._expired,
     (State.ADMITTING, Event.REVOKED): Exchange._revoked,
     (State.HOLDING, Event.PIECE): Exchange._hold,
     (State.HOLDING, Event.HELD): Exchange._held,
     (State.HOLDING, Event.UPLOAD_FAILED): Exchange._upload_failed,
     (State.HOLDING, Event.CLIENT_GONE): Exchange._client_gone,
+    (State.HOLDING, Event.EXPIRED): Exchange._expired,
     (State.HOLDING, Event.REVOKED): Exchange._revoked,
     (State.WAITING, Event.ANSWERED): Exchange._answered,
     (State.WAITING, Event.NO_ANSWER): Exchange._no_answer,
     (State.WAITING, Event.LATE): Exchange._late,
     (State.WAITING, Event.UPLOAD_FAILED): Exchange._upload_failed,
     (State.WAITING, Event.CLIENT_GONE): Exchange._client_gone,
+    (State.WAITING, Event.EXPIRED): Exchange._expired,
     (State.WAITING, Event.REVOKED): Exchange._revoked,
     (State.ANSWERING, Event.BODY_ENDED): Exchange._body_ended,
     (State.ANSWERING, Event.BODY_FAILED): Exchange._body_failed,
     (State.ANSWERING, Event.CLIENT_GONE): Exchange._client_gone,
-    (State.ANSWERING, Event.REVOKED): Exchange._cut_answer,
+    (State.ANSWERING, Event.LATE): Exchange._cut_stalled,
+    (State.ANSWERING, Event.EXPIRED): Exchange._cut_expired,
+    (State.ANSWERING, Event.REVOKED): Exchange._cut_revoked,
+    (State.TUNNELLING, Event.LATE): Exchange._cut_silent_tunnel,
     (State.TUNNELLING, Event.REVOKED): Exchange._cut_tunnel,
 }

@@ -28,5 +28,6 @@ class Event(Enum):
     BODY_FAILED = "the answer broke off"
     UPLOAD_FAILED = "the request's body broke its framing, or stopped coming"
     CLIENT_GONE = "the client left"
-    LATE = "vLLM did not begin to answer in time"
+    LATE = "what it waits for did not come in time"
+    EXPIRED = "all of it took too long"
     REVOKED = "the key was blocked or deleted, and what runs is to end"

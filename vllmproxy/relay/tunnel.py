@@ -26,6 +26,7 @@ class Tunnel:
         self._stream = stream
         self._connection = answer.connection
         self._over: Callable[[Ended], None] | None = over
+        self._passed = 0
         stream.receiver = _FromClient(self, answer.connection)
         stream.set_producer(_Downlink(answer.connection))
         answer.connection.registerProducer(_Uplink(stream), True)
@@ -57,8 +58,13 @@ class Tunnel:
             else:
                 self._stream.abort()
 
+    def was_silent(self) -> bool:
+        """Tell whether no byte has passed, either way, since this was asked last."""
+        before, self._passed = self._passed, self._stream.bytes_in + self._stream.bytes_out
+        return self._passed == before
+
     def cut(self) -> None:
-        """End it on both sides at once: its key is good no longer."""
+        """End it on both sides at once: its key is good no longer, or nothing has passed for too long."""
         if self.ended("refused"):
             self._connection.abort()
             self._stream.abort()
