@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from treq.client import HTTPClient
+from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
@@ -296,9 +297,9 @@ class House:
         self.streams.append(stream)
         self.relay.handle(stream)
 
-    def connect(self) -> MemoryTransport:
+    def connect(self, peer: str = "192.0.2.1") -> MemoryTransport:
         transport = MemoryTransport(self.clock)
-        transport.connect(self.factory.buildProtocol(None))
+        transport.connect(self.factory.buildProtocol(IPv4Address("TCP", peer, 50_000)))
         return transport
 
     @property

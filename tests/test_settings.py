@@ -71,6 +71,12 @@ def test_defaults() -> None:
         tunnel_idle_timeout=600.0,
         upstream_idle_timeout=2.5,
         write_timeout=60.0,
+        max_connections=None,
+        max_connections_per_client=0,
+        max_requests=0,
+        max_requests_per_client=0,
+        max_waiting=100,
+        waiting_timeout=30.0,
         max_head=65536,
         max_headers=128,
         max_target=16384,
@@ -252,7 +258,10 @@ def test_bad_numbers(name: str, text: str) -> None:
         settings({**BASE, name: text})
 
 
-_OFF = {"between-bytes-timeout", "total-timeout", "tunnel-idle-timeout", "min-body-rate"}
+_OFF = {
+    *("between-bytes-timeout", "total-timeout", "tunnel-idle-timeout", "min-body-rate", "max-waiting"),
+    *("max-connections-per-client", "max-requests", "max-requests-per-client"),
+}
 
 
 @pytest.mark.parametrize("name", [name for name in _NUMBERS if not name.startswith("key-") and name not in _OFF])

@@ -18,6 +18,7 @@ from vllmproxy.exposure import judge
 from vllmproxy.http1.factory import ServerFactory
 from vllmproxy.http1.hangup import HangupWatcher
 from vllmproxy.http1.message import Limits, RequestHead, WireError
+from vllmproxy.http1.places import Places
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.cache import KeyCache
 from vllmproxy.keys.gate import Gate
@@ -28,8 +29,12 @@ from vllmproxy.listening import CannotListen, accept, listen
 from vllmproxy.observers.fanout import FanOut
 from vllmproxy.observers.jsonlines import JsonLines, open_access_log
 from vllmproxy.observers.metrics import MetricsObserver
+from vllmproxy.observers.occupancy import Occupancy, OccupancyCollector
 from vllmproxy.observers.record import RequestRecord
+from vllmproxy.openfiles import capacity, raise_open_files
+from vllmproxy.relay.exchange import Exchange
 from vllmproxy.relay.headers import TrustedProxies, fresh_id
+from vllmproxy.relay.line import Line
 from vllmproxy.relay.quotas import Quotas
 from vllmproxy.relay.refuse import wire_refusal
 from vllmproxy.relay.relay import Relay
@@ -58,6 +63,7 @@ class Proxy:
     def __init__(self, settings: Settings, reactor: Any) -> None:
         assert settings.upstream is not None
         limits = Limits(settings.max_head, settings.max_headers, settings.max_target)
+        most = _connections(settings)
         self._reactor = reactor
         self.store = make_store(settings.store, reactor=reactor, state_directory=settings.state_directory)
         self.access_log = _open_access_log(settings.access_log, reactor)
@@ -96,6 +102,7 @@ class Proxy:
             settings.usage,
             settings.max_inspected_body,
             settings.max_held_bodies,
+            line=Line(_places(settings, most)),
         )
         if settings.cut_revoked:
             gate.watch(Revocation(gate, self.relay).changed)
@@ -122,6 +129,21 @@ class Proxy:
             body_timeout=settings.body_timeout,
             min_body_rate=settings.min_body_rate,
             write_timeout=settings.write_timeout,
+            max_connections=most,
+            per_client=settings.max_connections_per_client,
+            client_of=trusted.client_of_peer,
+        )
+        metrics.add(OccupancyCollector(self._occupancy))
+
+    def _occupancy(self) -> Occupancy:
+        factory, line = self.factory, self.relay.line
+        return Occupancy(
+            factory.connections.taken,
+            factory.evicted,
+            line.places.taken,
+            line.places.waiting,
+            factory.refused,
+            line.refused,
         )
 
     def handle(self, stream: Stream) -> None:
@@ -159,6 +181,7 @@ class Proxy:
 
     async def close(self) -> None:
         """Reset what is connected and let go of everything."""
+        self.relay.line.close()  # or those that wait would be sent on in the turn of those that end
         await self.factory.close()
         await self.relay.close()
         await self.books.close()
@@ -270,8 +293,25 @@ def _timeouts(settings: Settings) -> Timeouts:
         first_byte_for=settings.first_byte_timeout_for,
         between_bytes=settings.between_bytes_timeout,
         tunnel_idle=settings.tunnel_idle_timeout,
+        line=settings.waiting_timeout,
         total=settings.total_timeout,
     )
+
+
+def _connections(settings: Settings) -> int:
+    """Return how many connections are taken; says so where they are fewer than they should be."""
+    found = capacity(raise_open_files(), settings.max_connections)
+    if found.warning is not None:
+        _log.warn("{warning}", warning=found.warning)
+    return found.connections
+
+
+def _places(settings: Settings, connections: int) -> Places[Exchange]:
+    """Return the places for requests. Those that wait hold a connection each, so the line is no longer than what the
+    requests under way leave of these."""
+    most = min(settings.max_requests or connections, connections)
+    line = min(settings.max_waiting, connections - most)
+    return Places(most, line=line, per_client=settings.max_requests_per_client)
 
 
 def _open_access_log(target: str, reactor: Any) -> JsonLines:

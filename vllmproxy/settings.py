@@ -54,6 +54,8 @@ class Settings:
     :ivar first_byte_timeout: from the request's last byte to the first of vLLM's answer.
     :ivar min_body_rate: bytes a second, over ``body_timeout``.
     :ivar total_timeout: 0 for none, as for ``between_bytes_timeout`` and ``tunnel_idle_timeout``.
+    :ivar max_connections: ``None`` for as many as the open files allow.
+    :ivar max_requests: 0 for as many as connections; the two ``per_client`` are off at 0.
     :ivar max_headers: the number of header lines.
     :ivar store_outage: ``closed`` or ``local``.
     :ivar local_share: above 0, up to 1.
@@ -82,6 +84,12 @@ class Settings:
     tunnel_idle_timeout: float
     upstream_idle_timeout: float
     write_timeout: float
+    max_connections: int | None
+    max_connections_per_client: int
+    max_requests: int
+    max_requests_per_client: int
+    max_waiting: int
+    waiting_timeout: float
     max_head: int
     max_headers: int
     max_target: int

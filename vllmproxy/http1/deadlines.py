@@ -48,6 +48,13 @@ class Deadlines(Generic[T]):
         """End the wait of ``item``, if there is one."""
         self._due.pop(item, None)
 
+    def pop(self) -> T | None:
+        """End the wait that is to expire first, and return whose it was; ``None`` where there is none."""
+        item = next(iter(self._due), None)
+        if item is not None:
+            del self._due[item]
+        return item
+
     def close(self) -> None:
         """Forget every wait and those to come; nothing expires any more."""
         self._seconds = 0

@@ -64,7 +64,10 @@ class ServerChannel(Protocol):
             transport.setTcpKeepAlive(True)
         transport.registerProducer(self, True)
         self.factory.channels.add(self)
-        self.factory.head_deadlines.set(self)
+        if self.factory.admit(self):
+            self.factory.head_deadlines.set(self)
+        else:
+            self.abort()  # no HTTP was spoken; who sent some already may take it that nothing was done
 
     def dataReceived(self, data: bytes) -> None:
         if self._mode == "http":

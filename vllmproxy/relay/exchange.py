@@ -89,7 +89,7 @@ class Exchange:
             self._target = forwarded + query
             admission = self._admission = Admission(self._relay, stream, forwarded)
             if admission.is_preflight:
-                self._send()
+                self._queue()
                 return
             caller = self._relay.gate.identify(read_credential(stream.head.fields))
         except ApiError as error:
@@ -118,7 +118,7 @@ class Exchange:
         holds = self._admission.check(caller)
         self._relay.began(self, caller.key_id)
         if not holds:
-            self._reserve()
+            self._queue()
         elif self._stream.head.has_body:
             self._state = State.HOLDING
             self._stream.read_body()
@@ -134,7 +134,26 @@ class Exchange:
         assert self._admission is not None
         self._admission.judge()
         self._record.end_user = self._admission.end_user
-        self._reserve()
+        self._queue()
+
+    def _queue(self) -> None:
+        if self._relay.line.enter(self, self._client):
+            self._placed()
+        else:
+            self._state = State.QUEUED
+            self._await(self._relay.waits.line)
+
+    def _placed(self) -> None:
+        self._state = State.ADMITTING
+        self._await(None)
+        assert self._admission is not None
+        if self._admission.is_preflight:
+            self._send()
+        else:
+            self._reserve()
+
+    def _not_placed(self) -> None:
+        self._explain(self._relay.line.late(), "refused")
 
     def _reserve(self) -> None:
         assert self._admission is not None
@@ -404,6 +423,7 @@ class Exchange:
         if bill is not None:
             status = 0 if self._answer is None else self._answer.head.status
             bill.settle(Outcome(why, self._forwarded, status, self._passing))
+        self._relay.line.leave(self)
 
     def _settle(self, why: Ended, error: str | None = None) -> None:
         """Report, once: every way out ends here, after the stream was told."""
@@ -453,6 +473,12 @@ _TABLE: dict[tuple[State, Event], Callable[..., None]] = {
     (State.HOLDING, Event.CLIENT_GONE): Exchange._client_gone,
     (State.HOLDING, Event.EXPIRED): Exchange._expired,
     (State.HOLDING, Event.REVOKED): Exchange._revoked,
+    (State.QUEUED, Event.PLACED): Exchange._placed,
+    (State.QUEUED, Event.LATE): Exchange._not_placed,
+    (State.QUEUED, Event.UPLOAD_FAILED): Exchange._upload_failed,
+    (State.QUEUED, Event.CLIENT_GONE): Exchange._client_gone,
+    (State.QUEUED, Event.EXPIRED): Exchange._expired,
+    (State.QUEUED, Event.REVOKED): Exchange._revoked,
     (State.WAITING, Event.ANSWERED): Exchange._answered,
     (State.WAITING, Event.NO_ANSWER): Exchange._no_answer,
     (State.WAITING, Event.LATE): Exchange._late,

@@ -5,6 +5,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from vllmproxy.errors import StoreDown
+from vllmproxy.http1.places import Places
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.gate import RETRY_AFTER, Gate
 from vllmproxy.observers.record import Observer
@@ -12,6 +13,7 @@ from vllmproxy.relay.admission import Admission
 from vllmproxy.relay.bill import Bill, open_bill
 from vllmproxy.relay.exchange import Exchange
 from vllmproxy.relay.headers import Client, TrustedProxies
+from vllmproxy.relay.line import Line
 from vllmproxy.relay.quotas import Quotas, Reservation
 from vllmproxy.relay.states import Event
 from vllmproxy.relay.waits import Timeouts, Waits
@@ -29,6 +31,7 @@ _NOT_WRITTEN = "What is used cannot be written down just now. Try again in a mom
 class Relay:
     """What all exchanges share.
 
+    :ivar line: who is under way, and who waits for that.
     :ivar usage: how the tokens of streams are known.
     :ivar max_inspected_body: bytes of a body that is read before it is forwarded.
     :ivar max_held: bytes of all such bodies together; ``held``: those that are held just now.
@@ -47,6 +50,7 @@ class Relay:
     max_inspected_body: int = 32 << 20
     max_held: int = 512 << 20
     held: int = 0
+    line: Line = field(factory=lambda: Line(Places()))
     waits: Waits = field(init=False)
     _running: dict[str, set[Exchange]] = field(factory=dict)
 

@@ -8,6 +8,7 @@ class State(Enum):
 
     ADMITTING = "the key is being looked up, or its limits"
     HOLDING = "the body is being read, as the key's rules need it"
+    QUEUED = "it stands in the line for a place"
     WAITING = "vLLM has the request, or is getting it"
     ANSWERING = "the answer passes"
     TUNNELLING = "bytes pass both ways"
@@ -20,6 +21,7 @@ class Event(Enum):
     ADMITTED = "the caller is known"
     PIECE = "a piece of the body is here"
     HELD = "the body is here"
+    PLACED = "there is a place for it"
     RESERVED = "the key's limits have room for this"
     REFUSED = "the proxy answers itself"
     ANSWERED = "the head of vLLM's answer is here"

@@ -23,6 +23,7 @@ class Timeouts:
     :ivar first_byte_for: the same for certain routes; the longest that covers a path counts.
     :ivar between_bytes: from one piece of an answer's body to the next, while the client takes them.
     :ivar tunnel_idle: in which no byte passes in a WebSocket. Looked at once in that time, so up to twice that passes.
+    :ivar line: in the line for a place.
     :ivar total: from the head of a request to the end of its answer; a WebSocket has none.
     """
 
@@ -30,6 +31,7 @@ class Timeouts:
     first_byte_for: tuple[tuple[Route, float], ...] = ()
     between_bytes: float = 600.0
     tunnel_idle: float = 600.0
+    line: float = 30.0
     total: float = 0.0
 
 
@@ -45,6 +47,7 @@ class Waits:
         self._first_byte_for = [(route, waits(seconds)) for route, seconds in by_length]
         self.between_bytes = waits(timeouts.between_bytes)
         self.tunnel_idle = waits(timeouts.tunnel_idle)
+        self.line = waits(timeouts.line)
         self.total = waits(timeouts.total, Event.EXPIRED)
 
     def first_byte(self, admission: Admission) -> "Deadlines[Exchange]":
@@ -56,7 +59,7 @@ class Waits:
 
     def close(self) -> None:
         """End them all."""
-        for waits in (self._first_byte, self.between_bytes, self.tunnel_idle, self.total):
+        for waits in (self._first_byte, self.between_bytes, self.tunnel_idle, self.line, self.total):
             waits.close()
         for _, waits in self._first_byte_for:
             waits.close()
