@@ -4,10 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 from _memory import OK, House
+from hypothesis import given
+from hypothesis import strategies as st
 from test_relay_exchange import GET, POST, STREAM, SWITCH, WEBSOCKET
 
 from vllmproxy.keys.policy import parse_route
-from vllmproxy.relay.waits import Timeouts
+from vllmproxy.relay.waits import Silence, Timeouts
 
 PIECE = b"5\r\nhello\r\n"
 
@@ -33,7 +35,7 @@ def test_an_answer_that_stops_is_cut_on_both_sides() -> None:
     for _ in range(20):
         house.clock.pump([1] * 90)
         house.wires[0].receive(PIECE)
-    assert 100 <= seconds_until_cut(house) <= 102
+    assert 100 <= seconds_until_cut(house) <= 130
     assert not house.client.sent.endswith(b"0\r\n\r\n")
     assert house.wires[0].ending == "abort"
     assert (house.record.ended, house.record.error, house.record.status) == ("upstream_failed", "stalled", 200)
@@ -76,7 +78,7 @@ def test_a_client_that_does_not_read_is_no_fault_of_the_upstreams() -> None:
     house.clock.pump([1] * 500)
     assert not house.client.ending
     house.client.drain()
-    assert 10 <= seconds_until_cut(house) <= 12
+    assert 10 <= seconds_until_cut(house) <= 25
 
 
 @pytest.mark.parametrize("when", ["admitting", "uploading", "waiting", "answering"])
@@ -112,7 +114,7 @@ def test_a_silent_tunnel_ends_and_a_busy_one_does_not() -> None:
         house.clock.pump([1] * 50)
         (house.client if to_upstream else house.wires[0]).receive(b"\x89\x00")
         assert not house.client.ending
-    assert 60 <= seconds_until_cut(house) <= 122
+    assert 60 <= seconds_until_cut(house) <= 80
     assert house.wires[0].ending == "abort"
     assert (house.record.ended, house.record.status) == ("refused", 101)
 
@@ -136,3 +138,12 @@ def test_nothing_waits_behind_an_answer() -> None:
     house.clock.pump([1] * 20)
     assert not house.client.ending
     assert house.record.ended == "done"
+
+
+@given(st.lists(st.integers(0, 2), max_size=30), st.integers(1, 4))
+def test_a_silence_is_as_many_looks_at_the_same(steps: list[int], looks: int) -> None:
+    silence, passed, same = Silence(looks), 0, 0
+    for step in steps:
+        passed += step
+        same = 0 if step else same + 1
+        assert silence.lasts(passed) is (same >= looks)

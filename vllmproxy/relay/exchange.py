@@ -11,24 +11,25 @@ from vllmproxy.errors import ApiError, AuthError, BadRequest, Internal, Upstream
 from vllmproxy.http1.agent import NO_COOKIES, ConnectFailed, RawURL
 from vllmproxy.http1.answer import Answer
 from vllmproxy.http1.bodies import StreamedBody, WholeBody
-from vllmproxy.http1.deadlines import Deadlines
 from vllmproxy.http1.message import ResponseHead, WireError
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.credentials import read_credential
 from vllmproxy.keys.gate import Caller
 from vllmproxy.keys.routes import is_anthropic
-from vllmproxy.observers.record import Ended, RequestRecord
-from vllmproxy.relay.admission import Admission, end_user_in
+from vllmproxy.observers.record import Ended
+from vllmproxy.relay.admission import Admission
 from vllmproxy.relay.bill import Bill, Outcome
 from vllmproxy.relay.failures import error_of
 from vllmproxy.relay.headers import answer_lines, request_id
 from vllmproxy.relay.passing import Passing
 from vllmproxy.relay.quotas import Reservation
+from vllmproxy.relay.recording import begin_record, end_record
 from vllmproxy.relay.refuse import refuse, refuse_body
 from vllmproxy.relay.sending import body_of, headers_of
 from vllmproxy.relay.states import Event, State
 from vllmproxy.relay.targets import is_unsafe, split_target, upstream_path
 from vllmproxy.relay.tunnel import Tunnel
+from vllmproxy.relay.waits import Patience
 
 if TYPE_CHECKING:
     from vllmproxy.relay.relay import Relay
@@ -60,17 +61,10 @@ class Exchange:
         self._answer: Answer | None = None
         self._passing: Passing | None = None
         self._tunnel: Tunnel | None = None
-        self._wait: Deadlines[Exchange] | None = None
+        self._patience = Patience(self, relay.waits)
         self._client = relay.client_of(stream)
         self._id = request_id(stream.head)
-        self._record = RequestRecord(
-            time=self._began,
-            request_id=self._id.decode("ascii"),
-            method=stream.head.method.decode("ascii"),
-            route="",
-            client=self._client.address,
-            end_user=end_user_in(stream.head.fields),
-        )
+        self._record = begin_record(stream, self._client, self._id, self._began)
 
     # admission
 
@@ -78,7 +72,6 @@ class Exchange:
         """Decide on the head alone whether this request goes on."""
         stream, record = self._stream, self._record
         stream.receiver = self
-        self._relay.waits.total.set(self)
         upstream = self._relay.server.upstream
         path, query = split_target(stream.head.target)
         forwarded = upstream_path(path, upstream.base_path)
@@ -141,11 +134,11 @@ class Exchange:
             self._placed()
         else:
             self._state = State.QUEUED
-            self._await(self._relay.waits.line)
+            self._patience.for_place()
 
     def _placed(self) -> None:
         self._state = State.ADMITTING
-        self._await(None)
+        self._patience.for_nothing()
         assert self._admission is not None
         if self._admission.is_preflight:
             self._send()
@@ -201,7 +194,7 @@ class Exchange:
         headers.inform = self._inform
         self._body = body_of(stream, self._admission)
         if not isinstance(self._body, StreamedBody):
-            self._await_answer()
+            self._patience.for_answer(self._admission)
         sending = server.client.request(
             stream.head.method.decode("ascii"),
             RawURL(server.origin + self._target.decode("ascii")),
@@ -232,18 +225,6 @@ class Exchange:
             self._forwarded = False  # nothing was sent: it costs nothing
         self._explain(error_of(reason), "upstream_failed")
 
-    def _await(self, wait: Deadlines["Exchange"] | None) -> None:
-        """Begin a wait, instead of the one before it."""
-        if self._wait is not None:
-            self._wait.clear(self)
-        self._wait = wait
-        if wait is not None:
-            wait.set(self)
-
-    def _await_answer(self) -> None:
-        assert self._admission is not None
-        self._await(self._relay.waits.first_byte(self._admission))
-
     def _late(self) -> None:
         self._cancel()
         self._explain(UpstreamTimeout("vLLM did not begin to answer in time."), "upstream_failed")
@@ -268,14 +249,13 @@ class Exchange:
             lines += self._bill.lines
         if head.status == 101:
             self._state = State.TUNNELLING
-            relay.waits.total.clear(self)
-            self._await(relay.waits.tunnel_idle)
+            self._patience.for_tunnel()
             self._tunnel = Tunnel(stream, answer, self._settle)
             self._tunnel.begin(answer, head.reason, lines)
             return
         self._state = State.ANSWERING
-        self._await_answer()  # now for the body: it may be a stream whose prompt has yet to be read
         assert self._admission is not None
+        self._patience.for_answer(self._admission)  # for its body: it may be a stream whose prompt is yet to be read
         self._passing = Passing(head, relay.server.told, withholds=self._admission.withholds)
         self._record.streamed = self._passing.streamed
         stream.start_response(head.status, head.reason, lines, length=head.content_length, bodiless=head.bodiless)
@@ -287,9 +267,7 @@ class Exchange:
         """A piece of vLLM's answer (:class:`~vllmproxy.http1.answer.AnswerReceiver`)."""
         if self._record.time_to_first_byte is None:
             self._record.time_to_first_byte = self._relay.clock.seconds() - self._began
-            self._await(self._relay.waits.between_bytes)
-        elif self._wait is not None:
-            self._wait.set(self)
+            self._patience.for_more()
         assert self._passing is not None
         data = self._passing.feed(data)
         if last:
@@ -333,7 +311,8 @@ class Exchange:
         self.feed(Event.HELD)
         if isinstance(self._body, StreamedBody):
             if self._state is State.WAITING:
-                self._await_answer()
+                assert self._admission is not None
+                self._patience.for_answer(self._admission)
             self._body.body_complete()
 
     def body_failed(self, error: WireError) -> None:
@@ -369,7 +348,6 @@ class Exchange:
     def resumeProducing(self) -> None:
         """The client reads again."""
         if self._answer is not None and self._state is State.ANSWERING:
-            self._await(self._wait)
             self._answer.connection.resume_answer()
 
     # the end
@@ -396,21 +374,20 @@ class Exchange:
     def _cut_expired(self) -> None:
         self._cut("refused", "total_timeout")
 
-    def _cut_stalled(self) -> None:
-        """Reset, so that the client can tell that this is not all. While it does not read, vLLM is not waited for."""
-        if not self._stream.is_congested:
-            self._cut("upstream_failed", "stalled")
-
     def _cut_tunnel(self) -> None:
         assert self._tunnel is not None
         self._tunnel.cut()
 
-    def _cut_silent_tunnel(self) -> None:
-        assert self._tunnel is not None
-        if self._tunnel.was_silent():
+    def _look(self) -> None:
+        """Cut what has been silent for too long. A reset, so that the client can tell that this is not all."""
+        stream = self._stream
+        passed = stream.bytes_out + (stream.bytes_in if self._tunnel is not None else 0)
+        if self._patience.lasts(passed, held_up=stream.is_congested):
+            return
+        if self._tunnel is not None:
             self._tunnel.cut()
         else:
-            self._await(self._wait)
+            self._cut("upstream_failed", "stalled")
 
     def _release(self, why: Ended) -> None:
         """Give back what was reserved and not used, and write down what was. Before the client can know that its
@@ -429,19 +406,10 @@ class Exchange:
         """Report, once: every way out ends here, after the stream was told."""
         self._state = State.OVER
         relay, record, stream = self._relay, self._record, self._stream
-        relay.waits.total.clear(self)
-        self._await(None)
+        self._patience.end()
         self._release(why)
         relay.ended(self, record.key_id)
-        record.ended = why
-        record.error = error
-        record.status = stream.status
-        record.bytes_in = stream.bytes_in
-        record.bytes_out = stream.bytes_out
-        record.duration = relay.clock.seconds() - self._began
-        if self._passing is not None:
-            record.model = self._passing.model
-            record.tell(self._passing.usage)
+        end_record(record, stream, why, error, seconds=relay.clock.seconds() - self._began, passing=self._passing)
         relay.observer.finished(record)
 
     def feed(self, event: Event, *args: Any) -> None:
@@ -489,9 +457,9 @@ _TABLE: dict[tuple[State, Event], Callable[..., None]] = {
     (State.ANSWERING, Event.BODY_ENDED): Exchange._body_ended,
     (State.ANSWERING, Event.BODY_FAILED): Exchange._body_failed,
     (State.ANSWERING, Event.CLIENT_GONE): Exchange._client_gone,
-    (State.ANSWERING, Event.LATE): Exchange._cut_stalled,
+    (State.ANSWERING, Event.LATE): Exchange._look,
     (State.ANSWERING, Event.EXPIRED): Exchange._cut_expired,
     (State.ANSWERING, Event.REVOKED): Exchange._cut_revoked,
-    (State.TUNNELLING, Event.LATE): Exchange._cut_silent_tunnel,
+    (State.TUNNELLING, Event.LATE): Exchange._look,
     (State.TUNNELLING, Event.REVOKED): Exchange._cut_tunnel,
 }

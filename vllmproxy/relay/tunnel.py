@@ -26,7 +26,6 @@ class Tunnel:
         self._stream = stream
         self._connection = answer.connection
         self._over: Callable[[Ended], None] | None = over
-        self._passed = 0
         stream.receiver = _FromClient(self, answer.connection)
         stream.set_producer(_Downlink(answer.connection))
         answer.connection.registerProducer(_Uplink(stream), True)
@@ -57,11 +56,6 @@ class Tunnel:
                 self._stream.close()
             else:
                 self._stream.abort()
-
-    def was_silent(self) -> bool:
-        """Tell whether no byte has passed, either way, since this was asked last."""
-        before, self._passed = self._passed, self._stream.bytes_in + self._stream.bytes_out
-        return self._passed == before
 
     def cut(self) -> None:
         """End it on both sides at once: its key is good no longer, or nothing has passed for too long."""

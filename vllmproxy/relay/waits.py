@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from attrs import frozen
+from attrs import define, frozen
 from twisted.internet.interfaces import IReactorTime
 
 from vllmproxy.http1.deadlines import Deadlines
@@ -13,6 +13,9 @@ from vllmproxy.relay.states import Event
 if TYPE_CHECKING:
     from vllmproxy.relay.exchange import Exchange
 
+#: How often a silence is looked at before it counts as one.
+LOOKS = 4
+
 
 @frozen(kw_only=True)
 class Timeouts:
@@ -21,8 +24,8 @@ class Timeouts:
     :ivar first_byte: from the end of the request to the head of its answer, and from there to the first byte of its
         body: vLLM sends the head of a stream before it begins with the prompt.
     :ivar first_byte_for: the same for certain routes; the longest that covers a path counts.
-    :ivar between_bytes: from one piece of an answer's body to the next, while the client takes them.
-    :ivar tunnel_idle: in which no byte passes in a WebSocket. Looked at once in that time, so up to twice that passes.
+    :ivar between_bytes: in which no byte of an answer's body passes, though the client would take it.
+    :ivar tunnel_idle: in which no byte passes in a WebSocket. As above, it may take half as long again to be seen.
     :ivar line: in the line for a place.
     :ivar total: from the head of a request to the end of its answer; a WebSocket has none.
     """
@@ -35,8 +38,26 @@ class Timeouts:
     total: float = 0.0
 
 
+@define
+class Silence:
+    """Tells a silence by looking now and then how much has passed, which costs nothing when something passes.
+
+    :param looks: how many in a row, with nothing in between, make it one.
+    """
+
+    _looks: int
+    _passed: int = 0
+    _in_a_row: int = 0
+
+    def lasts(self, passed: int) -> bool:
+        """Look once more. ``passed``: bytes so far."""
+        self._in_a_row = self._in_a_row + 1 if passed == self._passed else 0
+        self._passed = passed
+        return self._in_a_row >= self._looks
+
+
 class Waits:
-    """The waits of all exchanges. An exchange is in one of them at a time, and besides in ``total``."""
+    """The waits of all exchanges."""
 
     def __init__(self, clock: IReactorTime, timeouts: Timeouts) -> None:
         def waits(seconds: float, event: Event = Event.LATE) -> "Deadlines[Exchange]":
@@ -45,8 +66,8 @@ class Waits:
         self._first_byte = waits(timeouts.first_byte)
         by_length = sorted(timeouts.first_byte_for, key=lambda each: len(each[0].text), reverse=True)
         self._first_byte_for = [(route, waits(seconds)) for route, seconds in by_length]
-        self.between_bytes = waits(timeouts.between_bytes)
-        self.tunnel_idle = waits(timeouts.tunnel_idle)
+        self.between_bytes = waits(timeouts.between_bytes / LOOKS)
+        self.tunnel_idle = waits(timeouts.tunnel_idle / LOOKS)
         self.line = waits(timeouts.line)
         self.total = waits(timeouts.total, Event.EXPIRED)
 
@@ -63,3 +84,60 @@ class Waits:
             waits.close()
         for _, waits in self._first_byte_for:
             waits.close()
+
+
+class Patience:
+    """One exchange's: it is in one wait at a time, and in ``total`` besides."""
+
+    def __init__(self, exchange: "Exchange", waits: Waits) -> None:
+        self._exchange = exchange
+        self._waits = waits
+        self._wait: Deadlines[Exchange] | None = None
+        self._silence = Silence(1)
+        waits.total.set(exchange)
+
+    def _begin(self, wait: "Deadlines[Exchange] | None") -> None:
+        if self._wait is not None:
+            self._wait.clear(self._exchange)
+        self._wait = wait
+        if wait is not None:
+            wait.set(self._exchange)
+
+    def for_place(self) -> None:
+        """The exchange stands in the line."""
+        self._begin(self._waits.line)
+
+    def for_answer(self, admission: Admission) -> None:
+        """It waits for the head of vLLM's answer, or behind that for the first byte of the body."""
+        self._begin(self._waits.first_byte(admission))
+
+    def for_more(self) -> None:
+        """The body has begun."""
+        self._silence = Silence(LOOKS)
+        self._begin(self._waits.between_bytes)
+
+    def for_tunnel(self) -> None:
+        """Bytes pass both ways, for any time in all."""
+        self._waits.total.clear(self._exchange)
+        self._silence = Silence(LOOKS)
+        self._begin(self._waits.tunnel_idle)
+
+    def for_nothing(self) -> None:
+        """Somebody who has a deadline already is at work."""
+        self._begin(None)
+
+    def lasts(self, passed: int, *, held_up: bool) -> bool:
+        """The wait for more is over: tell whether it goes on, because something has passed since, or nothing could.
+
+        :param passed: bytes so far.
+        :param held_up: nothing could, because the client does not read.
+        """
+        if not held_up and self._silence.lasts(passed):
+            return False
+        self._begin(self._wait)
+        return True
+
+    def end(self) -> None:
+        """It is over."""
+        self._waits.total.clear(self._exchange)
+        self._begin(None)
