@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from treq.client import HTTPClient
+from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
@@ -258,9 +259,12 @@ class Gatekeeper:
 
 
 class House:
-    """A proxy whose client, store and upstream are the test."""
+    """A proxy whose client, store and upstream are the test.
 
-    def __init__(self, url: str = "http://gpu1:8000", authorization: bytes = b"") -> None:
+    :param shared: what the relay has besides.
+    """
+
+    def __init__(self, url: str = "http://gpu1:8000", authorization: bytes = b"", **shared: Any) -> None:
         self.clock = Clock()
         self.clock.advance(1000)
         self.endpoint = MemoryEndpoint(self.clock)
@@ -281,6 +285,7 @@ class House:
             TrustedProxies(()),
             Quotas(self.store.limiter(self.clock), self.clock),
             Bookkeeper(self.store, self.clock, None),
+            **shared,
         )
         self.relay.books.open()
         hangups: Any = Hangups()
@@ -292,9 +297,9 @@ class House:
         self.streams.append(stream)
         self.relay.handle(stream)
 
-    def connect(self) -> MemoryTransport:
+    def connect(self, peer: str = "192.0.2.1") -> MemoryTransport:
         transport = MemoryTransport(self.clock)
-        transport.connect(self.factory.buildProtocol(None))
+        transport.connect(self.factory.buildProtocol(IPv4Address("TCP", peer, 50_000)))
         return transport
 
     @property

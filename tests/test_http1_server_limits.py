@@ -276,3 +276,60 @@ def test_a_connection_that_closes_is_no_longer_idle_or_awaited(piece: bytes) -> 
     assert wire.transport.ending == "lose"
     wire.clock.pump([1] * 20)
     assert wire.transport.ending == "abort"
+
+
+UPLOAD = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 100000\r\n\r\n"
+
+
+def trickle(wire: Wire, each: int, seconds: int) -> None:
+    """Send ``each`` bytes of a body a second, as long as anybody takes them."""
+    for _ in range(seconds):
+        if not wire.refused:
+            wire.feed(b"x" * each)
+            wire.clock.advance(1)
+
+
+def test_a_body_that_dribbles_gets_408() -> None:
+    wire = Wire(body_timeout=60, min_body_rate=10)
+    wire.feed(UPLOAD)
+    trickle(wire, 11, 300)
+    assert not wire.refused
+    trickle(wire, 9, 130)
+    assert wire.refused == 408
+    assert wire.receiver(0).events == ["body_failed 408"]
+
+
+def test_a_body_that_is_not_taken_need_not_come() -> None:
+    wire = Wire(body_timeout=60, min_body_rate=10)
+    wire.feed(UPLOAD)
+    for _ in range(20):
+        trickle(wire, 1, 40)
+        wire.streams[0].pause_body()
+        wire.clock.pump([1] * 100)
+        wire.streams[0].resume_body()
+    assert not wire.refused
+    trickle(wire, 1, 62)
+    assert wire.refused == 408
+
+
+def test_each_body_on_a_connection_has_a_rate_of_its_own() -> None:
+    wire = Wire(body_timeout=60, min_body_rate=10, answer=True)
+    request = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5000\r\n\r\n"
+    wire.feed(request + b"x" * 4999)
+    wire.clock.pump([1] * 30)
+    wire.feed(b"x" + request)
+    trickle(wire, 11, 58)
+    assert not wire.refused
+    trickle(wire, 11, 300)
+    assert not wire.refused
+
+
+def test_a_client_that_waits_to_be_told_to_go_on_is_not_late() -> None:
+    wire = Wire(eager=False, body_timeout=10, min_body_rate=10)
+    wire.feed(UPLOAD.replace(b"Host", b"Expect: 100-continue\r\nHost"))
+    wire.clock.pump([1] * 100)
+    assert not wire.refused
+    wire.streams[0].read_body()
+    assert wire.transport.take() == b"HTTP/1.1 100 Continue\r\n\r\n"
+    wire.clock.pump([1] * 12)
+    assert wire.refused == 408

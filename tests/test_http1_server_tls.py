@@ -123,3 +123,39 @@ async def test_an_answer_to_an_unfinished_upload_ends_with_a_close_notify(author
         assert await client.receive() == b""
         await client.send(b"x" * 50)
         await client.drain()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_silent_client_makes_room_for_a_new_one(authority: Authority) -> None:
+    async with (
+        site(authority.certificate, max_connections=1) as server,
+        client_of(server, authority) as silent,
+        client_of(server, authority) as client,
+    ):
+        stream = await ask(server, client, GET)
+        stream.respond(200, b"OK", b"", b"ok")
+        assert server.factory.evicted == 1
+        await until(lambda: _is_over(silent))
+
+
+@pytest_twisted.ensureDeferred
+async def test_one_connection_too_many(authority: Authority) -> None:
+    """It is reset in the middle of its handshake, and leaves nothing behind."""
+    async with (
+        site(authority.certificate, per_client=1, client_of=lambda _: "one") as server,
+        client_of(server, authority),
+    ):
+        other = TLSPeer(server.connect(), authority.client)
+        await until(lambda: _is_over(other))
+        assert server.factory.refused == {"client_full": 1}
+        assert len(server.factory.channels) == 1
+        other.sock.close()
+
+
+def _is_over(client: TLSPeer) -> bool:
+    try:
+        return not client.sock.recv(1)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True

@@ -14,16 +14,38 @@ from twisted.python.failure import Failure
 from vllmproxy.errors import AuthError
 from vllmproxy.http1.answer import AnswerLost
 from vllmproxy.http1.message import WireError
+from vllmproxy.http1.places import Places
 from vllmproxy.keys.gate import ANONYMOUS
 from vllmproxy.relay.exchange import _TABLE, Event, Exchange, State
+from vllmproxy.relay.line import Line
+from vllmproxy.relay.waits import LOOKS, Timeouts
 
 #: Somebody whose requests are read before they are forwarded, and counted in every way.
 HOLDER = caller_of(aliases={"fast": "real"}, rpm_limit=1000, tpm_limit=10**9, max_parallel_requests=9)
 
 
+class Somebody:
+    """Takes a place, or stands in the line, and does nothing with it."""
+
+    def feed(self, event: Event) -> None:
+        assert event is Event.PLACED
+
+
+SOMEBODY: Any = Somebody()
+
+
+def full_line() -> Line:
+    """Return a line before one place, which somebody has."""
+    places: Places[Any] = Places(1, line=2)
+    places.enter(SOMEBODY, "")
+    return Line(places)
+
+
 def exchange_in(house: House, state: State) -> Exchange:
     """Bring one exchange to ``state``."""
     house.gate.hold = state is State.ADMITTING
+    if state is State.QUEUED:
+        house.relay.line = full_line()
     if state is State.HOLDING:
         house.gate.caller = HOLDER
     house.client.receive(WEBSOCKET if state is State.TUNNELLING else POST)
@@ -59,9 +81,11 @@ def test_every_event_in_every_state(state: State, event: Event) -> None:
     if known and event is Event.ANSWERED:
         house.wires[0].receive(STREAM)
     else:
-        exchange._feed(event, *ARGUMENTS.get(event, ()))
+        for _ in range(LOOKS if (state, event) == (State.TUNNELLING, Event.LATE) else 1):
+            exchange.feed(event, *ARGUMENTS.get(event, ()))
     assert (exchange._state is not state) is (known and event is not Event.PIECE)
-    ends = known and event not in (Event.ADMITTED, Event.PIECE, Event.HELD, Event.RESERVED, Event.ANSWERED)
+    goes_on = (Event.ADMITTED, Event.PIECE, Event.HELD, Event.PLACED, Event.RESERVED, Event.ANSWERED)
+    ends = known and event not in goes_on
     assert len(house.observer.records) == before + ends
     house.client.reset_from_peer()
     house.turn()
@@ -126,6 +150,13 @@ class Play:
         self.house.gate.hold = False
         while self.house.gate.waiting:
             self.house.gate.waiting.pop().errback(AuthError("no"))
+
+    def do_occupy(self) -> None:
+        self.do_vacate()
+        self.house.relay.line.places.enter(SOMEBODY, "")
+
+    def do_vacate(self) -> None:
+        self.house.relay.line.leave(SOMEBODY)
 
     def do_hold_connect(self) -> None:
         self.house.endpoint.hold = True
@@ -192,7 +223,7 @@ WORDS = [name.removeprefix("do_") for name in dir(Play) if name.startswith("do_"
 @given(st.lists(st.sampled_from(WORDS), max_size=14), st.sampled_from(["get", "post", "websocket"]))
 @settings(max_examples=600, deadline=None)
 def test_one_record_whatever_happens_in_whatever_order(words: list[str], first: str) -> None:
-    house = House()
+    house = House(line=Line(Places(1, line=1)), timeouts=Timeouts(total=5000))
     play = Play(house)
     play("hold_gate") if "admit" in words or "refuse" in words else None
     for word in [first, *words]:
@@ -203,7 +234,9 @@ def test_one_record_whatever_happens_in_whatever_order(words: list[str], first: 
     house.turn()
     play("refuse")
     play("connect")
+    play("vacate")
     house.turn()
+    assert (house.relay.line.places.taken, house.relay.line.places.waiting) == (0, 0)
     assert len(house.observer.records) == len(house.streams)
     assert house.observer.in_flight == 0
     assert all(stream.over for stream in house.streams)

@@ -65,9 +65,20 @@ def test_defaults() -> None:
         head_timeout=10.0,
         idle_timeout=75.0,
         body_timeout=60.0,
+        min_body_rate=100,
         first_byte_timeout=600.0,
+        first_byte_timeout_for=(),
+        between_bytes_timeout=600.0,
+        total_timeout=0.0,
+        tunnel_idle_timeout=600.0,
         upstream_idle_timeout=2.5,
         write_timeout=60.0,
+        max_connections=None,
+        max_connections_per_client=0,
+        max_requests=0,
+        max_requests_per_client=0,
+        max_waiting=100,
+        waiting_timeout=30.0,
         max_head=65536,
         max_headers=128,
         max_target=16384,
@@ -241,7 +252,7 @@ def test_stores_are_taken_as_written(text: str) -> None:
     assert settings({**BASE, "store": text}).store == text
 
 
-_PREFIXES = ("max-", "key-", "local-", "drain-")
+_PREFIXES = ("max-", "key-", "local-", "drain-", "min-")
 _NUMBERS = [name for name in TABLE if name.startswith(_PREFIXES) or name.endswith("-timeout")]
 
 
@@ -252,10 +263,38 @@ def test_bad_numbers(name: str, text: str) -> None:
         settings({**BASE, name: text})
 
 
-@pytest.mark.parametrize("name", [name for name in _NUMBERS if not name.startswith(("key-", "drain-"))])
+_OFF = {
+    *("between-bytes-timeout", "total-timeout", "tunnel-idle-timeout", "min-body-rate", "max-waiting"),
+    *("max-connections-per-client", "max-requests", "max-requests-per-client"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in _NUMBERS if not name.startswith(("key-", "drain-")) and name not in _OFF]
+)
 def test_zero_is_no_limit(name: str) -> None:
     with pytest.raises(SettingsError, match=f"^--{name}: "):
         settings({**BASE, name: "0"})
+
+
+@pytest.mark.parametrize("name", sorted(_OFF))
+def test_zero_switches_a_limit_off(name: str) -> None:
+    assert getattr(settings({**BASE, name: "0"}), TABLE[name].field) == 0
+
+
+def test_routes_with_a_time_of_their_own() -> None:
+    said = settings({**BASE, "first-byte-timeout-for": ["/vllm/v1/embeddings=30", "/v1/a=b=.5"]})
+    assert [(route.text, seconds) for route, seconds in said.first_byte_timeout_for] == [
+        ("/v1/embeddings", 30.0),
+        ("/v1/a=b", 0.5),
+    ]
+    assert with_toml('first-byte-timeout-for = "/v1/score=7"').first_byte_timeout_for[0][1] == 7
+
+
+@pytest.mark.parametrize("text", ["", "30", "/v1/x", "/v1/x=", "/v1/x=0", "v1/x=3", "/v1//x=3", "/v1/%78=3", "=3"])
+def test_bad_routes_with_a_time(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"^--first-byte-timeout-for: [^\n]+$"):
+        settings({**BASE, "first-byte-timeout-for": [text]})
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,13 @@ class StoreDown(ApiError):
     type = "no_db_connection"
 
 
+class Overloaded(ApiError):
+    """The proxy has as much under way as it may; ``retry-after`` says when to try again. Nothing was forwarded."""
+
+    status = 503
+    type = "overloaded_error"
+
+
 class UpstreamUnreachable(ApiError):
     """No connection to vLLM could be made."""
 

@@ -11,6 +11,7 @@ from vllmproxy.exposure import judge
 from vllmproxy.http1.message import Limits
 from vllmproxy.keys.masterkey import MasterKey
 from vllmproxy.relay.headers import TrustedProxies
+from vllmproxy.relay.waits import Timeouts
 from vllmproxy.settings import Settings, SettingsError
 from vllmproxy.settings_table import TABLE
 from vllmproxy.upstreams.probe import Probe
@@ -60,6 +61,23 @@ def _in_force(old: Settings, new: Settings) -> Settings:
     return evolve(new, **{name: getattr(old, name) for name in waiting})
 
 
+def limits_of(settings: Settings) -> Limits:
+    """Return what a head may be, as ``settings`` have it."""
+    return Limits(settings.max_head, settings.max_headers, settings.max_target)
+
+
+def timeouts_of(settings: Settings) -> Timeouts:
+    """Return how long an exchange may wait for what, as ``settings`` have it."""
+    return Timeouts(
+        first_byte=settings.first_byte_timeout,
+        first_byte_for=settings.first_byte_timeout_for,
+        between_bytes=settings.between_bytes_timeout,
+        tunnel_idle=settings.tunnel_idle_timeout,
+        line=settings.waiting_timeout,
+        total=settings.total_timeout,
+    )
+
+
 def _gate(proxy: "Proxy", settings: Settings) -> None:
     proxy.gate.master = MasterKey(settings.master_key.reveal()) if settings.master_key else None
 
@@ -70,10 +88,10 @@ def _cache(proxy: "Proxy", settings: Settings) -> None:
 
 def _wire(proxy: "Proxy", settings: Settings) -> None:
     factory = proxy.factory
-    factory.limits = Limits(settings.max_head, settings.max_headers, settings.max_target)
+    factory.limits = limits_of(settings)
     factory.head_deadlines.change(settings.head_timeout)
     factory.idle_deadlines.change(settings.idle_timeout)
-    factory.body_deadlines.change(settings.body_timeout)
+    factory.change_body(settings.body_timeout, settings.min_body_rate)
     factory.write_deadlines.change(settings.write_timeout)
 
 
@@ -81,7 +99,7 @@ def _relay(proxy: "Proxy", settings: Settings) -> None:
     relay = proxy.relay
     relay.prices, relay.usage = settings.prices, settings.usage
     relay.max_inspected_body, relay.max_held = settings.max_inspected_body, settings.max_held_bodies
-    relay.first_byte_deadlines.change(settings.first_byte_timeout)
+    relay.waits.change(timeouts_of(settings))
     relay.quotas.budget_status = settings.budget_status
     relay.trusted = TrustedProxies(settings.trusted_proxy)
 
@@ -110,7 +128,13 @@ _CHANGES: Mapping[str, tuple[Callable[["Proxy", Settings], None], ...]] = {
     "head_timeout": (_wire,),
     "idle_timeout": (_wire,),
     "body_timeout": (_wire,),
+    "min_body_rate": (_wire,),
     "first_byte_timeout": (_relay,),
+    "first_byte_timeout_for": (_relay,),
+    "between_bytes_timeout": (_relay,),
+    "total_timeout": (_relay,),
+    "tunnel_idle_timeout": (_relay,),
+    "waiting_timeout": (_relay,),
     "upstream_idle_timeout": (_upstream,),
     "write_timeout": (_wire, _upstream),
     "max_head": (_wire, _upstream),

@@ -21,7 +21,8 @@ from vllmproxy.draining import Draining
 from vllmproxy.exposure import judge
 from vllmproxy.http1.factory import ServerFactory
 from vllmproxy.http1.hangup import HangupWatcher
-from vllmproxy.http1.message import Limits, RequestHead, WireError
+from vllmproxy.http1.message import RequestHead, WireError
+from vllmproxy.http1.places import Places
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.cache import KeyCache
 from vllmproxy.keys.gate import Gate
@@ -33,14 +34,18 @@ from vllmproxy.notify import Notifier
 from vllmproxy.observers.fanout import FanOut
 from vllmproxy.observers.jsonlines import JsonLines, open_access_log
 from vllmproxy.observers.metrics import MetricsObserver
+from vllmproxy.observers.occupancy import Occupancy, OccupancyCollector
 from vllmproxy.observers.record import RequestRecord
+from vllmproxy.openfiles import capacity, raise_open_files
+from vllmproxy.relay.exchange import Exchange
 from vllmproxy.relay.headers import TrustedProxies, fresh_id
+from vllmproxy.relay.line import Line
 from vllmproxy.relay.quotas import Quotas
 from vllmproxy.relay.refuse import wire_refusal
 from vllmproxy.relay.relay import Relay
 from vllmproxy.relay.revocation import Revocation
 from vllmproxy.relay.targets import is_under_prefix
-from vllmproxy.reloading import reload
+from vllmproxy.reloading import limits_of, reload, timeouts_of
 from vllmproxy.settings import Settings, SettingsError
 from vllmproxy.simulated import base_url, key_file, start_simulator, what_to_try
 from vllmproxy.store.interface import CannotOpenStore
@@ -62,6 +67,7 @@ class Proxy:
 
     def __init__(self, settings: Settings, reactor: Any, is_stopping: Callable[[], bool]) -> None:
         assert settings.upstream is not None
+        most = _connections(settings)
         self._reactor = reactor
         self._is_stopping = is_stopping
         self.store = make_store(settings.store, reactor=reactor, state_directory=settings.state_directory)
@@ -90,10 +96,11 @@ class Proxy:
             Quotas(limiter, reactor, settings.budget_status),
             self.books,
             settings.prices,
-            settings.first_byte_timeout,
+            timeouts_of(settings),
             settings.usage,
             settings.max_inspected_body,
             settings.max_held_bodies,
+            line=Line(_places(settings, most)),
         )
         if settings.cut_revoked:
             self.gate.watch(Revocation(self.gate, self.relay).changed)
@@ -105,11 +112,27 @@ class Proxy:
             self.handle,
             self.refuse_wire,
             self.hangups,
-            limits=_limits(settings),
+            limits=limits_of(settings),
             head_timeout=settings.head_timeout,
             idle_timeout=settings.idle_timeout,
             body_timeout=settings.body_timeout,
+            min_body_rate=settings.min_body_rate,
             write_timeout=settings.write_timeout,
+            max_connections=most,
+            per_client=settings.max_connections_per_client,
+            client_of=trusted.client_of_peer,
+        )
+        self._metrics.add(OccupancyCollector(self._occupancy))
+
+    def _occupancy(self) -> Occupancy:
+        factory, line = self.factory, self.relay.line
+        return Occupancy(
+            factory.connections.taken,
+            factory.evicted,
+            line.places.taken,
+            line.places.waiting,
+            factory.refused,
+            line.refused,
         )
 
     def make_server(self, settings: Settings) -> Server:
@@ -123,7 +146,7 @@ class Proxy:
             connect_timeout=settings.connect_timeout,
             idle_timeout=settings.upstream_idle_timeout,
             write_timeout=settings.write_timeout,
-            limits=_limits(settings),
+            limits=limits_of(settings),
         )
 
     def make_api(self, settings: Settings) -> Api:
@@ -178,6 +201,7 @@ class Proxy:
 
     async def close(self) -> None:
         """Reset what is connected and let go of everything."""
+        self.relay.line.close()  # or those that wait would be sent on in the turn of those that end
         await self.factory.close()
         await self.relay.close()
         await self.books.close()
@@ -332,6 +356,22 @@ class ProxyService(Service):
         return Deferred.fromCoroutine(self._stop())
 
 
+def _connections(settings: Settings) -> int:
+    """Return how many connections are taken; says so where they are fewer than they should be."""
+    found = capacity(raise_open_files(), settings.max_connections)
+    if found.warning is not None:
+        _log.warn("{warning}", warning=found.warning)
+    return found.connections
+
+
+def _places(settings: Settings, connections: int) -> Places[Exchange]:
+    """Return the places for requests. Those that wait hold a connection each, so the line is no longer than what the
+    requests under way leave of these."""
+    most = min(settings.max_requests or connections, connections)
+    line = min(settings.max_waiting, connections - most)
+    return Places(most, line=line, per_client=settings.max_requests_per_client)
+
+
 def _open_access_log(target: str, reactor: Any) -> JsonLines:
     try:
         return open_access_log(target, reactor)
@@ -349,10 +389,6 @@ def _complain(message: str) -> None:
 def _exit_with_failure() -> None:
     sys.stdout.flush()
     os._exit(1)
-
-
-def _limits(settings: Settings) -> Limits:
-    return Limits(settings.max_head, settings.max_headers, settings.max_target)
 
 
 def build_service(settings: Settings, load: Callable[[], Settings], reactor: Any) -> ProxyService:

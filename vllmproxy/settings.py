@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from attrs import field, frozen
 
+from vllmproxy.keys.policy import Route
 from vllmproxy.settings_table import AUTHORITIES, DIRECTORY, FLAG, PRICES, SECRET, TABLE, Row
 from vllmproxy.upstreams.authorities import Authorities
 from vllmproxy.upstreams.upstream import Upstream
@@ -53,6 +54,10 @@ class Settings:
     :ivar access_log: a file's name, ``-`` for standard output.
     :ivar head_timeout: for a whole request head, from its first byte; ``idle_timeout``: between requests.
     :ivar first_byte_timeout: from the request's last byte to the first of vLLM's answer.
+    :ivar min_body_rate: bytes a second, over ``body_timeout``.
+    :ivar total_timeout: 0 for none, as for ``between_bytes_timeout`` and ``tunnel_idle_timeout``.
+    :ivar max_connections: ``None`` for as many as the open files allow.
+    :ivar max_requests: 0 for as many as connections; the two ``per_client`` are off at 0.
     :ivar max_headers: the number of header lines.
     :ivar store_outage: ``closed`` or ``local``.
     :ivar local_share: above 0, up to 1.
@@ -75,9 +80,20 @@ class Settings:
     head_timeout: float
     idle_timeout: float
     body_timeout: float
+    min_body_rate: int
     first_byte_timeout: float
+    first_byte_timeout_for: tuple[tuple[Route, float], ...]
+    between_bytes_timeout: float
+    total_timeout: float
+    tunnel_idle_timeout: float
     upstream_idle_timeout: float
     write_timeout: float
+    max_connections: int | None
+    max_connections_per_client: int
+    max_requests: int
+    max_requests_per_client: int
+    max_waiting: int
+    waiting_timeout: float
     max_head: int
     max_headers: int
     max_target: int

@@ -10,6 +10,7 @@ from typing import Any
 from attrs import frozen
 from twisted.internet.endpoints import serverFromString
 
+from vllmproxy.keys.policy import Route, parse_route
 from vllmproxy.store.address import REDIS_SCHEMES, parse_redis_url
 from vllmproxy.upstreams.upstream import Upstream
 
@@ -80,6 +81,17 @@ def _seconds_or_zero(text: str) -> float:
     return seconds
 
 
+def _route_seconds(text: str) -> tuple[Route, float]:
+    path, mark, seconds = text.rpartition("=")
+    if not mark:
+        raise ValueError(f"{text!r} is no route with its seconds; write it like /v1/embeddings=30")
+    try:
+        route = parse_route(path.removeprefix("/vllm"))
+    except ValueError as error:
+        raise ValueError(f"{path!r} is no route: {error}") from None
+    return route, _seconds(seconds)
+
+
 def _one_of(*choices: str) -> "Kind":
     def choose(text: str) -> str:
         if text not in choices:
@@ -99,6 +111,10 @@ def _count(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) == 0:
         raise ValueError(f"{text!r} is not a whole number from 1 up; write it like 1024")
     return int(text)
+
+
+def _count_or_zero(text: str) -> int:
+    return 0 if text == "0" else _count(text)
 
 
 def _outage(text: str) -> str:
@@ -138,8 +154,10 @@ SECONDS = Kind((int, float), "a number", _seconds)
 SECONDS_OR_ZERO = Kind((int, float), "a number", _seconds_or_zero)
 OUTAGE = Kind((str,), "closed or local", _outage)
 SHARE = Kind((int, float), "a number", _share)
+ROUTE_SECONDS = Kind((str,), "a string or a list of strings", _route_seconds)
 COUNT = Kind((int,), "a whole number", _count)
 AUTHORITIES = Kind((str,), "a string (the file's name)", _filled)
+COUNT_OR_ZERO = Kind((int,), "a whole number", _count_or_zero)
 PRICES = Kind((str,), "a string (the file's name)", _filled)
 BUDGET_STATUS = Kind((int,), "an HTTP status", _budget_status)
 
@@ -236,7 +254,37 @@ _ROWS = (
     Row("head-timeout", SECONDS, "Seconds for a client to send a whole request head in.", default="10"),
     Row("idle-timeout", SECONDS, "Seconds a client's connection may stay idle between requests.", default="75"),
     Row("body-timeout", SECONDS, "Seconds a client may send no byte of a body that it announced.", default="60"),
+    Row(
+        "min-body-rate",
+        COUNT_OR_ZERO,
+        "Bytes a second of a body that a client has to send, over the body timeout; 0: off.",
+        default="100",
+    ),
     Row("first-byte-timeout", SECONDS, "Seconds for vLLM to begin its answer in.", default="600"),
+    Row(
+        "first-byte-timeout-for",
+        ROUTE_SECONDS,
+        "The same for a route and what is below it: PATH=SECONDS. May be repeated; the longest PATH counts.",
+        repeatable=True,
+    ),
+    Row(
+        "between-bytes-timeout",
+        SECONDS_OR_ZERO,
+        "Seconds vLLM may send no byte of an answer that has begun; 0: off.",
+        default="600",
+    ),
+    Row(
+        "total-timeout",
+        SECONDS_OR_ZERO,
+        "Seconds from the head of a request to the end of its answer; 0: off.",
+        default="0",
+    ),
+    Row(
+        "tunnel-idle-timeout",
+        SECONDS_OR_ZERO,
+        "Seconds a WebSocket may be silent, both ways; 0: off.",
+        default="600",
+    ),
     Row(
         "upstream-idle-timeout",
         SECONDS,
@@ -244,6 +292,27 @@ _ROWS = (
         default="2.5",
     ),
     Row("write-timeout", SECONDS, "Seconds a client, or vLLM, may take no byte of what waits for it.", default="60"),
+    Row(
+        "max-connections",
+        COUNT,
+        "Connections from clients at once.",
+        default_note="half of the files that may be open, less some, and at most 10000",
+    ),
+    Row(
+        "max-connections-per-client",
+        COUNT_OR_ZERO,
+        "Connections at once from one address, trusted proxies' aside; 0: any number.",
+        default="0",
+    ),
+    Row(
+        "max-requests",
+        COUNT_OR_ZERO,
+        "Requests under way under /vllm at once; 0: as many as connections.",
+        default="0",
+    ),
+    Row("max-requests-per-client", COUNT_OR_ZERO, "The same for one address; 0: any number.", default="0"),
+    Row("max-waiting", COUNT_OR_ZERO, "Requests that wait, in order, where max-requests are under way.", default="100"),
+    Row("waiting-timeout", SECONDS, "Seconds a request may wait for that.", default="30"),
     Row("max-head", COUNT, "Bytes a request head may have.", default="65536"),
     Row("max-headers", COUNT, "Header lines a request may have.", default="128"),
     Row("max-target", COUNT, "Bytes a request target (path and query) may have.", default="16384"),

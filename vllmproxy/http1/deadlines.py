@@ -37,6 +37,13 @@ class Deadlines(Generic[T]):
         if self._call is None and not self._ticking:
             self._call = self._clock.callLater(self._seconds + self._slack, self._tick)
 
+    def begin(self, item: T) -> bool:
+        """Begin the wait of ``item``, and tell so, unless it waits already."""
+        begins = item not in self._due
+        if begins:
+            self.set(item)
+        return begins
+
     def clear(self, item: T) -> None:
         """End the wait of ``item``, if there is one."""
         self._due.pop(item, None)
@@ -53,6 +60,13 @@ class Deadlines(Generic[T]):
         if self._due:
             first = next(iter(self._due.values())) - self._clock.seconds()
             self._call = self._clock.callLater(max(first, 0) + self._slack, self._tick)
+
+    def pop(self) -> T | None:
+        """End the wait that is to expire first, and return whose it was; ``None`` where there is none."""
+        item = next(iter(self._due), None)
+        if item is not None:
+            del self._due[item]
+        return item
 
     def close(self) -> None:
         """Forget every wait and those to come; nothing expires any more."""

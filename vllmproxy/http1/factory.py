@@ -1,5 +1,6 @@
 """Makes the server side's connections, and holds what they share: their limits and their deadlines."""
 
+from collections import Counter
 from collections.abc import Callable
 
 from twisted.internet.defer import Deferred
@@ -10,16 +11,30 @@ from zope.interface import implementer
 from vllmproxy.http1.deadlines import Deadlines
 from vllmproxy.http1.hangup import HangupWatcher
 from vllmproxy.http1.message import Limits, RequestHead, WireError
+from vllmproxy.http1.places import Places
 from vllmproxy.http1.server import ServerChannel
 from vllmproxy.http1.stream import Stream
+
+#: Connections beyond ``max_connections`` that are taken while requests are under way on all of them, so that whoever
+#: asks how the proxy is gets an answer.
+RESERVE = 64
 
 
 @implementer(IProtocolNegotiationFactory)
 class ServerFactory(Factory):
     """Makes channels and holds what they share.
 
+    At ``max_connections`` a new one takes the place of one with no request under way: of the one that has been idle
+    longest, else of the one whose head has been awaited longest. Where there is none, the reserve is left, and then the
+    new one is reset.
+
     :param handler: takes each :class:`Stream` when its head is complete and it is its turn.
     :param render: makes the whole answer for a request refused by the wire itself.
+    :param min_body_rate: bytes a second that a client has to send of a body, over ``body_timeout``; 0 for any.
+    :param max_connections: 0 for any number, as for ``per_client``: how many one client may have.
+    :param client_of: what a peer is counted as; empty for one that may have any number.
+    :ivar connections: those that are open, but for those that are being reset.
+    :ivar refused: how many were not let in, by why; ``evicted``: how many lost their place to a new one.
     """
 
     noisy = False
@@ -37,22 +52,40 @@ class ServerFactory(Factory):
         head_timeout: float = 10.0,
         idle_timeout: float = 75.0,
         body_timeout: float = 60.0,
+        min_body_rate: int = 0,
         write_timeout: float = 60.0,
         linger_timeout: float = 2.0,
         unused_timeout: float = 2.0,
+        max_connections: int = 0,
+        per_client: int = 0,
+        client_of: Callable[[IAddress | None], str] = lambda _: "",
     ) -> None:
         self.handle = handler
         self.render = render
         self.hangups = hangups
         self.limits = limits
         self._waiting: list[Deferred[None]] = []
+        self._most = max_connections
+        self._client_of = client_of
+        most = max_connections + RESERVE if max_connections else 0
+        self.connections: Places[ServerChannel] = Places(most, per_client=per_client)
+        self.refused: Counter[str] = Counter()
+        self.evicted = 0
         self.channels: set[ServerChannel] = set()
         self.head_deadlines: Deadlines[ServerChannel] = Deadlines(clock, head_timeout, ServerChannel.head_late)
         self.idle_deadlines: Deadlines[ServerChannel] = Deadlines(clock, idle_timeout, ServerChannel.lose)
-        self.body_deadlines: Deadlines[ServerChannel] = Deadlines(clock, body_timeout, ServerChannel.body_late)
+        self.body_deadlines: Deadlines[ServerChannel] = Deadlines(clock, 0, ServerChannel.body_late)
+        self.rate_deadlines: Deadlines[ServerChannel] = Deadlines(clock, 0, ServerChannel.body_slow)
         self.write_deadlines: Deadlines[ServerChannel] = Deadlines(clock, write_timeout, ServerChannel.write_late)
         self.linger_deadlines: Deadlines[ServerChannel] = Deadlines(clock, linger_timeout, ServerChannel.linger_late)
         self.unused_deadlines: Deadlines[ServerChannel] = Deadlines(clock, unused_timeout, ServerChannel.unused_late)
+        self.change_body(body_timeout, min_body_rate)
+
+    def change_body(self, timeout: float, min_rate: int) -> None:
+        """Have bodies come in that time, and at least at that rate."""
+        self.least_body = min_rate * timeout
+        self.body_deadlines.change(timeout)
+        self.rate_deadlines.change(timeout if min_rate else 0)
 
     def buildProtocol(self, addr: IAddress | None) -> ServerChannel:  # type: ignore[override]
         return ServerChannel(self, addr)
@@ -62,12 +95,36 @@ class ServerFactory(Factory):
         them, unless the factory names its own."""
         return [b"http/1.1"]
 
+    def admit(self, channel: ServerChannel) -> bool:
+        """Give a new connection a place, if there is one."""
+        client = self._client_of(channel.peer)
+        entry = self.connections.enter(channel, client)
+        if entry == "no_place" and self._evict():
+            entry = self.connections.enter(channel, client)
+        if entry != "placed":
+            self.refused[entry] += 1
+            return False
+        if self._most and self.connections.taken > self._most:
+            self._evict()
+        return True
+
+    def _evict(self) -> bool:
+        channel = self.idle_deadlines.pop() or self.head_deadlines.pop()
+        if channel is None:
+            return False
+        self.evicted += 1
+        self.connections.leave(channel)
+        channel.abort()
+        return True
+
     def forget(self, channel: ServerChannel) -> None:
         """A connection is gone."""
         self.channels.discard(channel)
+        self.connections.leave(channel)
         self.head_deadlines.clear(channel)
         self.idle_deadlines.clear(channel)
         self.body_deadlines.clear(channel)
+        self.rate_deadlines.clear(channel)
         self.write_deadlines.clear(channel)
         self.linger_deadlines.clear(channel)
         self.unused_deadlines.clear(channel)
@@ -102,6 +159,7 @@ class ServerFactory(Factory):
         self.head_deadlines.close()
         self.idle_deadlines.close()
         self.body_deadlines.close()
+        self.rate_deadlines.close()
         self.write_deadlines.close()
         self.linger_deadlines.close()
         self.unused_deadlines.close()

@@ -44,6 +44,7 @@ class ServerChannel(Protocol):
         self._queue: deque[Stream] = deque()
         self._starting = False
         self._lingered = 0
+        self._body_before = 0
         self._half_closed = False
         self._shut = False
         self._used = False
@@ -64,7 +65,10 @@ class ServerChannel(Protocol):
             transport.setTcpKeepAlive(True)
         transport.registerProducer(self, True)
         self.factory.channels.add(self)
-        self.factory.head_deadlines.set(self)
+        if self.factory.admit(self):
+            self.factory.head_deadlines.set(self)
+        else:
+            self.abort()  # no HTTP was spoken; who sent some already may take it that nothing was done
 
     def dataReceived(self, data: bytes) -> None:
         if self._mode == "http":
@@ -186,6 +190,7 @@ class ServerChannel(Protocol):
         if self._active is not stream:
             return
         self._active = None
+        self.factory.rate_deadlines.clear(self)
         if stream.closes or self._mode == "closed":
             self._close_after(stream.complete)
             return
@@ -260,10 +265,13 @@ class ServerChannel(Protocol):
             wanted = not stream.paused and (stream.flowing or stream.held_bytes < HOLD)
         if wanted != self._reading:
             self._set_reading(wanted)
-        if wanted and stream is not None and not stream.complete:
+        if wanted and stream is not None and not stream.complete and not stream.awaits_continue:
             self.factory.body_deadlines.set(self)
+            if self.factory.rate_deadlines.begin(self):
+                self._body_before = stream.bytes_in + stream.held_bytes
         else:
             self.factory.body_deadlines.clear(self)
+            self.factory.rate_deadlines.clear(self)
 
     def _set_reading(self, wanted: bool) -> None:
         self._reading = wanted
@@ -337,6 +345,17 @@ class ServerChannel(Protocol):
         if active is not None and not active.complete and not active.status:
             self._reader.error = WireError(408, "The request's body did not arrive in time.")
             self._body_broke(active)
+
+    def body_slow(self) -> None:
+        """The client has had its time to send some of a body: end it unless that was enough."""
+        active = self._active
+        if active is None:
+            return
+        before, self._body_before = self._body_before, active.bytes_in + active.held_bytes
+        if self._body_before - before < self.factory.least_body:
+            self.body_late()
+        else:
+            self.factory.rate_deadlines.set(self)
 
     def write_late(self) -> None:
         """The client has taken nothing, or only some, of what waits for it: the former ends the connection."""

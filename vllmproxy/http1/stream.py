@@ -75,6 +75,11 @@ class Stream:
 
     # the request's body
 
+    @property
+    def awaits_continue(self) -> bool:
+        """Whether the client waits to be told that its body is wanted."""
+        return self.head.expects_continue and not self._continued and not self.bytes_in and not self.held
+
     def read_body(self) -> None:
         """Let the body flow to the receiver, what was held of it first; answer ``Expect: 100-continue``."""
         self.flowing = True
@@ -230,6 +235,11 @@ class Stream:
     def peer(self) -> Any:
         """The client's address as Twisted has it (IPv4Address, IPv6Address, UNIXAddress)."""
         return self.channel.peer
+
+    @property
+    def is_congested(self) -> bool:
+        """Whether the client takes too little of what is written."""
+        return self.channel.congested
 
     @property
     def is_secure(self) -> bool:

@@ -46,6 +46,10 @@ class MetricsObserver(Collector):
             ProcessCollector(registry=self._registry)
             PlatformCollector(registry=self._registry)
 
+    def add(self, collector: Collector) -> None:
+        """Show what ``collector`` has, too."""
+        self._registry.register(collector)
+
     def text(self) -> tuple[bytes, bytes]:
         """Return the content type and the body of ``GET /metrics``."""
         return CONTENT_TYPE_LATEST.encode(), generate_latest(self._registry)

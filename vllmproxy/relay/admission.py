@@ -72,17 +72,17 @@ class Admission:
         """Whether vLLM may read or make tokens for it; a route that is not known may."""
         if self._stream.head.websocket:
             return self.group == "inference"
-        return self.group in ("inference", "unknown") and takes_model(self._method, self._route)
+        return self.group in ("inference", "unknown") and takes_model(self._method, self.route)
 
     @property
     def guessed_prompt(self) -> int:
         """Tokens that the prompt may have, by the length of a body that nobody reads."""
-        return guessed_prompt(self._route, self._stream.head.content_length or 0)
+        return guessed_prompt(self.route, self._stream.head.content_length or 0)
 
     @property
     def tells_usage(self) -> bool:
         """Whether an answer without any usage has left something out."""
-        return self.uses_tokens and not uses_none(self._route)
+        return self.uses_tokens and not uses_none(self.route)
 
     def check(self, caller: Caller) -> bool:
         """Tell whether the body has to be read first. Raises :class:`~vllmproxy.errors.ApiError`: it does not pass."""
@@ -102,7 +102,7 @@ class Admission:
         return True
 
     def _reads_body_of(self, key: VirtualKey) -> bool:
-        return key.needs_body or (self._relay.usage == "exact" and streams_usage(self._route))
+        return key.needs_body or (self._relay.usage == "exact" and streams_usage(self.route))
 
     def hold(self, data: bytes) -> None:
         """Keep a piece of the body. Raises :class:`TooLarge`, :class:`StoreDown`."""
@@ -139,12 +139,12 @@ class Admission:
             body = with_model(body, asked, model)
             asked = self._read(body)
         if self._is_exact_for(key):
-            changed = with_usage(self._route, body, asked)
+            changed = with_usage(self.route, body, asked)
             self.withholds = changed is not None
             body = body if changed is None else changed
         self.end_user = self.end_user or asked.end_user
         self.body = body
-        prompt, output = expected_tokens(self._route, asked.prompt_tokens, asked.output_tokens)
+        prompt, output = expected_tokens(self.route, asked.prompt_tokens, asked.output_tokens)
         self.demand = Demand(
             asked=named,
             model=model,
@@ -167,7 +167,7 @@ class Admission:
                 surety="ambiguous", reason="a header names another model", unclear="a header names another model"
             )
         content_type, encoding = (fields.get(name, [None])[0] for name in _DECIDING)
-        return read_request(self._route, body, content_type, encoding)
+        return read_request(self.route, body, content_type, encoding)
 
     def _model_for(self, key: VirtualKey, asked: Asked) -> str | None:
         """Return what vLLM calls the model. Raises where the key may not use it, or nobody can say which it is."""
@@ -216,7 +216,8 @@ class Admission:
         return self._stream.head.method.decode("ascii")
 
     @cached_property
-    def _route(self) -> str:
+    def route(self) -> str:
+        """The path as vLLM reads it."""
         return reading_of(self.path, self._base)
 
 

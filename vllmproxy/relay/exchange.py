@@ -16,18 +16,20 @@ from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.credentials import read_credential
 from vllmproxy.keys.gate import Caller
 from vllmproxy.keys.routes import is_anthropic
-from vllmproxy.observers.record import Ended, RequestRecord
-from vllmproxy.relay.admission import Admission, end_user_in
+from vllmproxy.observers.record import Ended
+from vllmproxy.relay.admission import Admission
 from vllmproxy.relay.bill import Bill, Outcome
 from vllmproxy.relay.failures import error_of
 from vllmproxy.relay.headers import answer_lines, request_id
 from vllmproxy.relay.passing import Passing
 from vllmproxy.relay.quotas import Reservation
+from vllmproxy.relay.recording import begin_record, end_record
 from vllmproxy.relay.refuse import refuse, refuse_body
 from vllmproxy.relay.sending import body_of, headers_of
 from vllmproxy.relay.states import Event, State
 from vllmproxy.relay.targets import is_unsafe, split_target, upstream_path
 from vllmproxy.relay.tunnel import Tunnel
+from vllmproxy.relay.waits import Patience
 
 if TYPE_CHECKING:
     from vllmproxy.relay.relay import Relay
@@ -38,6 +40,7 @@ _UNSAFE_PATH = (
     "The path has dot segments, //, ;, a backslash, %2f, %5c or %00, which could be read as another path. "
     "Write it plainly."
 )
+_TOO_LONG = "The request took longer in all than this proxy allows (--total-timeout)."
 _REVOKED = "Authentication Error, Key is blocked, or deleted, since this request began."
 
 
@@ -59,16 +62,10 @@ class Exchange:
         self._answer: Answer | None = None
         self._passing: Passing | None = None
         self._tunnel: Tunnel | None = None
+        self._patience = Patience(self, relay.waits)
         self._client = relay.client_of(stream)
         self._id = request_id(stream.head)
-        self._record = RequestRecord(
-            time=self._began,
-            request_id=self._id.decode("ascii"),
-            method=stream.head.method.decode("ascii"),
-            route="",
-            client=self._client.address,
-            end_user=end_user_in(stream.head.fields),
-        )
+        self._record = begin_record(stream, self._client, self._id, self._began)
 
     # admission
 
@@ -87,27 +84,27 @@ class Exchange:
             self._target = forwarded + query
             admission = self._admission = Admission(self._relay, stream, forwarded)
             if admission.is_preflight:
-                self._send()
+                self._queue()
                 return
             caller = self._relay.gate.identify(read_credential(stream.head.fields))
         except ApiError as error:
-            self._feed(Event.REFUSED, error)
+            self.feed(Event.REFUSED, error)
             return
         if isinstance(caller, Deferred):
             caller.addCallbacks(self._identified, self._not_admitted)
             caller.addErrback(_unexpected)
         else:
-            self._feed(Event.ADMITTED, caller)
+            self.feed(Event.ADMITTED, caller)
 
     def _identified(self, caller: Caller) -> None:
-        self._feed(Event.ADMITTED, caller)
+        self.feed(Event.ADMITTED, caller)
 
     def _not_admitted(self, reason: Failure) -> None:
         error = reason.value
         if not isinstance(error, ApiError):
             _log.failure("Admitting a request failed", reason)
             error = Internal("The proxy failed to look up the key or its limits. Its log says why.")
-        self._feed(Event.REFUSED, error)
+        self.feed(Event.REFUSED, error)
 
     def _admitted(self, caller: Caller) -> None:
         self._record.key_id = caller.key_id
@@ -116,7 +113,7 @@ class Exchange:
         holds = self._admission.check(caller)
         self._relay.began(self, caller.key_id)
         if not holds:
-            self._reserve()
+            self._queue()
         elif self._stream.head.has_body:
             self._state = State.HOLDING
             self._stream.read_body()
@@ -132,7 +129,26 @@ class Exchange:
         assert self._admission is not None
         self._admission.judge()
         self._record.end_user = self._admission.end_user
-        self._reserve()
+        self._queue()
+
+    def _queue(self) -> None:
+        if self._relay.line.enter(self, self._client):
+            self._placed()
+        else:
+            self._state = State.QUEUED
+            self._patience.for_place()
+
+    def _placed(self) -> None:
+        self._state = State.ADMITTING
+        self._patience.for_nothing()
+        assert self._admission is not None
+        if self._admission.is_preflight:
+            self._send()
+        else:
+            self._reserve()
+
+    def _not_placed(self) -> None:
+        self._explain(self._relay.line.late(), "refused")
 
     def _reserve(self) -> None:
         assert self._admission is not None
@@ -145,7 +161,7 @@ class Exchange:
 
     def _got_reservation(self, reservation: Reservation) -> None:
         if self._state is State.ADMITTING:
-            self._feed(Event.RESERVED, reservation)
+            self.feed(Event.RESERVED, reservation)
         else:  # the client left meanwhile
             self._relay.cancel(reservation)
 
@@ -180,7 +196,7 @@ class Exchange:
         headers.inform = self._inform
         self._body = body_of(stream, self._admission)
         if not isinstance(self._body, StreamedBody):
-            self._relay.first_byte_deadlines.set(self)
+            self._patience.for_answer(self._admission)
         sending = server.client.request(
             stream.head.method.decode("ascii"),
             RawURL(server.origin + self._target.decode("ascii")),
@@ -196,10 +212,10 @@ class Exchange:
         sending.addErrback(_unexpected)
 
     def _got_answer(self, response: Any) -> None:
-        self._feed(Event.ANSWERED, response.original)
+        self.feed(Event.ANSWERED, response.original)
 
     def _got_none(self, reason: Failure) -> None:
-        self._feed(Event.NO_ANSWER, reason)
+        self.feed(Event.NO_ANSWER, reason)
 
     def _inform(self, head: ResponseHead) -> None:
         if self._state is State.WAITING:
@@ -210,10 +226,6 @@ class Exchange:
         if reason.check(ConnectFailed):
             self._forwarded = False  # nothing was sent: it costs nothing
         self._explain(error_of(reason), "upstream_failed")
-
-    def late(self) -> None:
-        """The time for vLLM to begin its answer is over."""
-        self._feed(Event.LATE)
 
     def _late(self) -> None:
         self._cancel()
@@ -228,8 +240,7 @@ class Exchange:
     # the answer
 
     def _answered(self, answer: Answer) -> None:
-        relay, stream, head = self._relay, self._stream, answer.head
-        relay.first_byte_deadlines.clear(self)
+        stream, head = self._stream, answer.head
         self._answer = answer
         if self._body is not None:
             self._body.forget()
@@ -240,11 +251,13 @@ class Exchange:
             lines += self._bill.lines
         if head.status == 101:
             self._state = State.TUNNELLING
+            self._patience.for_tunnel()
             self._tunnel = Tunnel(stream, answer, self._settle)
             self._tunnel.begin(answer, head.reason, lines)
             return
         self._state = State.ANSWERING
         assert self._admission is not None
+        self._patience.for_answer(self._admission)  # for its body: it may be a stream whose prompt is yet to be read
         self._passing = Passing(head, self._server.told, withholds=self._admission.withholds)
         self._record.streamed = self._passing.streamed
         stream.start_response(head.status, head.reason, lines, length=head.content_length, bodiless=head.bodiless)
@@ -256,20 +269,21 @@ class Exchange:
         """A piece of vLLM's answer (:class:`~vllmproxy.http1.answer.AnswerReceiver`)."""
         if self._record.time_to_first_byte is None:
             self._record.time_to_first_byte = self._relay.clock.seconds() - self._began
+            self._patience.for_more()
         assert self._passing is not None
         data = self._passing.feed(data)
         if last:
-            self._feed(Event.BODY_ENDED, data)
+            self.feed(Event.BODY_ENDED, data)
         else:
             self._stream.write(data)
 
     def answer_finished(self) -> None:
         """vLLM's answer is whole."""
-        self._feed(Event.BODY_ENDED)
+        self.feed(Event.BODY_ENDED)
 
     def answer_failed(self, reason: Failure) -> None:
         """vLLM's answer broke off."""
-        self._feed(Event.BODY_FAILED, reason)
+        self.feed(Event.BODY_FAILED, reason)
 
     def _body_ended(self, data: bytes = b"") -> None:
         self._state = State.OVER
@@ -293,20 +307,21 @@ class Exchange:
         if isinstance(self._body, StreamedBody):
             self._body.body_received(data)
         else:
-            self._feed(Event.PIECE, data)
+            self.feed(Event.PIECE, data)
 
     def body_complete(self) -> None:
-        self._feed(Event.HELD)
+        self.feed(Event.HELD)
         if isinstance(self._body, StreamedBody):
             if self._state is State.WAITING:
-                self._relay.first_byte_deadlines.set(self)
+                assert self._admission is not None
+                self._patience.for_answer(self._admission)
             self._body.body_complete()
 
     def body_failed(self, error: WireError) -> None:
-        self._feed(Event.UPLOAD_FAILED, error)
+        self.feed(Event.UPLOAD_FAILED, error)
 
     def client_gone(self, reason: Failure) -> None:
-        self._feed(Event.CLIENT_GONE)
+        self.feed(Event.CLIENT_GONE)
 
     def tunnel_received(self, data: bytes) -> None:
         """Tunnels have a receiver of their own."""
@@ -339,25 +354,42 @@ class Exchange:
 
     # the end
 
-    def revoke(self) -> None:
-        """The key is good no longer, and what it began is to end."""
-        self._feed(Event.REVOKED)
-
     def _revoked(self) -> None:
         self._cancel()
         self._explain(AuthError(_REVOKED), "refused")
 
-    def _cut_answer(self) -> None:
+    def _expired(self) -> None:
+        self._cancel()
+        self._explain(UpstreamTimeout(_TOO_LONG), "refused")
+
+    def _cut(self, why: Ended, error: str) -> None:
         """What passes breaks off on both sides."""
         assert self._answer is not None
         self._state = State.OVER
         self._answer.connection.abort()
         self._stream.abort()
-        self._settle("refused", "revoked")
+        self._settle(why, error)
+
+    def _cut_revoked(self) -> None:
+        self._cut("refused", "revoked")
+
+    def _cut_expired(self) -> None:
+        self._cut("refused", "total_timeout")
 
     def _cut_tunnel(self) -> None:
         assert self._tunnel is not None
         self._tunnel.cut()
+
+    def _look(self) -> None:
+        """Cut what has been silent for too long. A reset, so that the client can tell that this is not all."""
+        stream = self._stream
+        passed = stream.bytes_out + (stream.bytes_in if self._tunnel is not None else 0)
+        if self._patience.lasts(passed, held_up=stream.is_congested):
+            return
+        if self._tunnel is not None:
+            self._tunnel.cut()
+        else:
+            self._cut("upstream_failed", "stalled")
 
     def _release(self, why: Ended) -> None:
         """Give back what was reserved and not used, and write down what was. Before the client can know that its
@@ -370,26 +402,19 @@ class Exchange:
         if bill is not None:
             status = 0 if self._answer is None else self._answer.head.status
             bill.settle(Outcome(why, self._forwarded, status, self._passing))
+        self._relay.line.leave(self)
 
     def _settle(self, why: Ended, error: str | None = None) -> None:
         """Report, once: every way out ends here, after the stream was told."""
         self._state = State.OVER
         relay, record, stream = self._relay, self._record, self._stream
-        relay.first_byte_deadlines.clear(self)
+        self._patience.end()
         self._release(why)
         relay.ended(self, record.key_id)
-        record.ended = why
-        record.error = error
-        record.status = stream.status
-        record.bytes_in = stream.bytes_in
-        record.bytes_out = stream.bytes_out
-        record.duration = relay.clock.seconds() - self._began
-        if self._passing is not None:
-            record.model = self._passing.model
-            record.tell(self._passing.usage)
+        end_record(record, stream, why, error, seconds=relay.clock.seconds() - self._began, passing=self._passing)
         relay.observer.finished(record)
 
-    def _feed(self, event: Event, *args: Any) -> None:
+    def feed(self, event: Event, *args: Any) -> None:
         """Act on ``event`` as the table says; a pair that is not in it came too late to matter."""
         action = _TABLE.get((self._state, event))
         if action is not None:
@@ -410,21 +435,33 @@ _TABLE: dict[tuple[State, Event], Callable[..., None]] = {
     (State.ADMITTING, Event.REFUSED): Exchange._refused,
     (State.ADMITTING, Event.UPLOAD_FAILED): Exchange._upload_failed,
     (State.ADMITTING, Event.CLIENT_GONE): Exchange._client_gone,
+    (State.ADMITTING, Event.EXPIRED): Exchange._expired,
     (State.ADMITTING, Event.REVOKED): Exchange._revoked,
     (State.HOLDING, Event.PIECE): Exchange._hold,
     (State.HOLDING, Event.HELD): Exchange._held,
     (State.HOLDING, Event.UPLOAD_FAILED): Exchange._upload_failed,
     (State.HOLDING, Event.CLIENT_GONE): Exchange._client_gone,
+    (State.HOLDING, Event.EXPIRED): Exchange._expired,
     (State.HOLDING, Event.REVOKED): Exchange._revoked,
+    (State.QUEUED, Event.PLACED): Exchange._placed,
+    (State.QUEUED, Event.LATE): Exchange._not_placed,
+    (State.QUEUED, Event.UPLOAD_FAILED): Exchange._upload_failed,
+    (State.QUEUED, Event.CLIENT_GONE): Exchange._client_gone,
+    (State.QUEUED, Event.EXPIRED): Exchange._expired,
+    (State.QUEUED, Event.REVOKED): Exchange._revoked,
     (State.WAITING, Event.ANSWERED): Exchange._answered,
     (State.WAITING, Event.NO_ANSWER): Exchange._no_answer,
     (State.WAITING, Event.LATE): Exchange._late,
     (State.WAITING, Event.UPLOAD_FAILED): Exchange._upload_failed,
     (State.WAITING, Event.CLIENT_GONE): Exchange._client_gone,
+    (State.WAITING, Event.EXPIRED): Exchange._expired,
     (State.WAITING, Event.REVOKED): Exchange._revoked,
     (State.ANSWERING, Event.BODY_ENDED): Exchange._body_ended,
     (State.ANSWERING, Event.BODY_FAILED): Exchange._body_failed,
     (State.ANSWERING, Event.CLIENT_GONE): Exchange._client_gone,
-    (State.ANSWERING, Event.REVOKED): Exchange._cut_answer,
+    (State.ANSWERING, Event.LATE): Exchange._look,
+    (State.ANSWERING, Event.EXPIRED): Exchange._cut_expired,
+    (State.ANSWERING, Event.REVOKED): Exchange._cut_revoked,
+    (State.TUNNELLING, Event.LATE): Exchange._look,
     (State.TUNNELLING, Event.REVOKED): Exchange._cut_tunnel,
 }

@@ -5,9 +5,11 @@ import secrets
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
 from attrs import frozen
+from twisted.internet.interfaces import IAddress
 
 from vllmproxy import __version__
 from vllmproxy.http1.message import RequestHead, ResponseHead
+from vllmproxy.http1.places import client_named
 from vllmproxy.http1.rules import HOP_BY_HOP, connection_options
 from vllmproxy.keys.credentials import CREDENTIAL_HEADERS
 from vllmproxy.relay.targets import local_location
@@ -75,6 +77,11 @@ class TrustedProxies:
             if not self._trusts(address):
                 return Client(address if _is_address(address) else peer, peer, True)
         return Client(peer, peer, True)
+
+    def client_of_peer(self, peer: IAddress | None) -> str:
+        """Return what a connection is counted as: a trusted proxy's as nobody's in particular."""
+        host = getattr(peer, "host", "")
+        return "" if self._trusts(host) else client_named(host)
 
     def _trusts(self, text: str) -> bool:
         try:

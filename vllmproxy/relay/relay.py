@@ -5,7 +5,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from vllmproxy.errors import StoreDown
-from vllmproxy.http1.deadlines import Deadlines
+from vllmproxy.http1.places import Places
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.gate import RETRY_AFTER, Gate
 from vllmproxy.observers.record import Observer
@@ -13,7 +13,10 @@ from vllmproxy.relay.admission import Admission
 from vllmproxy.relay.bill import Bill, open_bill
 from vllmproxy.relay.exchange import Exchange
 from vllmproxy.relay.headers import Client, TrustedProxies
+from vllmproxy.relay.line import Line
 from vllmproxy.relay.quotas import Quotas, Reservation
+from vllmproxy.relay.states import Event
+from vllmproxy.relay.waits import Timeouts, Waits
 from vllmproxy.upstreams.server import Server
 from vllmproxy.usage.bookkeeper import Bookkeeper, CannotWriteDown
 from vllmproxy.usage.prices import Prices
@@ -28,7 +31,7 @@ _NOT_WRITTEN = "What is used cannot be written down just now. Try again in a mom
 class Relay:
     """What all exchanges share.
 
-    :ivar first_byte_timeout: seconds from the end of the request to the head of its answer; prefill is slow.
+    :ivar line: who is under way, and who waits for that.
     :ivar usage: how the tokens of streams are known.
     :ivar max_inspected_body: bytes of a body that is read before it is forwarded.
     :ivar max_held: bytes of all such bodies together; ``held``: those that are held just now.
@@ -42,18 +45,19 @@ class Relay:
     quotas: Quotas
     books: Bookkeeper
     prices: Prices | None = None
-    first_byte_timeout: float = 600.0
+    timeouts: Timeouts = field(factory=Timeouts)
     usage: UsageMode = "auto"
     max_inspected_body: int = 32 << 20
     max_held: int = 512 << 20
     held: int = 0
-    first_byte_deadlines: Deadlines[Exchange] = field(init=False)
+    line: Line = field(factory=lambda: Line(Places()))
+    waits: Waits = field(init=False)
     _held_by: dict[str | None, int] = field(factory=dict)
     _running: dict[str, set[Exchange]] = field(factory=dict)
     _former: list[Server] = field(factory=list)
 
     def __attrs_post_init__(self) -> None:
-        self.first_byte_deadlines = Deadlines(self.clock, self.first_byte_timeout, Exchange.late)
+        self.waits = Waits(self.clock, self.timeouts)
 
     def handle(self, stream: Stream) -> None:
         """Take a request whose head is complete."""
@@ -102,7 +106,7 @@ class Relay:
     def revoke(self, token: str) -> None:
         """End what that key has under way."""
         for exchange in list(self._running.get(token, ())):
-            exchange.revoke()
+            exchange.feed(Event.REVOKED)
 
     def open_bill(self, admission: Admission, reservation: Reservation | None, time: float) -> Bill:
         """Begin the bill of a request that is about to be forwarded. Raises :class:`StoreDown`."""
@@ -122,7 +126,7 @@ class Relay:
 
     async def close(self) -> None:
         """End the waits and the connections to vLLM, and settle what is left."""
-        self.first_byte_deadlines.close()
+        self.waits.close()
         for server in (*self._former, self.server):
             server.agent.close()
         await self.quotas.close()

@@ -8,6 +8,7 @@ class State(Enum):
 
     ADMITTING = "the key is being looked up, or its limits"
     HOLDING = "the body is being read, as the key's rules need it"
+    QUEUED = "it stands in the line for a place"
     WAITING = "vLLM has the request, or is getting it"
     ANSWERING = "the answer passes"
     TUNNELLING = "bytes pass both ways"
@@ -20,6 +21,7 @@ class Event(Enum):
     ADMITTED = "the caller is known"
     PIECE = "a piece of the body is here"
     HELD = "the body is here"
+    PLACED = "there is a place for it"
     RESERVED = "the key's limits have room for this"
     REFUSED = "the proxy answers itself"
     ANSWERED = "the head of vLLM's answer is here"
@@ -28,5 +30,6 @@ class Event(Enum):
     BODY_FAILED = "the answer broke off"
     UPLOAD_FAILED = "the request's body broke its framing, or stopped coming"
     CLIENT_GONE = "the client left"
-    LATE = "vLLM did not begin to answer in time"
+    LATE = "what it waits for did not come in time"
+    EXPIRED = "all of it took too long"
     REVOKED = "the key was blocked or deleted, and what runs is to end"

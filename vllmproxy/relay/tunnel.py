@@ -58,7 +58,7 @@ class Tunnel:
                 self._stream.abort()
 
     def cut(self) -> None:
-        """End it on both sides at once: its key is good no longer."""
+        """End it on both sides at once: its key is good no longer, or nothing has passed for too long."""
         if self.ended("refused"):
             self._connection.abort()
             self._stream.abort()
