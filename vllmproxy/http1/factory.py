@@ -97,7 +97,7 @@ class ServerFactory(Factory):
 
     def admit(self, channel: ServerChannel) -> bool:
         """Give a new connection a place, if there is one."""
-        client = self._client_of(channel.peer)
+        client = self._client_of(channel.peer) if self.connections.counts_clients else ""
         entry = self.connections.enter(channel, client)
         if entry == "no_place" and self._evict():
             entry = self.connections.enter(channel, client)

@@ -29,6 +29,11 @@ class Places(Generic[T]):
         self._closed = False
 
     @property
+    def counts_clients(self) -> bool:
+        """Whether it matters who somebody comes for."""
+        return bool(self._per_client)
+
+    @property
     def taken(self) -> int:
         """How many places are taken."""
         return len(self._placed)

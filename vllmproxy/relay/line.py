@@ -37,7 +37,7 @@ class Line:
 
         Raises :class:`Overloaded`.
         """
-        entry = self.places.enter(exchange, _counted_as(client))
+        entry = self.places.enter(exchange, _counted_as(client) if self.places.counts_clients else "")
         if entry in _FULL:
             self.refused[entry] += 1
             raise Overloaded(_FULL[entry], headers=RETRY_AFTER)
