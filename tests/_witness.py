@@ -7,15 +7,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from _raw import LAST_CHUNK, OK, Ended, Message, Wire
+from _raw import LAST_CHUNK, OK, PATIENCE, Ended, Message, Wire
 
 
 class Witness:
     """The script of an upstream (:class:`_raw.Upstream`) that writes down what it is asked, and answers what is whole.
 
     :ivar whole: the requests that came complete, chunked coding removed.
-    :ivar heads: all bytes of those.
-    :ivar bytes: everything that came; ``read``: what of it belongs to a complete request.
+    :ivar bytes: everything that came, counted when its connection ends; ``read``: what of it belongs to a complete
+        request.
+    :ivar began: a byte has come.
+    :ivar endings: how each connection ended, ``fin`` or ``reset``.
     """
 
     def __init__(self) -> None:
@@ -23,6 +25,8 @@ class Witness:
         self.bytes = 0
         self.read = 0
         self.raw = b""
+        self.endings: list[str] = []
+        self.began = False
 
     @property
     def partial(self) -> int:
@@ -34,6 +38,7 @@ class Witness:
         wire = Wire(counted)
         done = 0
         try:
+            self.began = wire.readable(PATIENCE) or self.began
             while True:
                 message = wire.message()
                 read = counted.bytes - len(wire._buffer)
@@ -41,8 +46,8 @@ class Witness:
                 done = read
                 self.whole.append(message)
                 wire.send(OK.removesuffix(b"ok") if message.start.startswith(b"HEAD ") else OK)
-        except Ended:
-            pass
+        except Ended as ended:
+            self.endings.append(ended.how)
         finally:
             self.bytes += counted.bytes
             self.raw += bytes(counted.raw)

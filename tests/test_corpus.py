@@ -8,7 +8,7 @@ import pytest
 from _corpus import KEY, MODELS_KEY, AnswerCase, Forwarded, RequestCase, load
 from _memory import Upstream as MemoryUpstream
 from _memory import Wire as MemoryWire
-from _raw import OK, PATIENCE, Message, Upstream, Wire, connect
+from _raw import OK, PATIENCE, Message, Upstream, Wire, connect, eventually
 from _service import MASTER_KEY, Twistd
 from _spellings import spellings
 from _wire import ask
@@ -99,6 +99,21 @@ def test_a_request(id: str, service: Twistd, upstream: Upstream) -> None:
     if not case.late or len(case.wire) < 4096:
         assert witness.partial == 0, witness.raw
     assert "Traceback" not in service.log
+
+
+@pytest.mark.parametrize("id", [id for id, case in REQUESTS.items() if case.late and len(case.wire) <= SPLIT])
+def test_a_body_that_breaks_behind_a_head_that_was_passed_on(id: str, service: Twistd, upstream: Upstream) -> None:
+    case, witness = REQUESTS[id], Witness()
+    head, blank, body = case.wire.partition(b"\r\n\r\n")
+    with upstream.playing(witness), connect(service) as client:
+        client.send(head + blank)
+        eventually(lambda: witness.began, "the head at the upstream")
+        heard, how = converse(client.sock, body, lambda _: False, PATIENCE)
+        eventually(lambda: bool(witness.endings), "the end of the upstream's connection")
+    answers, rest = answers_in(heard)
+    assert (len(answers), rest, how) == (1, b"", "fin")
+    check_refusal(answers[0], case)
+    assert (witness.whole, witness.endings) == ([], ["reset"])
 
 
 def in_memory(id: str) -> bool:
