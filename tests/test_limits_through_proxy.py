@@ -149,7 +149,8 @@ def test_a_settlement_that_redis_did_not_hear_is_told_again(sim: Twistd, tmp_pat
 
 def test_a_proxy_that_stops_frees_the_places_of_its_streams(sim: Twistd, tmp_path: Path) -> None:
     with redis_server() as redis:
-        one, two = (start_proxy(tmp_path / name, sim.url, "--store", redis.url) for name in ("one", "two"))
+        options = ("--store", redis.url, "--drain-timeout", "1")
+        one, two = (start_proxy(tmp_path / name, sim.url, *options) for name in ("one", "two"))
         try:
             key = make_key(one, max_parallel_requests=1)["key"]
             with one.connect() as client:
