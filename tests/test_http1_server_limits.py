@@ -333,3 +333,38 @@ def test_a_client_that_waits_to_be_told_to_go_on_is_not_late() -> None:
     assert wire.transport.take() == b"HTTP/1.1 100 Continue\r\n\r\n"
     wire.clock.pump([1] * 12)
     assert wire.refused == 408
+
+
+def test_a_body_that_is_announced_as_too_large() -> None:
+    wire = Wire(limits=Limits(body=1000))
+    wire.feed(b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\n" + b"a" * 1000)
+    assert len(wire.streams) == 1
+    other = Wire(limits=Limits(body=1000))
+    other.feed(b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 1001\r\n\r\n")
+    assert other.refused == 413
+    assert not other.streams
+
+
+def test_a_body_that_grows_too_large() -> None:
+    """Whatever its chunks are, and each request on a connection anew."""
+    for size in (1, 7, 500, 1000):
+        wire = Wire(limits=Limits(body=1000), answer=True)
+        for _ in range(2):
+            wire.feed(CHUNKED)
+            for start in range(0, 1000, size):
+                piece = b"a" * min(size, 1000 - start)
+                wire.feed(b"%x\r\n%s\r\n" % (len(piece), piece))
+            wire.feed(b"0\r\n\r\n")
+        assert [stream.complete for stream in wire.streams] == [True, True]
+        broken = Wire(limits=Limits(body=1000))
+        broken.feed(CHUNKED)
+        for _ in range(0, 1001, size):
+            broken.feed(b"%x\r\n%s\r\n" % (size, b"a" * size))
+        assert not broken.streams[0].complete
+        assert broken.refused == 413
+
+
+def test_bodies_of_any_size() -> None:
+    wire = Wire(limits=Limits(body=0))
+    wire.feed(b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 99999999999999\r\n\r\n")
+    assert len(wire.streams) == 1

@@ -82,6 +82,7 @@ def test_defaults() -> None:
         max_head=65536,
         max_headers=128,
         max_target=16384,
+        max_body=1 << 30,
         max_api_body=1048576,
         max_inspected_body=33554432,
         max_held_bodies=536870912,
@@ -265,7 +266,7 @@ def test_bad_numbers(name: str, text: str) -> None:
 
 _OFF = {
     *("between-bytes-timeout", "total-timeout", "tunnel-idle-timeout", "min-body-rate", "max-waiting"),
-    *("max-connections-per-client", "max-requests", "max-requests-per-client"),
+    *("max-connections-per-client", "max-requests", "max-requests-per-client", "max-body"),
 }
 
 

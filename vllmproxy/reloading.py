@@ -63,7 +63,7 @@ def _in_force(old: Settings, new: Settings) -> Settings:
 
 def limits_of(settings: Settings) -> Limits:
     """Return what a head may be, as ``settings`` have it."""
-    return Limits(settings.max_head, settings.max_headers, settings.max_target)
+    return Limits(settings.max_head, settings.max_headers, settings.max_target, settings.max_body)
 
 
 def timeouts_of(settings: Settings) -> Timeouts:
@@ -140,6 +140,7 @@ _CHANGES: Mapping[str, tuple[Callable[["Proxy", Settings], None], ...]] = {
     "max_head": (_wire, _upstream),
     "max_headers": (_wire, _upstream),
     "max_target": (_wire, _upstream),
+    "max_body": (_wire,),
     "max_api_body": (_api,),
     "max_inspected_body": (_relay,),
     "max_held_bodies": (_relay,),

@@ -97,6 +97,7 @@ class Settings:
     max_head: int
     max_headers: int
     max_target: int
+    max_body: int
     max_api_body: int
     max_inspected_body: int
     max_held_bodies: int

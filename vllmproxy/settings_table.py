@@ -316,6 +316,13 @@ _ROWS = (
     Row("max-head", COUNT, "Bytes a request head may have.", default="65536"),
     Row("max-headers", COUNT, "Header lines a request may have.", default="128"),
     Row("max-target", COUNT, "Bytes a request target (path and query) may have.", default="16384"),
+    Row(
+        "max-body",
+        COUNT_OR_ZERO,
+        """Bytes a request's body may have, whether it is announced or comes in chunks; 0: any number. The proxy passes
+        it on as it comes; vLLM has all of it in memory.""",
+        default="1073741824",
+    ),
     Row("max-api-body", COUNT, "Bytes a body sent to the proxy's own API may have.", default="1048576"),
     Row(
         "max-inspected-body",

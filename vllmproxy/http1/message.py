@@ -22,11 +22,12 @@ class BadAnswer(Exception):
 
 @frozen
 class Limits:
-    """What one message head may cost, in bytes and in lines.
+    """What one message may cost, in bytes and in lines.
 
     :ivar head: bytes of the header lines of a request.
     :ivar lines: header lines.
     :ivar target: bytes of the request target.
+    :ivar body: bytes of a request's body; 0 for any number.
     :ivar answer_head: bytes of an upstream's answer head; vLLM's ``metadata`` header alone takes tens of KiB.
     :ivar answer_lines: header lines of an answer.
     """
@@ -34,6 +35,7 @@ class Limits:
     head: int = 65_536
     lines: int = 128
     target: int = 16_384
+    body: int = 0
     answer_head: int = 1_048_576
     answer_lines: int = 512
 

@@ -45,6 +45,7 @@ class RequestReader:
         self.early: bytes | None = None
         self._head: RequestHead | None = None
         self._head_bytes = 0
+        self._body_bytes = 0
         self._progressed = False
         self._silent = 0  # bytes fed in a row that carried no message on: they reach no callback that could count
         self._data = b""
@@ -124,6 +125,7 @@ class RequestReader:
         self.in_head = True
         self._progressed = True
         self._head_bytes = 0
+        self._body_bytes = 0
         self._begun.clear()
         self._target = b""
         self._headers = []
@@ -166,6 +168,8 @@ class RequestReader:
             check_request(head)
         except WireError as error:
             self._refuse(error.status, error.message)
+        self._count_body(head.content_length or 0)
+        self._body_bytes = 0
         self._body_follows_upgrade = self._parser.should_upgrade() and not head.websocket
         self._head = head
         self._sink.request_begun(head)
@@ -182,7 +186,13 @@ class RequestReader:
 
     def on_body(self, data: bytes) -> None:
         self._progressed = True
+        self._count_body(len(data))
         self._sink.body_read(data)
+
+    def _count_body(self, size: int) -> None:
+        self._body_bytes += size
+        if self._body_bytes > self._limits.body > 0:
+            self._refuse(413, f"The request's body has more than {self._limits.body} bytes.")
 
     def on_message_complete(self) -> None:
         self._progressed = True
