@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from _raw import (
@@ -17,12 +18,13 @@ from _raw import (
     chunk,
     connect,
     each_request,
+    eventually,
     open_files,
     request,
     settled,
     written,
 )
-from _service import Twistd
+from _service import Twistd, start_proxy
 
 BLOCK = bytes(range(256)) * 1024  # 256 KiB
 ECHO = b"X-Vllmsim: echo"
@@ -134,6 +136,32 @@ def test_an_answer_before_the_upload_is_over_reaches_the_client(upstream: Upstre
         assert (answer.status, answer.body) == (413, b"big")
 
 
+def test_an_upload_that_grows_too_large_is_refused_and_never_whole_at_the_upstream(
+    upstream: Upstream, tmp_path: Path
+) -> None:
+    ends: list[str] = []
+
+    def script(wire: Wire) -> None:
+        wire.head()
+        ends.append(wire.rest()[1])
+
+    proxy = start_proxy(tmp_path, upstream.url, f"--max-body={2 * len(BLOCK)}")
+    try:
+        with upstream.playing(script), connect(proxy) as client:
+            client.send(request(b"POST", PATH, b"Transfer-Encoding: chunked") + chunk(BLOCK) * 2)
+            client.send(chunk(b"more"))
+            answer = client.message()
+            assert answer.status == 413
+            assert json.loads(answer.body)["error"]["type"] == "invalid_request_error"
+            eventually(lambda: ends == ["reset"], "the end of the upload at the upstream")
+        with upstream.playing(script), connect(proxy) as client:
+            client.send(request(b"POST", PATH, b"Content-Length: %d" % (2 * len(BLOCK) + 1)))
+            assert client.message().status == 413
+            assert upstream.connections == 0
+    finally:
+        proxy.stop()
+
+
 def test_continue_is_said_to_a_good_key_and_the_answer_follows(proxy: Twistd) -> None:
     body = b'{"input": "x"}'
     head = request(b"POST", PATH, ECHO, b"Expect: 100-continue", b"Content-Length: %d" % len(body))
@@ -168,7 +196,7 @@ def test_a_body_that_does_not_wait_for_the_continue_is_taken(proxy: Twistd, size
 
 def test_a_bad_key_gets_its_401_instead_of_the_continue(proxy: Twistd) -> None:
     bad = b"Authorization: Bearer sk-nobody-knows-this-one"
-    expect = (b"Expect: 100-continue", b"Content-Length: 10000000000")
+    expect = (b"Expect: 100-continue", b"Content-Length: 1000000000")
     with connect(proxy) as client:
         client.send(request(b"POST", PATH, *expect, key=bad))
         answer = client.message()
@@ -179,7 +207,7 @@ def test_a_bad_key_gets_its_401_instead_of_the_continue(proxy: Twistd) -> None:
 def test_an_unauthorised_upload_is_refused_at_its_head(upstream: Upstream, scripted_proxy: Twistd) -> None:
     """Without Expect too, and nothing of it reaches the upstream."""
     with upstream.playing(each_request()), connect(scripted_proxy) as client:
-        client.send(request(b"POST", PATH, b"Content-Length: 10000000000", key=b"x-api-key: sk-wrong") + b"x" * 1000)
+        client.send(request(b"POST", PATH, b"Content-Length: 1000000000", key=b"x-api-key: sk-wrong") + b"x" * 1000)
         assert client.message().status == 401
         assert upstream.connections == 0
         client.sock.settimeout(PATIENCE)
