@@ -141,7 +141,7 @@ def test_keys_in_an_outage(start: Start, redis: RedisServer, outage: str) -> Non
     survive(start, redis, outage, SHORT)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("outage", ["killed", "stopped"])
 def test_keys_in_a_long_outage(start: Start, redis: RedisServer, outage: str) -> None:
     survive(start, redis, outage, LONG)

@@ -188,6 +188,6 @@ def test_restarts_under_load(host: Host) -> None:
     restart(host, restarts=5, streams=20)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_many_restarts_under_load(host: Host) -> None:
     restart(host, restarts=50, streams=200)

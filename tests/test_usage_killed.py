@@ -99,7 +99,7 @@ def test_what_was_used_is_counted_once(house: House) -> None:
     kill_and_start(house, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_was_used_is_counted_once_however_often(house: House) -> None:
     kill_and_start(house, 20)
 
