@@ -76,13 +76,12 @@ def process(*command: str, port: int, cwd: str) -> Iterator[subprocess.Popen[byt
 
 
 @contextmanager
-def proxy_before_upstream(*options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """Run ``_upstream.py`` and a proxy without keys before it; gives the proxy and its port."""
-    upstream, port = free_port(), free_port()
+def proxy_before(upstream: int, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Run a proxy without keys before what listens on that port; gives the proxy and its own port."""
+    port = free_port()
     twistd = str(Path(sys.executable).with_name("twistd"))
     with (
         tempfile.TemporaryDirectory() as directory,
-        process(sys.executable, str(HERE / "_upstream.py"), str(upstream), port=upstream, cwd=directory),
         process(
             *(twistd, "--nodaemon", "--pidfile=", "vllmproxy", "--upstream", f"http://{HOST}:{upstream}"),
             *("--listen", f"tcp:{port}:interface={HOST}", "--store", "memory:", "--state-directory", directory),
@@ -92,6 +91,18 @@ def proxy_before_upstream(*options: str) -> Iterator[tuple[subprocess.Popen[byte
         ) as proxy,
     ):
         yield proxy, port
+
+
+@contextmanager
+def proxy_before_upstream(*options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Run ``_upstream.py`` and a proxy without keys before it; gives the proxy and its port."""
+    upstream = free_port()
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        process(sys.executable, str(HERE / "_upstream.py"), str(upstream), port=upstream, cwd=directory),
+        proxy_before(upstream, *options) as running,
+    ):
+        yield running
 
 
 async def ask(port: int, data: bytes, seconds: float = 10) -> int:
