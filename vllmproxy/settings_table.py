@@ -319,8 +319,7 @@ _ROWS = (
     Row(
         "max-body",
         COUNT_OR_ZERO,
-        """Bytes a request's body may have, whether it is announced or comes in chunks; 0: any number. The proxy passes
-        it on as it comes; vLLM has all of it in memory.""",
+        "Bytes a request's body may have, announced or in chunks; 0: any number. vLLM has all of it in memory.",
         default="1073741824",
     ),
     Row("max-api-body", COUNT, "Bytes a body sent to the proxy's own API may have.", default="1048576"),
