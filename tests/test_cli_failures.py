@@ -116,7 +116,11 @@ def test_no_other_proxy_is_asked() -> None:
 
 
 def test_a_server_that_speaks_no_http() -> None:
-    with raw_server(lambda connection: connection.sendall(b"220 mail ESMTP\r\n")) as url:
+    def serve(connection: socket.socket) -> None:
+        connection.sendall(b"220 mail ESMTP\r\n")
+        connection.recv(65_536)  # what is unread when it is closed would make a reset of the close
+
+    with raw_server(serve) as url:
         assert "does not speak HTTP" in vllmproxy(*LIST, url=url).failure
 
 
