@@ -32,7 +32,8 @@ class House:
 
     def start(self, directory: str = "proxy") -> Twistd:
         state = ("--state-directory", str(self.state))
-        options = ("--store", self._store, "--prices", str(self._directory / "prices.toml"), *state)
+        prices = ("--prices", str(self._directory / "prices.toml"))
+        options = ("--store", self._store, *prices, *state, "--drain-timeout", "1")
         self.running[directory] = start_proxy(self._directory / directory, self.sim.url, *options)
         return self.running[directory]
 
