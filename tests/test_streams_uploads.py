@@ -33,6 +33,9 @@ PATH = b"/vllm/v1/audio/transcriptions"
 
 def upload(proxy: Twistd, blocks: int, chunked: bool) -> None:
     """Upload to the simulator's echo and compare; watch the proxy's memory and what it writes."""
+    with connect(proxy) as client:  # it accepts when its store is open: what that opens and writes is no upload's
+        client.send(request(b"POST", PATH, ECHO, b"Content-Length: 1") + b"x")
+        assert client.message().status == 200
     files, wrote, before, peak = open_files(proxy), written(proxy), proxy.rss(), 0
     digest = hashlib.sha256()
     framing = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % (blocks * len(BLOCK))
