@@ -14,7 +14,6 @@ class Passing:
     :param withholds: a stream's usage was asked for on the proxy's own behalf.
     :param told: what the server has told of itself before.
     :ivar streamed: it is a stream of events.
-    :ivar was_read: it is of a kind that tells its usage, if there is any.
     :ivar model: as vLLM named it, and ``usage``: once it is over.
     """
 
@@ -27,7 +26,6 @@ class Passing:
         self._withholder: Withholder | None = None
         if withholds and isinstance(self._reader, SseReader):
             self._withholder = Withholder(told.fingerprint)
-        self.was_read = self._reader is not None
         self.model: str | None = None
         self.usage: Usage | None = None
 
