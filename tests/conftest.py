@@ -1,11 +1,17 @@
-"""Fixtures that more than one file uses: leak checks for every test, and a proxy in front of a simulator."""
+"""Fixtures that more than one file uses: leak checks for every test, a proxy in front of a simulator, and stores."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
+import pytest_twisted
 from _raw import Upstream
+from _redis import RedisServer, redis_server
 from _service import Twistd, start_proxy, start_simulator
+from _stores import KINDS, every_url, opened, url_of
 from twisted.logger import LogEvent, LogLevel, globalLogPublisher
+
+from vllmproxy.store.interface import Store
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +66,30 @@ def scripted_proxy(
     yield service
     service.stop()
     assert "Traceback" not in service.log
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[RedisServer]:
+    """A Redis that the module has to itself."""
+    with redis_server() as server:
+        yield server
+
+
+@pytest.fixture(params=KINDS)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty store, one kind after the other."""
+    return url_of(request, tmp_path)
+
+
+@pytest_twisted.async_yield_fixture
+async def store(url: str) -> AsyncIterator[Store]:
+    """The store at :func:`url`, open."""
+    async with opened(url) as (made,):
+        yield made
+
+
+@pytest_twisted.async_yield_fixture
+async def every_store(redis: RedisServer, tmp_path: Path) -> AsyncIterator[list[Store]]:
+    """A store of each kind, open and empty."""
+    async with opened(*every_url(redis, tmp_path)) as stores:
+        yield stores

@@ -1,12 +1,11 @@
 """Budgets, from the reservation to the account: the same on memory, on SQLite and on a real Redis."""
 
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_twisted
-from _redis import RedisServer, redis_server
 from _stores import KINDS, opened, url_of
 from attrs import evolve
 from twisted.internet import reactor
@@ -20,12 +19,6 @@ from vllmproxy.usage.sums import Account
 
 NOW = 1_795_521_600.0
 TOKEN = hash_key("sk-one")
-
-
-@pytest.fixture(scope="module")
-def redis() -> Iterator[RedisServer]:
-    with redis_server() as server:
-        yield server
 
 
 class Bench:

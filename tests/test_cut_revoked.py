@@ -12,7 +12,7 @@ import openai
 import pytest
 from _asking import CHAT, ask, make_key, until
 from _raw import CHUNKED, Ended, Upstream, Wire, chunk, connect, request
-from _redis import RedisServer, redis_server
+from _redis import RedisServer
 from _service import MASTER_KEY, Twistd, start_proxy
 from test_tunnel import SWITCH, WANTS
 
@@ -21,12 +21,6 @@ EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"word"}}]}\n\n'
 
 #: Proxies with the option, and without.
 Pairs = dict[bool, list[Twistd]]
-
-
-@pytest.fixture(scope="module")
-def redis() -> Iterator[RedisServer]:
-    with redis_server() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

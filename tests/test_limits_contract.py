@@ -1,6 +1,6 @@
 """What both limiters promise, in virtual time: the same on memory and on a real Redis, and one beside the other."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 import pytest_twisted
@@ -16,17 +16,11 @@ from _limits import (
     tokens,
     virtual_time,
 )
-from _redis import RedisServer, redis_server
+from _redis import RedisServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllmproxy.limits.values import Denied, DuplicateRequest, Granted, Rule
-
-
-@pytest.fixture(scope="module")
-def redis() -> Iterator[RedisServer]:
-    with redis_server() as server:
-        yield server
 
 
 @pytest_twisted.async_yield_fixture

@@ -1,14 +1,11 @@
 """What every store promises; the same tests on memory, on SQLite and on a real Redis."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import attrs
 import pytest
 import pytest_twisted
-from _redis import RedisServer, redis_server
-from _stores import KINDS, every_url, opened, url_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twisted.internet import reactor
@@ -48,29 +45,6 @@ FULL = VirtualKey(
 
 def key(name: str, alias: str | None = None) -> VirtualKey:
     return VirtualKey(token=hash_key(name), key_name=f"sk-...{name[-4:]}", key_alias=alias)
-
-
-@pytest.fixture(scope="module")
-def redis() -> Iterator[RedisServer]:
-    with redis_server() as server:
-        yield server
-
-
-@pytest.fixture(params=KINDS)
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return url_of(request, tmp_path)
-
-
-@pytest_twisted.async_yield_fixture
-async def store(url: str) -> AsyncIterator[Store]:
-    async with opened(url) as (made,):
-        yield made
-
-
-@pytest_twisted.async_yield_fixture
-async def every_store(redis: RedisServer, tmp_path: Path) -> AsyncIterator[list[Store]]:
-    async with opened(*every_url(redis, tmp_path)) as stores:
-        yield stores
 
 
 @pytest_twisted.ensureDeferred

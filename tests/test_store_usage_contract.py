@@ -1,14 +1,12 @@
 """What every store promises about usage; the same tests on memory, on SQLite and on a real Redis."""
 
-from collections.abc import AsyncIterator, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
 import pytest
 import pytest_twisted
-from _redis import RedisServer, redis_server
-from _stores import KINDS, every_url, opened, url_of
+from _redis import RedisServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twisted.internet import reactor
@@ -28,29 +26,6 @@ DAY = 86_400.0
 NOON = [1_795_521_600.0 + DAY * number for number in range(3)]
 DAYS = ["2026-11-24", "2026-11-25", "2026-11-26"]
 ONE, TWO = hash_key("sk-one"), hash_key("sk-two")
-
-
-@pytest.fixture(scope="module")
-def redis() -> Iterator[RedisServer]:
-    with redis_server() as server:
-        yield server
-
-
-@pytest.fixture(params=KINDS)
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return url_of(request, tmp_path)
-
-
-@pytest_twisted.async_yield_fixture
-async def store(url: str) -> AsyncIterator[Store]:
-    async with opened(url) as (made,):
-        yield made
-
-
-@pytest_twisted.async_yield_fixture
-async def every_store(redis: RedisServer, tmp_path: Path) -> AsyncIterator[list[Store]]:
-    async with opened(*every_url(redis, tmp_path)) as stores:
-        yield stores
 
 
 def event(day: int = 0, key: str = ONE, **fields: Any) -> UsageEvent:
