@@ -152,14 +152,13 @@ async def test_what_was_taken_unheard_is_given_back_over_the_next_connection(
     """Redis ran it, and the connection was lost before its answer came. What a budget holds has no time to live."""
     limiter = RedisLimiter(links[0], reactor)
     wire = await links[0].get()
-    evaluate = wire.eval
+    run = wire.run
 
-    async def lose(*call: Any) -> list[Any]:
-        await evaluate(*call)
-        wire.drop()
-        return await Deferred()
+    def lose(*call: Any) -> None:
+        monkeypatch.undo()
+        run(*call[:-1], lambda _: wire.drop())
 
-    monkeypatch.setattr(wire, "eval", lose)
+    monkeypatch.setattr(wire, "run", lose)
     with pytest.raises(StoreUnavailable):
         await limiter.reserve(ask("unheard", requests(10), Rule("budget_tokens", "", 100, 60)))
     assert server.command("HGET", BUDGET, "held_tokens") == b"$2\r\n60\r\n"
@@ -192,9 +191,9 @@ async def test_a_late_script_does_nothing(server: RedisServer, links: list[Link]
     before = server.command("GET", f"vllmproxy:{{{TOKEN}}}:request:one")
     name = f"vllmproxy:{{{TOKEN}}}:request:one"
     late = round((time.time() - 0.001) * 1e6)
-    words = [60_000_000, 476_191, 45_000_000, 1_000_000, 61_000]
+    words = "60000000 476191 45000000 1000000 61000 requests 10 1 0 1"
     calls = [
-        (RESERVE, ["clock", "fresh", "counter"], [late, "fresh", *words, "requests", 10, 1]),
+        (RESERVE, ["clock", "fresh", "counter"], [late, "fresh", words]),
         (SETTLE, [name], [late, "one", 5000, 0, 0]),
         (RENEW, ["clock", name], [late, 45_000_000, 61_000, "one"]),
     ]

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 import pytest_twisted
@@ -134,17 +134,17 @@ async def test_what_runs_after_its_time_does_nothing(server: RedisServer, store:
 async def call_late(store: RedisStore, call: object) -> None:
     """Have a call be late for good: a clock that is only wrong is noticed and the call is made again."""
     wire = await store._link.get()
-    sent = wire.eval
+    sent = wire.run
 
-    def slow(script: str, names: list[bytes], words: list[object]) -> Deferred[list[object]]:
-        return sent(script, names, [0, *words[1:]])
+    def slow(script: str, names: list[bytes], words: list[bytes], answered: Callable[[object], None]) -> None:
+        sent(script, names, [b"0", *words[1:]], answered)
 
-    wire.eval = slow
+    wire.run = slow
     try:
         with pytest.raises(StoreUnavailable, match="late"):
             await call()  # type: ignore[operator]
     finally:
-        del wire.eval
+        del wire.run
 
 
 @pytest_twisted.ensureDeferred

@@ -15,10 +15,10 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
+from vllmproxy.deadlines import Deadlines
 from vllmproxy.http1.answer import HandshakeFailed, NotExecuted, OutgoingHeaders, Request
 from vllmproxy.http1.bodies import is_replayable
 from vllmproxy.http1.client import ClientConnection
-from vllmproxy.http1.deadlines import Deadlines
 from vllmproxy.http1.message import Limits
 
 _log = Logger()

@@ -8,7 +8,7 @@ from twisted.internet.interfaces import IAddress, IProtocolNegotiationFactory, I
 from twisted.internet.protocol import Factory
 from zope.interface import implementer
 
-from vllmproxy.http1.deadlines import Deadlines
+from vllmproxy.deadlines import Deadlines
 from vllmproxy.http1.hangup import HangupWatcher
 from vllmproxy.http1.message import Limits, RequestHead, WireError
 from vllmproxy.http1.places import Places

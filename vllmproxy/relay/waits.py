@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from attrs import define, frozen
 from twisted.internet.interfaces import IReactorTime
 
-from vllmproxy.http1.deadlines import Deadlines
+from vllmproxy.deadlines import Deadlines
 from vllmproxy.keys.policy import Route
 from vllmproxy.relay.admission import Admission
 from vllmproxy.relay.states import Event

@@ -58,6 +58,9 @@ class Line(RedisProtocol):  # type: ignore[misc]  # txredisapi has no annotation
         self.why = ""
         self.address: RedisAddress | None = None
 
+    def tryConvertData(self, data: Any) -> Any:
+        return data
+
     def replyReceived(self, reply: Any) -> None:
         super().replyReceived(reply)
         if isinstance(reply, ResponseError) and "READONLY" in str(reply):

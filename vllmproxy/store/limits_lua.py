@@ -90,27 +90,29 @@ local function used_of(name, kind)
 end
 """
 
-#: KEYS: the key's clock, the reservation, each rule's counter. ARGV: not after, the request id, the lengths of window,
-#: bucket, lease and pause, milliseconds to keep things; of each rule its kind, limit, cost, period and the least that
-#: will do. Answers GRANTED, now, what remains of each, what was taken of each; or REFUSED, now, which rule (from 0),
-#: wait, 1 if that is for ever, what is left of it.
+#: KEYS: the key's clock, the reservation, each rule's counter. ARGV: not after, the request id, and in one text the
+#: lengths of window, bucket, lease and pause, milliseconds to keep things; of each rule its kind, limit, cost, period
+#: and the least that will do. Answers GRANTED, now, what remains of each, what was taken of each; or REFUSED, now,
+#: which rule (from 0), wait, 1 if that is for ever, what is left of it.
 RESERVE: Final = (
     PUNCTUAL
     + _STEADY
     + _WINDOW
     + _ACCOUNT
     + """
-local id, kept = ARGV[2], ARGV[7]
-local length, width, lease, pause = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local id, words = ARGV[2], {}
+for word in string.gmatch(ARGV[3], '%S+') do words[#words + 1] = word end
+local length, width, lease, pause = tonumber(words[1]), tonumber(words[2]), tonumber(words[3]), tonumber(words[4])
+local kept = words[5]
 if redis.call('EXISTS', KEYS[2]) == 1 then return {-2, now} end
 local steady = steady_time(KEYS[1], now, kept)
 
 local rules, longest, refusing = {}, 0, nil
 for place = 3, #KEYS do
-  local from = 8 + (place - 3) * 5
-  local rule = {name = KEYS[place], kind = ARGV[from], limit = tonumber(ARGV[from + 1]),
-                cost = tonumber(ARGV[from + 2]), period = tonumber(ARGV[from + 3]),
-                least = tonumber(ARGV[from + 4])}
+  local from = 6 + (place - 3) * 5
+  local rule = {name = KEYS[place], kind = words[from], limit = tonumber(words[from + 1]),
+                cost = tonumber(words[from + 2]), period = tonumber(words[from + 3]),
+                least = tonumber(words[from + 4])}
   local delay = 0
   if rule.least > rule.limit then
     delay, rule.used = math.huge, 0

@@ -16,6 +16,7 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
+from twisted.python.failure import Failure
 from txredisapi import RedisError
 
 from vllmproxy.limits.spans import Spans, micros
@@ -47,70 +48,62 @@ class RedisLimiter:
         self, link: Link, clock: IReactorTime, *, window: float = 60.0, lease: float = 45.0, timeout: float = 0.2
     ) -> None:
         self._clock = clock
-        self._timeout = timeout
         self._spans = Spans.of(window, lease)
         self._kept = self._spans.kept // 1000 + _MARGIN
         width = bucket_width(self._spans.window)
-        self._lengths = (self._spans.window, width, self._spans.lease, micros(BUSY_RETRY_AFTER), self._kept)
+        lengths = (self._spans.window, width, self._spans.lease, micros(BUSY_RETRY_AFTER), self._kept)
+        self._lengths = b"%d %d %d %d %d" % lengths
+        self._memory = b"%d" % (self._spans.memory // 1000)
         self._calls = Calls(clock)
-        self._scripts = Scripts(link, clock, self._calls)
+        self._scripts = Scripts(link, clock, timeout)
         self._closed = False
 
     def close(self) -> None:
         """Fail every call under way."""
         self._closed = True
         self._calls.end()
+        self._scripts.end()
 
-    def reserve(self, ask: Ask) -> Deferred[Granted | Denied]:
-        return Deferred.fromCoroutine(self._reserve(ask))
-
-    def settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> Deferred[None]:
-        return Deferred.fromCoroutine(self._settle(key, request_id, costs))
-
-    def renew(self, key: str, request_ids: Sequence[str]) -> Deferred[list[str]]:
-        return Deferred.fromCoroutine(self._renew(key, request_ids))
-
-    async def _reserve(self, ask: Ask) -> Granted | Denied:
+    def reserve(self, ask: Ask) -> Granted | Denied | Deferred[Granted | Denied]:
         if not ask.rules:
             return Granted(())
-        names = [_name(ask.key, "clock"), _name(ask.key, "request", ask.request_id)]
-        words: list[Any] = [name_bytes(ask.request_id), *self._lengths]
+        key, id = name_bytes(ask.key), name_bytes(ask.request_id)
+        names = [b"vllmproxy:{%b}:clock" % key, b"vllmproxy:{%b}:request:%b" % (key, id)]
+        rules = [self._lengths]
         for rule in ask.rules:
-            names.append(account_name(ask.key) if rule.kind in BUDGETS else _name(ask.key, rule.kind, rule.scope))
-            words += rule.kind, rule.limit, rule.cost, rule.period, rule.needed
-        call = self._call(RESERVE, names, words, self._timeout)
-        answered = False
-        try:
-            what, now, *rest = await self._run(call)
-            answered = True
-        finally:
-            if not answered and call.wire is not None:
-                Deferred.fromCoroutine(self._undo(ask, call.wire))
-        if what == DUPLICATE:
-            raise DuplicateRequest
-        if what == GRANTED:
-            return Granted(tuple(rest[: len(ask.rules)]), tuple(rest[len(ask.rules) :]))
-        place, wait, never, left = rest
-        return Denied(place, wait / 1e6, (now + wait) / 1e6, never=bool(never), left=left)
+            kind = rule.kind.encode()
+            if rule.kind in BUDGETS:
+                names.append(b"vllmproxy:{%b}:budget" % key)
+            else:
+                names.append(b"vllmproxy:{%b}:%b:%b" % (key, kind, name_bytes(rule.scope)))
+            rules.append(b"%b %d %d %d %d" % (kind, rule.limit, rule.cost, rule.period, rule.needed))
+        call = self._scripts.call(RESERVE, names, [id, b" ".join(rules)])
+        decided: Deferred[Any] = self._scripts.run(call)
+        return decided.addCallbacks(_decision, self._unheard, callbackArgs=(ask,), errbackArgs=(ask, call))
 
-    async def _settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> None:
-        await self._run(self._settlement(key, request_id, costs, self._timeout))
+    def settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> Deferred[None]:
+        return self._scripts.run(self._settlement(key, request_id, costs)).addCallback(_nothing)
 
-    async def _renew(self, key: str, request_ids: Sequence[str]) -> list[str]:
+    def renew(self, key: str, request_ids: Sequence[str]) -> list[str] | Deferred[list[str]]:
         if not request_ids:
             return []
         names = [_name(key, "clock"), *(_name(key, "request", request_id) for request_id in request_ids)]
-        words = [self._spans.lease, self._kept, *map(name_bytes, request_ids)]
-        _, _, *lost = await self._run(self._call(RENEW, names, words, self._timeout))
-        return [request_ids[place] for place in lost]
+        words = [b"%d" % self._spans.lease, b"%d" % self._kept, *map(name_bytes, request_ids)]
+        lost = self._scripts.run(self._scripts.call(RENEW, names, words))
+        return lost.addCallback(lambda reply: [request_ids[place] for place in reply[2:]])
 
-    def _settlement(self, key: str, request_id: str, costs: tuple[int | None, ...], seconds: float) -> ScriptCall:
-        used = ["" if cost is None else min(max(cost, 0), MAX_AMOUNT) for cost in costs]
-        words = [name_bytes(request_id), self._spans.memory // 1000, *used]
-        return self._call(SETTLE, [_name(key, "request", request_id)], words, seconds)
+    def _settlement(
+        self, key: str, request_id: str, costs: tuple[int | None, ...], seconds: float | None = None
+    ) -> ScriptCall:
+        used = [b"" if cost is None else b"%d" % min(max(cost, 0), MAX_AMOUNT) for cost in costs]
+        words = [name_bytes(request_id), self._memory, *used]
+        return self._scripts.call(SETTLE, [_name(key, "request", request_id)], words, seconds)
 
-    def _call(self, script: str, names: list[bytes], words: list[Any], seconds: float) -> ScriptCall:
-        return self._scripts.call(script, names, words, seconds)
+    def _unheard(self, failure: Failure, ask: Ask, call: ScriptCall) -> Failure:
+        """Nobody heard the answer of a reservation, and nobody will."""
+        if call.wire is not None:
+            Deferred.fromCoroutine(self._undo(ask, call.wire))
+        return failure
 
     async def _undo(self, ask: Ask, wire: Wire) -> None:
         """Give back what a reservation may have taken whose answer nobody got; see :class:`Limiter`.
@@ -120,21 +113,34 @@ class RedisLimiter:
         """
         costs, kept = (0,) * len(ask.rules), self._spans.kept / 1e6
         until = self._clock.seconds() + kept
+        reply: Deferred[Any] = Deferred()
+        self._settlement(ask.key, ask.request_id, costs, kept).send(wire, reply.callback)
         try:
-            await self._settlement(ask.key, ask.request_id, costs, kept).send(wire)
-            return
+            if not isinstance(await reply, RedisError):
+                return
         except RedisError:
             pass
         while not self._closed and self._clock.seconds() < until:
             try:
                 await self._calls.run(deferLater(self._clock, _UNDO_SECONDS), 2 * _UNDO_SECONDS)
-                await self._settle(ask.key, ask.request_id, costs)
+                await self.settle(ask.key, ask.request_id, costs)
                 return
             except StoreUnavailable:
                 continue
 
-    async def _run(self, call: ScriptCall) -> list[int]:
-        return await self._scripts.run(call, self._timeout)
+
+def _decision(reply: list[int], ask: Ask) -> Granted | Denied:
+    what, now, *rest = reply
+    if what == DUPLICATE:
+        raise DuplicateRequest
+    if what == GRANTED:
+        return Granted(tuple(rest[: len(ask.rules)]), tuple(rest[len(ask.rules) :]))
+    place, wait, never, left = rest
+    return Denied(place, wait / 1e6, (now + wait) / 1e6, never=bool(never), left=left)
+
+
+def _nothing(_: list[Any]) -> None:
+    """A settlement has no result."""
 
 
 def _name(key: str, *parts: str) -> bytes:

@@ -1,11 +1,15 @@
 """The connection to Redis that all calls share: made again when it was lost, dropped when it is mute."""
 
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import cache
+from hashlib import sha1
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError, fail, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from txredisapi import RedisError
+from txredisapi import ConnectionError, RedisError, ResponseError
 
 from vllmproxy.store.address import RedisAddress
 from vllmproxy.store.breaker import Breaker
@@ -21,6 +25,23 @@ _PING_SECONDS = 1.0
 _MUTE_SECONDS = 1.0
 
 
+class Replies:
+    """Who waits for a reply, in order: txredisapi's commands, each by a Deferred, and scripts, each by a function."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Callable[[Any], None]] = deque()
+
+    def get(self) -> Deferred[Any]:
+        """Return the next reply; what cancels it leaves its place."""
+        reply: Deferred[Any] = Deferred(lambda _: None)
+        self.waiting.append(lambda value: None if reply.called else reply.callback(value))
+        return reply
+
+    def put(self, reply: Any) -> None:
+        """A reply has come."""
+        self.waiting.popleft()(reply)
+
+
 class Wire(Line):
     """One connection that calls are made over.
 
@@ -30,7 +51,34 @@ class Wire(Line):
     def __init__(self) -> None:
         super().__init__()
         self.offset = 0.0
+        self.replyQueue = Replies()
+        self._has_run: set[str] = set()
         self._unanswered_since: float | None = None
+
+    def run(self, script: str, names: Sequence[bytes], words: Sequence[bytes], answered: Callable[[Any], None]) -> None:
+        """Have Redis run ``script``: by name when this connection has run it before, and again in full if Redis forgot
+        it. ``answered`` gets the reply, or the ``RedisError`` that it failed with.
+
+        txredisapi's ``eval`` takes several Deferreds for that, and converts each word.
+        """
+        if not self.connected:
+            answered(ConnectionError("Not connected"))
+            return
+
+        by_name = script in self._has_run
+
+        def received(reply: Any) -> None:
+            if by_name and isinstance(reply, ResponseError) and str(reply).startswith("NOSCRIPT"):
+                self._has_run.discard(script)
+                self.run(script, names, words, answered)
+                return
+            if not by_name and not isinstance(reply, RedisError):
+                self._has_run.add(script)
+            answered(reply)
+
+        how = (b"EVALSHA", _name_of(script)) if by_name else (b"EVAL", script.encode())
+        self.replyQueue.waiting.append(received)
+        self.transport.write(_command(*how, b"%d" % len(names), *names, *words))
 
     def dataReceived(self, data: bytes, unpause: bool = False) -> None:
         self._unanswered_since = None
@@ -74,6 +122,11 @@ class Link:
         if self._dial is not None:
             self._dial.cancel()
         await self.dialler.close()
+
+    @property
+    def ready(self) -> Wire | None:
+        """The connection, where there is one and calls may be made; else :meth:`get` says why, or when."""
+        return self._wire if self._breaker.reason is None else None
 
     def get(self) -> Deferred[Wire]:
         """Return the connection; it may be cancelled, which disturbs nobody else.
@@ -159,3 +212,13 @@ class Link:
         _log.info("lost {address}: {why}", address=str(self._address), why=wire.why)
         if self._breaker.reason is None:
             self._start_dialling()
+
+
+@cache
+def _name_of(script: str) -> bytes:
+    return sha1(script.encode(), usedforsecurity=False).hexdigest().encode()
+
+
+def _command(*words: bytes) -> bytes:
+    """Return a command as Redis's protocol has it (RESP)."""
+    return b"*%d\r\n%b" % (len(words), b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words]))

@@ -130,7 +130,7 @@ class RedisStore(Changes):
         self._lookup_timeout = lookup_timeout
         self._link = Link(self._address, reactor)
         self._calls = Calls(reactor)
-        self._usage = RedisUsage(self._link, reactor, self._calls, timeout)
+        self._usage = RedisUsage(self._link, reactor, timeout)
         self._limiters: list[RedisLimiter] = []
         self._subscriptions: list[Subscription] = []
 
@@ -158,6 +158,7 @@ class RedisStore(Changes):
 
     async def close(self) -> None:
         self._calls.end()
+        self._usage.end()
         for limiter in self._limiters:
             limiter.close()
         for subscription in self._subscriptions:

@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from twisted.internet.interfaces import IReactorTime
 
-from vllmproxy.store.calls import Calls
 from vllmproxy.store.changes import LIST_SECONDS
 from vllmproxy.store.interface import AuditEntry, StoreUnavailable
 from vllmproxy.store.link import Link
@@ -48,10 +47,13 @@ class RedisUsage:
     :param timeout: seconds that one script may take.
     """
 
-    def __init__(self, link: Link, clock: IReactorTime, calls: Calls, timeout: float) -> None:
+    def __init__(self, link: Link, clock: IReactorTime, timeout: float) -> None:
         self._clock = clock
-        self._scripts = Scripts(link, clock, calls)
-        self._timeout = timeout
+        self._scripts = Scripts(link, clock, timeout)
+
+    def end(self) -> None:
+        """Fail every call under way: the store closes."""
+        self._scripts.end()
 
     async def add(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
         """Add ``events`` in pieces, each with a number of its own; a piece is added whole or not at all."""
@@ -101,9 +103,7 @@ class RedisUsage:
     async def _add(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
         while events:
             names, words = _arguments(writer, first, len(events), batch_of(events))
-            what, _, *last = await self._scripts.run(
-                self._scripts.call(ADD, names, words, self._timeout), self._timeout
-            )
+            what, _, *last = await self._scripts.run(self._scripts.call(ADD, names, _words(words)))
             if what != OVERLAP:
                 return
             # Somebody has sent some of these before; only those after them can be added.
@@ -122,7 +122,7 @@ class RedisUsage:
                 return sorted(keys)
 
     async def _run(self, script: str, names: list[bytes], words: list[Any]) -> list[Any]:
-        _, _, *answer = await self._scripts.run(self._scripts.call(script, names, words, self._timeout), self._timeout)
+        _, _, *answer = await self._scripts.run(self._scripts.call(script, names, _words(words)))
         return answer
 
 
@@ -140,6 +140,10 @@ def _arguments(writer: str, first: int, count: int, batch: Batch) -> tuple[list[
         names.append(account_name(name_bytes(token)))
         words += [charge.period, charge.spend, charge.tokens, charge.held, charge.held_tokens]
     return names, words
+
+
+def _words(values: Sequence[Any]) -> list[bytes]:
+    return [value if isinstance(value, bytes) else str(value).encode() for value in values]
 
 
 def _rows(text: bytes) -> list[dict[str, str]]:

@@ -1,6 +1,6 @@
 """Many waits of one length at the cost of a dictionary entry each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -17,16 +17,21 @@ class Deadlines(Generic[T]):
 
     An entry expires between ``seconds`` and ``seconds`` + ``slack`` (a quarter of it, at most 1 s) after
     :meth:`set`. Zero ``seconds`` switch the wait off.
+
+    :param slack: the longest that it may be, in seconds.
     """
 
-    def __init__(self, clock: IReactorTime, seconds: float, expired: Callable[[T], None]) -> None:
+    def __init__(
+        self, clock: IReactorTime, seconds: float, expired: Callable[[T], None], *, slack: float = 1.0
+    ) -> None:
         self._clock = clock
         self._seconds = seconds
         self._expired = expired
         self._due: dict[T, float] = {}
         self._call: IDelayedCall | None = None
         self._ticking = False
-        self._slack = min(seconds / 4, 1.0)
+        self._most_slack = slack
+        self._slack = min(seconds / 4, slack)
 
     def set(self, item: T) -> None:
         """Begin (or begin again) the wait of ``item``."""
@@ -44,6 +49,10 @@ class Deadlines(Generic[T]):
             self.set(item)
         return begins
 
+    def __iter__(self) -> Iterator[T]:
+        """Yield whose waits there are."""
+        return iter(self._due)
+
     def clear(self, item: T) -> None:
         """End the wait of ``item``, if there is one."""
         self._due.pop(item, None)
@@ -52,7 +61,7 @@ class Deadlines(Generic[T]):
         """Have every wait last ``seconds``, those under way too, each from when it began."""
         longer = seconds - self._seconds
         self._seconds = seconds
-        self._slack = min(seconds / 4, 1.0)
+        self._slack = min(seconds / 4, self._most_slack)
         self._due = {item: due + longer for item, due in self._due.items()} if seconds else {}
         if self._call is not None:
             self._call.cancel()

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent
 
-from vllmproxy.http1.deadlines import Deadlines
+from vllmproxy.deadlines import Deadlines
 
 STEPS = st.lists(
     st.one_of(
