@@ -1,6 +1,5 @@
 """What a request has to pass before it is forwarded: who calls, where to, for which model, and for how much."""
 
-from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from twisted.internet.defer import Deferred
@@ -8,13 +7,12 @@ from twisted.internet.defer import Deferred
 from vllmproxy.errors import BadRequest, Forbidden, ModelDenied, StoreDown, TooLarge
 from vllmproxy.http1.stream import Stream
 from vllmproxy.inspection.request import Asked, printable, read_request
-from vllmproxy.inspection.routes import streams_usage, takes_model
 from vllmproxy.inspection.splice import with_model, with_usage
-from vllmproxy.keys.gate import RETRY_AFTER, Caller
+from vllmproxy.keys.gate import ANONYMOUS, RETRY_AFTER, Caller
 from vllmproxy.keys.key import VirtualKey
-from vllmproxy.keys.routes import Group, group_for, reading_of
-from vllmproxy.relay.demand import NO_DEMAND, Demand, expected_tokens, guessed_prompt, uses_none
+from vllmproxy.relay.demand import NO_DEMAND, Demand, expected_tokens, guessed_prompt
 from vllmproxy.relay.quotas import Reservation
+from vllmproxy.relay.ways import Way
 
 if TYPE_CHECKING:
     from vllmproxy.relay.relay import Relay
@@ -36,24 +34,24 @@ _NO_TUNNEL = (
 class Admission:
     """What is known of one request while it is being judged.
 
-    :ivar path: as it is forwarded, raw, without the query.
+    :ivar way: where it is going.
+    :ivar end_user: what it names as its own user, if anything.
     :ivar body: all of the request's body, as it is forwarded, where that had to be read; else ``None``.
     :ivar demand: what it is expected to use.
     :ivar withholds: the answer has one event that the client did not ask for.
     """
 
-    def __init__(self, relay: "Relay", stream: Stream, path: bytes) -> None:
+    def __init__(self, relay: "Relay", stream: Stream, way: Way, end_user: str | None) -> None:
         self._relay = relay
         self._stream = stream
         self._base = relay.server.upstream.base_path
-        self.path = path
-        self.group: Group = group_for(path, self._base)
-        self.caller = Caller(None)
-        self.end_user = end_user_in(stream.head.fields)
+        self.way = way
+        self.caller = ANONYMOUS
+        self.end_user = end_user
         self.body: bytes | None = None
         self.demand: Demand = NO_DEMAND
         self.withholds = False
-        self._pieces = bytearray()
+        self._pieces: list[bytes] = []
         self._held = 0
 
     @property
@@ -63,31 +61,29 @@ class Admission:
         return (
             head.method == b"OPTIONS"
             and not head.has_body
-            and self.group in ("inference", "info")
+            and self.way.group in ("inference", "info")
             and not head.websocket
         )
 
     @property
     def uses_tokens(self) -> bool:
         """Whether vLLM may read or make tokens for it; a route that is not known may."""
-        if self._stream.head.websocket:
-            return self.group == "inference"
-        return self.group in ("inference", "unknown") and takes_model(self._method, self.route)
+        return self.way.group == "inference" if self._stream.head.websocket else self.way.uses_tokens
 
     @property
     def guessed_prompt(self) -> int:
         """Tokens that the prompt may have, by the length of a body that nobody reads."""
-        return guessed_prompt(self.route, self._stream.head.content_length or 0)
+        return guessed_prompt(self.way.route, self._stream.head.content_length or 0)
 
     @property
     def tells_usage(self) -> bool:
         """Whether an answer without any usage has left something out."""
-        return self.uses_tokens and not uses_none(self.route)
+        return self.uses_tokens if self._stream.head.websocket else self.way.tells_usage
 
     def check(self, caller: Caller) -> bool:
         """Tell whether the body has to be read first. Raises :class:`~vllmproxy.errors.ApiError`: it does not pass."""
         self.caller = caller
-        self._relay.gate.check_route(caller, self.group, self.path, self._base)
+        self._relay.gate.check_route(caller, self.way.group, self.way.path, self._base)
         key, head = caller.key, self._stream.head
         if key is None:
             return False
@@ -95,19 +91,19 @@ class Admission:
             if key.needs_model or key.counts_tokens:
                 raise Forbidden(_NO_TUNNEL)
             return False
-        if not (self.uses_tokens and self._reads_body_of(key)):
+        if not (self.way.uses_tokens and self._reads_body_of(key)):
             return False
         if head.content_length is not None:
             self._check_size(head.content_length)
         return True
 
     def _reads_body_of(self, key: VirtualKey) -> bool:
-        return key.needs_body or (self._relay.usage == "exact" and streams_usage(self.route))
+        return key.needs_body or (self._relay.usage == "exact" and self.way.streams_usage)
 
     def hold(self, data: bytes) -> None:
         """Keep a piece of the body. Raises :class:`TooLarge`, :class:`StoreDown`."""
         self._check_size(self._held + len(data))
-        self._pieces += data
+        self._pieces.append(data)
         self._held += len(data)
         self._relay.hold(self.caller.key_id, len(data))
 
@@ -126,7 +122,7 @@ class Admission:
         an alias or ``--usage exact`` change. Raises :class:`~vllmproxy.errors.ApiError`."""
         key = self.caller.key
         assert key is not None
-        body = bytes(self._pieces)
+        body = b"".join(self._pieces)
         self._pieces.clear()
         asked = self._read(body)
         if key.counts_tokens and asked.unclear:
@@ -139,12 +135,12 @@ class Admission:
             body = with_model(body, asked, model)
             asked = self._read(body)
         if self._is_exact_for(key):
-            changed = with_usage(self.route, body, asked)
+            changed = with_usage(self.way.route, body, asked)
             self.withholds = changed is not None
             body = body if changed is None else changed
         self.end_user = self.end_user or asked.end_user
         self.body = body
-        prompt, output = expected_tokens(self.route, asked.prompt_tokens, asked.output_tokens)
+        prompt, output = expected_tokens(self.way.route, asked.prompt_tokens, asked.output_tokens)
         self.demand = Demand(
             asked=named,
             model=model,
@@ -158,16 +154,17 @@ class Admission:
 
     def _read(self, body: bytes) -> Asked:
         fields = self._stream.head.fields
+        deciding: list[bytes | None] = []
         for name, said in _DECIDING.items():
-            if len(fields.get(name, ())) > 1:
+            values = fields.get(name)
+            if values is not None and len(values) > 1:
                 reason = f"there are several headers {said}"
                 return Asked(surety="ambiguous", reason=reason, unclear=reason)
-        if _OVERRIDES & fields.keys():
-            return Asked(
-                surety="ambiguous", reason="a header names another model", unclear="a header names another model"
-            )
-        content_type, encoding = (fields.get(name, [None])[0] for name in _DECIDING)
-        return read_request(self.route, body, content_type, encoding)
+            deciding.append(values[0] if values else None)
+        if not _OVERRIDES.isdisjoint(fields):
+            reason = "a header names another model"
+            return Asked(surety="ambiguous", reason=reason, unclear=reason)
+        return read_request(self.way.route, body, *deciding)
 
     def _model_for(self, key: VirtualKey, asked: Asked) -> str | None:
         """Return what vLLM calls the model. Raises where the key may not use it, or nobody can say which it is."""
@@ -207,21 +204,15 @@ class Admission:
 
     def release(self) -> None:
         """The body is held no longer."""
-        self._relay.hold(self.caller.key_id, -self._held)
-        self._held = 0
+        if self._held:
+            self._relay.hold(self.caller.key_id, -self._held)
+            self._held = 0
         self._pieces.clear()
-
-    @cached_property
-    def _method(self) -> str:
-        return self._stream.head.method.decode("ascii")
-
-    @cached_property
-    def route(self) -> str:
-        """The path as vLLM reads it."""
-        return reading_of(self.path, self._base)
 
 
 def end_user_in(fields: dict[bytes, list[bytes]]) -> str | None:
     """Return the end user that the headers name."""
-    named = (printable(fields[name][0].decode("utf-8", "replace")) for name in _END_USER_HEADERS if name in fields)
-    return next((user for user in named if user), None)
+    for name in _END_USER_HEADERS:
+        if name in fields and (user := printable(fields[name][0].decode("utf-8", "replace"))):
+            return user
+    return None

@@ -17,7 +17,7 @@ from vllmproxy.keys.credentials import read_credential
 from vllmproxy.keys.gate import Caller
 from vllmproxy.keys.routes import is_anthropic
 from vllmproxy.observers.record import Ended
-from vllmproxy.relay.admission import Admission
+from vllmproxy.relay.admission import Admission, end_user_in
 from vllmproxy.relay.bill import Bill, Outcome
 from vllmproxy.relay.failures import error_of
 from vllmproxy.relay.headers import answer_lines, request_id
@@ -27,9 +27,10 @@ from vllmproxy.relay.recording import begin_record, end_record
 from vllmproxy.relay.refuse import refuse, refuse_body
 from vllmproxy.relay.sending import body_of, headers_of
 from vllmproxy.relay.states import Event, State
-from vllmproxy.relay.targets import is_unsafe, split_target, upstream_path
+from vllmproxy.relay.targets import split_target, upstream_path
 from vllmproxy.relay.tunnel import Tunnel
 from vllmproxy.relay.waits import Patience
+from vllmproxy.relay.ways import way_of
 
 if TYPE_CHECKING:
     from vllmproxy.relay.relay import Relay
@@ -53,10 +54,9 @@ class Exchange:
         self._state = State.ADMITTING
         self._began = relay.clock.seconds()
         self._server = relay.server  # it may be exchanged meanwhile
-        self._target = stream.head.target
-        self._admission: Admission | None = None
         self._bill: Bill | None = None
         self._forwarded = False
+        self._released = False
         self._body: StreamedBody | WholeBody | None = None
         self._sending: Deferred[Any] | None = None
         self._answer: Answer | None = None
@@ -64,37 +64,36 @@ class Exchange:
         self._tunnel: Tunnel | None = None
         self._patience = Patience(self, relay.waits)
         self._client = relay.client_of(stream)
-        self._id = request_id(stream.head)
-        self._record = begin_record(stream, self._client, self._id, self._began)
+        head = stream.head
+        path, self._query = split_target(head.target)
+        self._way = way = way_of(head.method, path, self._server.upstream.base_path)
+        end_user = end_user_in(head.fields)
+        self._admission = Admission(relay, stream, way, end_user)
+        self._id = request_id(head)
+        self._record = begin_record(stream, self._client, self._id, self._began, way, end_user)
 
     # admission
 
     def begin(self) -> None:
         """Decide on the head alone whether this request goes on."""
-        stream, record = self._stream, self._record
+        stream = self._stream
         stream.receiver = self
-        upstream = self._server.upstream
-        path, query = split_target(stream.head.target)
-        forwarded = upstream_path(path, upstream.base_path)
-        record.route = forwarded.decode("ascii")
         try:
-            if is_unsafe(path):
+            if self._way.is_unsafe:
                 stream.head.keep_alive = False  # whoever writes such a path is given no second try on this connection
                 raise BadRequest(_UNSAFE_PATH)
-            self._target = forwarded + query
-            admission = self._admission = Admission(self._relay, stream, forwarded)
-            if admission.is_preflight:
+            if self._admission.is_preflight:
                 self._queue()
                 return
             caller = self._relay.gate.identify(read_credential(stream.head.fields))
         except ApiError as error:
             self.feed(Event.REFUSED, error)
             return
-        if isinstance(caller, Deferred):
+        if isinstance(caller, Caller):
+            self.feed(Event.ADMITTED, caller)
+        else:
             caller.addCallbacks(self._identified, self._not_admitted)
             caller.addErrback(_unexpected)
-        else:
-            self.feed(Event.ADMITTED, caller)
 
     def _identified(self, caller: Caller) -> None:
         self.feed(Event.ADMITTED, caller)
@@ -109,7 +108,6 @@ class Exchange:
     def _admitted(self, caller: Caller) -> None:
         self._record.key_id = caller.key_id
         self._record.key_alias = caller.key_alias
-        assert self._admission is not None
         holds = self._admission.check(caller)
         self._relay.began(self, caller.key_id)
         if not holds:
@@ -121,27 +119,27 @@ class Exchange:
             self._held()
 
     def _hold(self, data: bytes) -> None:
-        assert self._admission is not None
         self._admission.hold(data)
 
     def _held(self) -> None:
         self._state = State.ADMITTING
-        assert self._admission is not None
         self._admission.judge()
         self._record.end_user = self._admission.end_user
         self._queue()
 
     def _queue(self) -> None:
         if self._relay.line.enter(self, self._client):
-            self._placed()
+            self._go_on()
         else:
             self._state = State.QUEUED
             self._patience.for_place()
 
     def _placed(self) -> None:
-        self._state = State.ADMITTING
         self._patience.for_nothing()
-        assert self._admission is not None
+        self._go_on()
+
+    def _go_on(self) -> None:
+        self._state = State.ADMITTING
         if self._admission.is_preflight:
             self._send()
         else:
@@ -151,13 +149,12 @@ class Exchange:
         self._explain(self._relay.line.late(), "refused")
 
     def _reserve(self) -> None:
-        assert self._admission is not None
         reserved = self._admission.reserve()
-        if isinstance(reserved, Deferred):
+        if reserved is None or isinstance(reserved, Reservation):
+            self._reserved(reserved)
+        else:
             reserved.addCallbacks(self._got_reservation, self._not_admitted)
             reserved.addErrback(_unexpected)
-        else:
-            self._reserved(reserved)
 
     def _got_reservation(self, reservation: Reservation) -> None:
         if self._state is State.ADMITTING:
@@ -166,7 +163,6 @@ class Exchange:
             self._relay.cancel(reservation)
 
     def _reserved(self, reservation: Reservation | None) -> None:
-        assert self._admission is not None
         self._bill = self._relay.open_bill(self._admission, reservation, self._record.time)
         self._send()
 
@@ -191,7 +187,6 @@ class Exchange:
         self._state = State.WAITING
         self._forwarded = True
         stream, server = self._stream, self._server
-        assert self._admission is not None
         headers = headers_of(stream, self._admission, self._client, self._id, server)
         headers.inform = self._inform
         self._body = body_of(stream, self._admission)
@@ -199,7 +194,7 @@ class Exchange:
             self._patience.for_answer(self._admission)
         sending = server.client.request(
             stream.head.method.decode("ascii"),
-            RawURL(server.origin + self._target.decode("ascii")),
+            RawURL(server.origin + self._way.text + self._query.decode("ascii")),
             headers=headers,
             data=self._body,
             unbuffered=True,
@@ -244,8 +239,7 @@ class Exchange:
         self._answer = answer
         if self._body is not None:
             self._body.forget()
-        if self._admission is not None:
-            self._admission.release()
+        self._admission.release()
         lines = answer_lines(head, self._id, self._server.upstream)
         if self._bill is not None:
             lines += self._bill.lines
@@ -256,20 +250,21 @@ class Exchange:
             self._tunnel.begin(answer, head.reason, lines)
             return
         self._state = State.ANSWERING
-        assert self._admission is not None
-        self._patience.for_answer(self._admission)  # for its body: it may be a stream whose prompt is yet to be read
         self._passing = Passing(head, self._server.told, withholds=self._admission.withholds)
         self._record.streamed = self._passing.streamed
         stream.start_response(head.status, head.reason, lines, length=head.content_length, bodiless=head.bodiless)
         stream.set_producer(self)
         answer.pipe(self)
         stream.flush()
+        if self._record.time_to_first_byte is None and self._state is State.ANSWERING:
+            self._patience.for_answer(self._admission)  # it may be a stream whose prompt is yet to be read
 
     def answer_received(self, data: bytes, last: bool) -> None:
         """A piece of vLLM's answer (:class:`~vllmproxy.http1.answer.AnswerReceiver`)."""
         if self._record.time_to_first_byte is None:
             self._record.time_to_first_byte = self._relay.clock.seconds() - self._began
-            self._patience.for_more()
+            if not last:
+                self._patience.for_more()
         assert self._passing is not None
         data = self._passing.feed(data)
         if last:
@@ -313,8 +308,7 @@ class Exchange:
         self.feed(Event.HELD)
         if isinstance(self._body, StreamedBody):
             if self._state is State.WAITING:
-                assert self._admission is not None
-                self._patience.for_answer(self._admission)
+                        self._patience.for_answer(self._admission)
             self._body.body_complete()
 
     def body_failed(self, error: WireError) -> None:
@@ -394,8 +388,10 @@ class Exchange:
     def _release(self, why: Ended) -> None:
         """Give back what was reserved and not used, and write down what was. Before the client can know that its
         request is over: its next one may be waiting on the same connection for the place."""
-        if self._admission is not None:
-            self._admission.release()
+        if self._released:
+            return
+        self._released = True
+        self._admission.release()
         if self._passing is not None:
             self._passing.read()
         bill, self._bill = self._bill, None

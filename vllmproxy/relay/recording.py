@@ -2,20 +2,22 @@
 
 from vllmproxy.http1.stream import Stream
 from vllmproxy.observers.record import Ended, RequestRecord
-from vllmproxy.relay.admission import end_user_in
+from vllmproxy.relay.ways import Way
 from vllmproxy.relay.headers import Client
 from vllmproxy.relay.passing import Passing
 
 
-def begin_record(stream: Stream, client: Client, id: bytes, time: float) -> RequestRecord:
-    """Return what is known when the head is here; the route is not yet."""
+def begin_record(
+    stream: Stream, client: Client, id: bytes, time: float, way: Way, end_user: str | None
+) -> RequestRecord:
+    """Return what is known when the head is here."""
     return RequestRecord(
         time=time,
         request_id=id.decode("ascii"),
         method=stream.head.method.decode("ascii"),
-        route="",
+        route=way.text,
         client=client.address,
-        end_user=end_user_in(stream.head.fields),
+        end_user=end_user,
     )
 
 

@@ -6,6 +6,8 @@ from enum import Enum
 class State(Enum):
     """Where an exchange is."""
 
+    __hash__ = object.__hash__  # they are looked up all the time, and Enum's own is a Python function
+
     ADMITTING = "the key is being looked up, or its limits"
     HOLDING = "the body is being read, as the key's rules need it"
     QUEUED = "it stands in the line for a place"
@@ -17,6 +19,8 @@ class State(Enum):
 
 class Event(Enum):
     """What can happen to an exchange from outside."""
+
+    __hash__ = object.__hash__  # as above
 
     ADMITTED = "the caller is known"
     PIECE = "a piece of the body is here"

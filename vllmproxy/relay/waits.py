@@ -90,7 +90,7 @@ class Waits:
         """Return the wait for vLLM's answer to a request."""
         if not self._first_byte_for:
             return self._first_byte
-        route = admission.route
+        route = admission.way.route
         return next((waits for each, waits in self._first_byte_for.items() if each.covers(route)), self._first_byte)
 
     def close(self) -> None:
