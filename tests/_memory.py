@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from treq.client import HTTPClient
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
@@ -17,6 +16,7 @@ from vllmproxy.http1.factory import ServerFactory
 from vllmproxy.http1.message import Limits, WireError
 from vllmproxy.http1.server import ServerChannel
 from vllmproxy.http1.stream import Stream
+from vllmproxy.http1.streaming import StreamingClient
 from vllmproxy.keys.credentials import Credential
 from vllmproxy.keys.gate import ANONYMOUS, Caller
 from vllmproxy.keys.key import VirtualKey
@@ -272,8 +272,7 @@ class House:
         self.gate = Gatekeeper()
         upstream = Address.parse(url)
         self.agent = UpstreamAgent(self.clock, self.endpoint, upstream.origin)
-        client = HTTPClient(self.agent)
-        server = Server(upstream, upstream.origin.decode(), self.agent, client, authorization)
+        server = Server(upstream, self.agent, StreamingClient(self.agent), authorization)
         gate: Any = self.gate
         self.store = MemoryStore()
         Deferred.fromCoroutine(self.store.open())

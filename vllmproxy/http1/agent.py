@@ -3,15 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-from hyperlink import EncodedURL
-from treq.cookies import IndexableCookieJar
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.internet.interfaces import IAddress, IReactorTime, IStreamClientEndpoint
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
@@ -30,33 +27,6 @@ _CONNECT_ERRORS = (ConnectError, DNSLookupError, HandshakeFailed, OSError)
 
 class ConnectFailed(Exception):
     """No connection to the upstream could be made: nothing was sent."""
-
-
-class RawURL(EncodedURL):
-    """A URL that is a URI already. treq would parse it, encode its host by IDNA and write it out again on each
-    call, and might normalise what must stay as sent; this one only hands out its text."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def to_uri(self) -> "RawURL":
-        return self
-
-    def to_text(self, with_password: bool = False) -> str:
-        return self._text
-
-
-class NoCookies(IndexableCookieJar):
-    """A jar that neither takes nor gives: a shared treq client would replay one caller's cookies to the next."""
-
-    def extract_cookies(self, response: Any, request: Any) -> None:
-        """Keep nothing."""
-
-    def add_cookie_header(self, request: Any) -> None:
-        """Add nothing."""
-
-
-NO_COOKIES = NoCookies()
 
 
 class _ConnectionFactory(Factory):
@@ -127,11 +97,11 @@ class UpstreamAgent:
         self._reachable = True
         self.retries = 0
 
-    def request(
+    def request(  # type: ignore[override]  # header lines come as they go on the wire
         self,
         method: bytes,
         uri: bytes,
-        headers: Headers | None = None,
+        headers: OutgoingHeaders | None = None,
         bodyProducer: IBodyProducer | None = None,
     ) -> "Deferred[IResponse]":
         """Send a request. ``uri`` begins with the origin; ``headers`` are :class:`OutgoingHeaders`.
@@ -139,7 +109,7 @@ class UpstreamAgent:
         Fails with :class:`ConnectFailed`, :class:`~vllmproxy.http1.answer.AnswerLost` or
         :class:`~vllmproxy.http1.message.BadAnswer`. Cancelling resets the connection.
         """
-        assert isinstance(headers, OutgoingHeaders)
+        assert headers is not None
         assert uri.startswith(self._origin)
         request = Request(
             method,

@@ -1,7 +1,7 @@
 """A request as it goes to an upstream and the answer that comes back, in the dress that treq needs."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from attrs import define
 from twisted.internet.interfaces import IProtocol
@@ -53,38 +53,18 @@ class AnswerReceiver(Protocol):
         """After a 101: the upstream will send no more."""
 
 
-class OutgoingHeaders(Headers):
-    """A request's header lines as they go on the wire, in the dress of ``Headers``.
-
-    treq copies headers and adds ``Accept-Encoding`` for a decoder that must not run here, so both do nothing;
-    it asks for a cookie header to decide about its own cookies, and is told there is one.
+@define(slots=True, eq=False)
+class OutgoingHeaders:
+    """A request's header lines as they go on the wire, in place of Twisted's ``Headers``.
 
     :ivar lines: header lines with their CRLF, Host and framing included.
     :ivar upgrade: the request asks for a tunnel, so that a 101 is allowed.
     :ivar inform: takes the heads of informational answers.
     """
 
-    __slots__ = ["inform", "lines", "upgrade"]
-
-    def __init__(
-        self,
-        lines: bytes,
-        upgrade: bool = False,
-        inform: Callable[[ResponseHead], None] | None = None,
-    ) -> None:
-        super().__init__()
-        self.lines = lines
-        self.upgrade = upgrade
-        self.inform = inform
-
-    def copy(self) -> "OutgoingHeaders":
-        return self
-
-    def addRawHeader(self, name: str | bytes, value: str | bytes) -> None:
-        """Nothing is added to what the relay decided on."""
-
-    def hasHeader(self, name: str | bytes) -> bool:
-        return True
+    lines: bytes
+    upgrade: bool = False
+    inform: Callable[[ResponseHead], None] | None = None
 
 
 @define(slots=True, eq=False)
@@ -107,23 +87,34 @@ class Request:
 
 @implementer(IResponse)
 class Answer:
-    """An answer whose head is complete: ``IResponse`` for treq, and :meth:`pipe` for who streams it.
-
-    ``headers`` stays empty: treq's decoder is always on and would unpack what it finds described there. The real
-    head is ``head``.
-    """
+    """An answer whose head is complete: ``IResponse`` for Twisted and treq, and :meth:`pipe` for who streams it."""
 
     request = None
-    previousResponse = None
+    version = (b"HTTP", 1, 1)
 
     def __init__(self, head: ResponseHead, connection: "ClientConnection") -> None:
         self.head = head
         self.connection = connection
-        self.version = (b"HTTP", 1, 1)
-        self.code = head.status
-        self.phrase = head.reason
-        self.headers = Headers()
-        self.length = UNKNOWN_LENGTH if head.content_length is None else head.content_length
+        self.previousResponse: IResponse | None = None
+
+    @property
+    def code(self) -> int:
+        return self.head.status
+
+    @property
+    def phrase(self) -> bytes:
+        return self.head.reason
+
+    @property
+    def headers(self) -> Headers:
+        headers = Headers()
+        for name, value in self.head.headers:
+            headers.addRawHeader(name, value)
+        return headers
+
+    @property
+    def length(self) -> Any:
+        return UNKNOWN_LENGTH if self.head.content_length is None else self.head.content_length
 
     def pipe(self, receiver: AnswerReceiver) -> None:
         """Deliver the body, what has come already first. To be called as soon as the answer is there."""

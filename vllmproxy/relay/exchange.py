@@ -8,7 +8,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from vllmproxy.errors import ApiError, AuthError, BadRequest, Internal, UpstreamTimeout
-from vllmproxy.http1.agent import NO_COOKIES, ConnectFailed, RawURL
+from vllmproxy.http1.agent import ConnectFailed
 from vllmproxy.http1.answer import Answer
 from vllmproxy.http1.bodies import StreamedBody, WholeBody
 from vllmproxy.http1.message import ResponseHead, WireError
@@ -70,7 +70,7 @@ class Exchange:
         end_user = end_user_in(head.fields)
         self._admission = Admission(relay, stream, way, end_user)
         self._id = request_id(head)
-        self._record = begin_record(stream, self._client, self._id, self._began, way, end_user)
+        self._record = begin_record(stream, self._client, self._id, time=self._began, way=way, end_user=end_user)
 
     # admission
 
@@ -192,22 +192,14 @@ class Exchange:
         self._body = body_of(stream, self._admission)
         if not isinstance(self._body, StreamedBody):
             self._patience.for_answer(self._admission)
-        sending = server.client.request(
-            stream.head.method.decode("ascii"),
-            RawURL(server.origin + self._way.text + self._query.decode("ascii")),
-            headers=headers,
-            data=self._body,
-            unbuffered=True,
-            allow_redirects=False,
-            cookies=NO_COOKIES,
-            reactor=self._relay.clock,  # type: ignore[arg-type]  # only for timeout=, which is not given
-        )
+        url = server.upstream.origin + self._way.path + self._query
+        sending = server.client.request(stream.head.method, url, headers=headers, data=self._body)
         self._sending = sending
         sending.addCallbacks(self._got_answer, self._got_none)
         sending.addErrback(_unexpected)
 
-    def _got_answer(self, response: Any) -> None:
-        self.feed(Event.ANSWERED, response.original)
+    def _got_answer(self, answer: Answer) -> None:
+        self.feed(Event.ANSWERED, answer)
 
     def _got_none(self, reason: Failure) -> None:
         self.feed(Event.NO_ANSWER, reason)
@@ -308,7 +300,7 @@ class Exchange:
         self.feed(Event.HELD)
         if isinstance(self._body, StreamedBody):
             if self._state is State.WAITING:
-                        self._patience.for_answer(self._admission)
+                self._patience.for_answer(self._admission)
             self._body.body_complete()
 
     def body_failed(self, error: WireError) -> None:

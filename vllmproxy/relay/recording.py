@@ -2,13 +2,13 @@
 
 from vllmproxy.http1.stream import Stream
 from vllmproxy.observers.record import Ended, RequestRecord
-from vllmproxy.relay.ways import Way
 from vllmproxy.relay.headers import Client
 from vllmproxy.relay.passing import Passing
+from vllmproxy.relay.ways import Way
 
 
 def begin_record(
-    stream: Stream, client: Client, id: bytes, time: float, way: Way, end_user: str | None
+    stream: Stream, client: Client, id: bytes, *, time: float, way: Way, end_user: str | None
 ) -> RequestRecord:
     """Return what is known when the head is here."""
     return RequestRecord(

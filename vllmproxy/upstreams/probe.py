@@ -7,8 +7,8 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from vllmproxy.http1.agent import NO_COOKIES, ConnectFailed, RawURL
-from vllmproxy.http1.answer import AnswerLost, OutgoingHeaders
+from vllmproxy.http1.agent import ConnectFailed
+from vllmproxy.http1.answer import Answer, AnswerLost, OutgoingHeaders
 from vllmproxy.http1.message import BadAnswer
 from vllmproxy.upstreams.server import Server
 
@@ -49,15 +49,8 @@ class Probe:
     def _ask(self) -> Deferred[Any]:
         server = self._server
         lines = b"host: %s\r\n%s" % (server.upstream.authority, server.authorization)
-        path = (server.upstream.base_path + b"/health").decode("ascii")
-        return server.client.request(
-            "GET",
-            RawURL(server.origin + path),
-            headers=OutgoingHeaders(lines),
-            unbuffered=True,
-            allow_redirects=False,
-            cookies=NO_COOKIES,
-        )
+        url = server.upstream.origin + server.upstream.base_path + b"/health"
+        return server.client.request(b"GET", url, headers=OutgoingHeaders(lines))
 
     def _known(self, well: bool | Failure) -> None:
         if isinstance(well, Failure):
@@ -69,10 +62,9 @@ class Probe:
             waiter.callback(self._well)
 
 
-def _is_good(response: Any) -> bool:
-    answer = response.original
+def _is_good(answer: Answer) -> bool:
     answer.connection.abort()  # its body is of no interest, and may never end
-    return bool(answer.head.status < 500)
+    return answer.head.status < 500
 
 
 def _is_down(reason: Failure) -> bool:

@@ -3,7 +3,6 @@
 from typing import Any
 
 from attrs import define, field, frozen
-from treq.client import HTTPClient
 from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.endpoints import (
     HostnameEndpoint,
@@ -17,6 +16,7 @@ from twisted.internet.ssl import optionsForClientTLS
 
 from vllmproxy.http1.agent import UpstreamAgent
 from vllmproxy.http1.message import Limits
+from vllmproxy.http1.streaming import StreamingClient
 from vllmproxy.upstreams.authorities import Authorities
 from vllmproxy.upstreams.upstream import Upstream
 
@@ -35,15 +35,13 @@ class Told:
 class Server:
     """A vLLM server and the way to it.
 
-    :ivar origin: what request URIs begin with, as text.
     :ivar client: treq over this server's own agent.
     :ivar authorization: the server's own key as a header line, or empty.
     """
 
     upstream: Upstream
-    origin: str
     agent: UpstreamAgent
-    client: HTTPClient
+    client: StreamingClient
     authorization: bytes = b""
     told: Told = field(factory=Told)
 
@@ -78,7 +76,7 @@ def make_server(
         limits=limits,
     )
     authorization = b"authorization: Bearer %s\r\n" % key.encode() if key else b""
-    return Server(upstream, upstream.origin.decode("ascii"), agent, HTTPClient(agent), authorization)
+    return Server(upstream, agent, StreamingClient(agent), authorization)
 
 
 def _endpoint(
