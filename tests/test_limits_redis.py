@@ -180,7 +180,7 @@ async def test_a_cancelled_reservation_is_given_back(server: RedisServer, links:
             await call
     await (await links[0].get()).ping()  # whatever text of a script had to be sent first has been sent
     assert await limiter.reserve(ask("next")) == FIRST
-    assert server.command("GET", f"vllmproxy:{{{TOKEN}}}:request:gone-4") == b"$0\r\n\r\n"
+    assert server.command("GET", f"vllmproxy:{{{TOKEN}}}:request:gone-0") == b"$0\r\n\r\n"
 
 
 @pytest_twisted.ensureDeferred
@@ -191,10 +191,10 @@ async def test_a_late_script_does_nothing(server: RedisServer, links: list[Link]
     before = server.command("GET", f"vllmproxy:{{{TOKEN}}}:request:one")
     name = f"vllmproxy:{{{TOKEN}}}:request:one"
     late = round((time.time() - 0.001) * 1e6)
-    words = "60000000 476191 45000000 1000000 61000 requests 10 1 0 1"
+    lengths, rules = "60000000 476191 45000000 1000000 61000", "requests 10 1 0 1"
     calls = [
-        (RESERVE, ["clock", "fresh", "counter"], [late, "fresh", words]),
-        (SETTLE, [name], [late, "one", 5000, 0, 0]),
+        (RESERVE, ["clock", "fresh", "counter"], [late, lengths, "fresh", rules]),
+        (SETTLE, [name], [late, 5000, "one", "0 0"]),
         (RENEW, ["clock", name], [late, 45_000_000, 61_000, "one"]),
     ]
     for script, names, arguments in calls:
@@ -331,3 +331,21 @@ def test_memory_of_idle_keys_is_let_go() -> None:
     assert len(limiter) == 1
     clock.advance(61)
     assert len(limiter) == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_comes_together_is_decided_as_one_by_one(server: RedisServer, links: list[Link]) -> None:
+    """While one call for a key is under way, the next requests gather, and go in one call."""
+    limiter, alone = RedisLimiter(links[0], reactor), MemoryLimiter(Clock())
+    asks = [ask(f"r{n}", requests(9), tokens(1000, 300 if n % 3 else 10), parallel(6)) for n in range(150)]
+    together = await gatherResults([limiter.reserve(each) for each in asks])
+    for each, decided in zip(asks, together, strict=True):
+        expected = alone.reserve_now(each)
+        if isinstance(expected, Granted):
+            assert (decided, decided.taken) == (expected, expected.taken)
+        else:
+            assert isinstance(decided, Denied)
+            assert (decided.rule, decided.never, decided.left) == (expected.rule, expected.never, expected.left)
+    assert {type(each) for each in together} == {Granted, Denied}
+    await gatherResults([limiter.settle(TOKEN, each.request_id, (0, 0, 0)) for each in asks])
+    assert await limiter.reserve(ask("after", requests(9), tokens(1000, 1000), parallel(6))) == Granted((8, 0, 5))

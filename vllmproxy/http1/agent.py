@@ -116,6 +116,7 @@ class UpstreamAgent:
             uri[self._origin_length :],
             headers.lines,
             bodyProducer,
+            getattr(bodyProducer, "whole", None),
             chunked=bodyProducer is not None and bodyProducer.length is UNKNOWN_LENGTH,
             upgrade=headers.upgrade,
             inform=headers.inform,

@@ -73,6 +73,7 @@ class Request:
 
     :ivar target: origin-form.
     :ivar lines: header lines with their CRLF.
+    :ivar whole: all of the body, where it is at hand.
     :ivar chunked: frame the body's pieces as chunks.
     """
 
@@ -80,6 +81,7 @@ class Request:
     target: bytes
     lines: bytes
     body: IBodyProducer | None = None
+    whole: bytes | None = None
     chunked: bool = False
     upgrade: bool = False
     inform: Callable[[ResponseHead], None] | None = None

@@ -96,7 +96,7 @@ class StreamedBody:
 
 @implementer(IBodyProducer)
 class WholeBody:
-    """A body that is all here.
+    """A body that is all here, as ``whole``: a connection that knows that writes it with the head.
 
     :ivar length: bytes; ``UNKNOWN_LENGTH`` where it is to be sent in chunks, as it came.
     """
@@ -105,16 +105,16 @@ class WholeBody:
 
     def __init__(self, data: bytes, *, chunked: bool) -> None:
         self.length: Any = UNKNOWN_LENGTH if chunked else len(data)
-        self._data = data
+        self.whole = data
 
     def startProducing(self, consumer: IConsumer) -> "Deferred[None]":
         """Send all of it at once."""
-        consumer.write(self._data)
+        consumer.write(self.whole)
         return succeed(None)
 
     def forget(self) -> None:
         """The answer has begun: nothing is sent again."""
-        self._data = b""
+        self.whole = b""
 
     def pauseProducing(self) -> None:
         """It is sent already."""

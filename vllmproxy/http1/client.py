@@ -1,6 +1,7 @@
 """A connection to an upstream: one request at a time, its answer streamed with backpressure."""
 
 from collections.abc import Callable
+from socket import socket
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -67,6 +68,7 @@ class ClientConnection(Protocol):
         self._released = released
         self._gone = gone
         self._plain = False
+        self._sock: socket | None = None
         self._closed = False
         self._secure = False
         self._congested = False
@@ -77,7 +79,7 @@ class ClientConnection(Protocol):
         self._producer: Any = None
         self._cork: list[bytes] | None = None
         self._body_sent = True
-        self._verdict = Verdict(clock, lambda: delivery(raw_socket(self.transport)))
+        self._verdict = Verdict(clock, lambda: delivery(self._sock))
         self._half_closed = False
         self._shut = False
         self._paused = False
@@ -89,6 +91,7 @@ class ClientConnection(Protocol):
         transport: Any = self.transport
         self._plain = is_plain(transport)
         self._secure = isinstance(transport, TLSMemoryBIOProtocol)
+        self._sock = raw_socket(transport)
         if self._secure:
             # Not on the class: Twisted's endpoints wrap a plain connection's protocol, and their wrapper provides only
             # the last of the interfaces it looks for, so that half-close would be lost.
@@ -118,7 +121,7 @@ class ClientConnection(Protocol):
 
     def has_ended(self) -> bool:
         """Whether an idle connection's end has arrived, though the reactor has not come to it yet."""
-        return self._closed or has_ended(raw_socket(self.transport))
+        return self._closed or has_ended(self._sock)
 
     def send(self, request: Request) -> "Deferred[IResponse]":
         """Send ``request``; the result is an :class:`Answer` when its head is complete.
@@ -134,6 +137,9 @@ class ClientConnection(Protocol):
         head = b"%s %s HTTP/1.1\r\n%s\r\n" % (request.method, request.target, request.lines)
         if request.body is None:
             self._write(head)
+            return waiting
+        if request.whole is not None:
+            self._write(head + (_in_one_chunk(request.whole) if request.chunked else request.whole))
             return waiting
         self._cork = [head]
         self._body_sent = False
@@ -387,3 +393,8 @@ class ClientConnection(Protocol):
                 receiver.answer_finished()
             else:
                 receiver.answer_failed(Failure(AnswerLost("the connection ended in the middle of the answer")))
+
+
+def _in_one_chunk(data: bytes) -> bytes:
+    """Return a body in the chunked coding (RFC 9112 §7.1)."""
+    return b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"

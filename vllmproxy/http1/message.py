@@ -74,6 +74,7 @@ class RequestHead:
 class ResponseHead:
     """An answer's head.
 
+    :ivar fields: lower-case name → values, in order.
     :ivar content_length: ``None`` where none was sent.
     :ivar chunked: the body is in the chunked coding; neither this nor a length: it ends with the connection.
     :ivar bodiless: no body follows, whatever the head says (HEAD, 1xx, 204, 304: RFC 9112 §6.3).
@@ -83,23 +84,29 @@ class ResponseHead:
     reason: bytes
     headers: list[tuple[bytes, bytes]]
     version: bytes = b"1.1"
+    fields: dict[bytes, list[bytes]] = field(init=False)
     content_length: int | None = None
     chunked: bool = False
     bodiless: bool = False
 
+    def __attrs_post_init__(self) -> None:
+        self.fields = fields_of(self.headers)
+
     def get(self, name: bytes) -> bytes | None:
         """Return the first value of the header ``name`` (lower case)."""
-        for key, value in self.headers:
-            if key.lower() == name:
-                return value
-        return None
+        values = self.fields.get(name)
+        return None if values is None else values[0]
 
 
 def fields_of(headers: list[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
     """Return lower-case name → values, in order."""
     fields: dict[bytes, list[bytes]] = {}
     for name, value in headers:
-        fields.setdefault(name.lower(), []).append(value)
+        lower = name.lower()
+        if lower in fields:
+            fields[lower].append(value)
+        else:
+            fields[lower] = [value]
     return fields
 
 

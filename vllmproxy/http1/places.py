@@ -66,7 +66,7 @@ class Places(Generic[T]):
             self._forget(self._waiting.pop(item))
         elif item in self._placed:
             self._forget(self._placed.pop(item))
-            return self._call()
+            return self._call() if self._waiting else None
         return None
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class Places(Generic[T]):
         self._closed = True
 
     def _call(self) -> T | None:
-        if self._closed or not self._waiting:
+        if self._closed:
             return None
         first = next(iter(self._waiting))
         self._placed[first] = self._waiting.pop(first)

@@ -9,13 +9,12 @@ from vllmproxy.http1.message import Limits, RequestHead, WireError, fields_of
 from vllmproxy.http1.rules import check_request
 
 _BAD_SYNTAX = "The request is not well-formed HTTP/1.1."
+#: Those that are spoken here.
+_VERSIONS = {"1.1": (1, 1), "1.0": (1, 0)}
 
 
 class RequestSink(Protocol):
     """Takes what a :class:`RequestReader` finds. It only notes it: the reader is in the middle of its bytes."""
-
-    def head_begun(self) -> None:
-        """The first byte of a request."""
 
     def request_begun(self, head: RequestHead) -> None:
         """A head that passed every check."""
@@ -31,7 +30,7 @@ class RequestReader:
     """Parses requests with llhttp, and refuses what llhttp or :mod:`vllmproxy.http1.rules` refuse.
 
     :ivar error: set once, when the bytes are no HTTP that may be served; nothing is parsed afterwards.
-    :ivar in_head: some of a head has come, not all of it.
+    :ivar in_head: some of a head has come, not all of it; ``was_in_head``: the same before what was fed last.
     :ivar early: what came behind a WebSocket handshake; ``None`` where there is none. Nothing is parsed until
         :meth:`resume` says that the connection stayed HTTP.
     """
@@ -42,6 +41,7 @@ class RequestReader:
         self._parser: Any = httptools.HttpRequestParser(self)
         self.error: WireError | None = None
         self.in_head = False
+        self.was_in_head = False
         self.early: bytes | None = None
         self._head: RequestHead | None = None
         self._head_bytes = 0
@@ -63,6 +63,7 @@ class RequestReader:
         if self.error is not None:
             return
         size, self._progressed = len(data), False
+        self.was_in_head = self.in_head
         while data:
             self._data = data
             try:
@@ -129,7 +130,6 @@ class RequestReader:
         self._begun.clear()
         self._target = b""
         self._headers = []
-        self._sink.head_begun()
 
     def on_url(self, data: bytes) -> None:
         if self._ignoring_head:
@@ -156,11 +156,10 @@ class RequestReader:
         self.in_head = False
         if self._is_rtsp():
             self._refuse(505, "This is RTSP; only HTTP/1.1 and HTTP/1.0 are spoken here.")
-        major, minor = self._parser.get_http_version().split(".")
         head = RequestHead(
             method=self._parser.get_method(),
             target=self._target,
-            version=(int(major), int(minor)),
+            version=_VERSIONS.get(self._parser.get_http_version(), (0, 0)),
             headers=self._headers,
             fields=fields_of(self._headers),
         )

@@ -187,4 +187,4 @@ class ResponseReader:
 
 
 def _says_close(head: ResponseHead) -> bool:
-    return any(name.lower() == b"connection" and b"close" in value.lower() for name, value in head.headers)
+    return any(b"close" in value.lower() for value in head.fields.get(b"connection", ()))

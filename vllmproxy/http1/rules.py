@@ -76,8 +76,10 @@ def check_request(head: RequestHead) -> None:
     _check_names(head)
     _check_framing(head)
     _check_target(head)
-    _check_expect(head)
-    _read_connection(head)
+    if b"expect" in head.fields:
+        _check_expect(head)
+    if b"connection" in head.fields or head.version == (1, 0):
+        _read_connection(head)
 
 
 def _check_names(head: RequestHead) -> None:
@@ -125,8 +127,8 @@ def _check_target(head: RequestHead) -> None:
 
 
 def _check_expect(head: RequestHead) -> None:
-    expect = head.fields.get(b"expect")
-    if expect is None or head.version == (1, 0):
+    expect = head.fields[b"expect"]
+    if head.version == (1, 0):
         return
     if len(expect) != 1 or expect[0].lower() != b"100-continue":
         raise WireError(417, "The only expectation understood is 100-continue.")
@@ -160,8 +162,8 @@ def check_response(head: ResponseHead, method: bytes) -> None:
     """
     if not 100 <= head.status <= 599:
         raise BadAnswer(f"status {head.status}")
-    fields = fields_for_framing(head)
-    codings, lengths = fields[b"transfer-encoding"], fields[b"content-length"]
+    fields = head.fields
+    codings, lengths = fields.get(b"transfer-encoding"), fields.get(b"content-length")
     if codings and lengths:
         raise BadAnswer("Content-Length with Transfer-Encoding")
     if codings:
@@ -175,12 +177,3 @@ def check_response(head: ResponseHead, method: bytes) -> None:
             raise BadAnswer("a Content-Length that is not one plain decimal number")
         head.content_length = int(lengths[0])
     head.bodiless = method == b"HEAD" or head.status in (204, 304) or head.status < 200
-
-
-def fields_for_framing(head: ResponseHead) -> dict[bytes, list[bytes]]:
-    """Return the values of the two framing headers; the others are not looked at (they may be many)."""
-    found: dict[bytes, list[bytes]] = {b"transfer-encoding": [], b"content-length": []}
-    for name, value in head.headers:
-        if len(name) in (14, 17) and (values := found.get(name.lower())) is not None:
-            values.append(value)
-    return found

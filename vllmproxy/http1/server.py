@@ -10,6 +10,7 @@ from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from vllmproxy.deadlines import Deadlines
 from vllmproxy.http1.message import RequestHead, WireError
 from vllmproxy.http1.requests import RequestReader
 from vllmproxy.http1.sockets import hang_up, has_ended, is_closing, is_plain, queued_bytes, raw_socket, write_now
@@ -40,9 +41,11 @@ class ServerChannel(Protocol):
         self._fd = -1
         self._reading = True
         self._mode = "http"
+        self._waiting: Deadlines[ServerChannel] | None = None
         self._active: Stream | None = None
         self._queue: deque[Stream] = deque()
         self._starting = False
+        self._times_body = False
         self._lingered = 0
         self._body_before = 0
         self._half_closed = False
@@ -66,7 +69,7 @@ class ServerChannel(Protocol):
         transport.registerProducer(self, True)
         self.factory.channels.add(self)
         if self.factory.admit(self):
-            self.factory.head_deadlines.set(self)
+            self._wait_for(self.factory.head_deadlines)
         else:
             self.abort()  # no HTTP was spoken; who sent some already may take it that nothing was done
 
@@ -135,16 +138,12 @@ class ServerChannel(Protocol):
 
     # the reader's side (vllmproxy.http1.requests.RequestSink)
 
-    def head_begun(self) -> None:
-        if self._active is None and not self._queue:
-            self.factory.idle_deadlines.clear(self)
-            self.factory.head_deadlines.set(self)
-
     def request_begun(self, head: RequestHead) -> None:
+        if self._waiting is not None:
+            self._wait_for(None)
         self._used = True
         self._incoming = Stream(head, self)
         self._queue.append(self._incoming)
-        self.factory.head_deadlines.clear(self)
 
     def body_read(self, data: bytes) -> None:
         stream = self._incoming
@@ -161,6 +160,9 @@ class ServerChannel(Protocol):
 
     def _settle(self) -> None:
         """Act on what one read brought: hand on bodies, start requests, refuse what broke."""
+        reader = self._reader
+        if reader.in_head and not reader.was_in_head and self._is_unused():
+            self._wait_for(self.factory.head_deadlines)
         if self._active is not None:
             if self._reader.error is not None and not self._active.complete:
                 self._body_broke(self._active)
@@ -190,16 +192,15 @@ class ServerChannel(Protocol):
         if self._active is not stream:
             return
         self._active = None
-        self.factory.rate_deadlines.clear(self)
+        self._time_no_body()
         if stream.closes or self._mode == "closed":
             self._close_after(stream.complete)
             return
         if stream.head.websocket:  # the upstream did not switch: what follows is plain HTTP again
             self._reader.resume()
         self._start_next()
-        if self._active is None and not self._queue and self._mode == "http":
-            waiting_for = self.factory.head_deadlines if self._reader.in_head else self.factory.idle_deadlines
-            waiting_for.set(self)
+        if self._is_unused():
+            self._wait_for(self.factory.head_deadlines if self._reader.in_head else self.factory.idle_deadlines)
         self.update_reading()
         if self.factory.draining:
             self.drain()
@@ -224,7 +225,19 @@ class ServerChannel(Protocol):
             self.lose()
 
     def _is_idle(self) -> bool:
-        return self._mode == "http" and self._active is None and not self._queue and not self._reader.in_head
+        return self._is_unused() and not self._reader.in_head
+
+    def _is_unused(self) -> bool:
+        """Whether there is no request here but one whose head is still coming."""
+        return self._active is None and not self._queue and self._mode == "http"
+
+    def _wait_for(self, deadlines: "Deadlines[ServerChannel] | None") -> None:
+        """Wait for a head, or idly; ``None``: neither, as a request is here or the end is near."""
+        if self._waiting is not None:
+            self._waiting.clear(self)
+        self._waiting = deadlines
+        if deadlines is not None:
+            deadlines.set(self)
 
     def _body_broke(self, stream: Stream) -> None:
         """The active request's body is malformed, or late: the upstream must not take it for a whole one."""
@@ -266,10 +279,16 @@ class ServerChannel(Protocol):
         if wanted != self._reading:
             self._set_reading(wanted)
         if wanted and stream is not None and not stream.complete and not stream.awaits_continue:
+            self._times_body = True
             self.factory.body_deadlines.set(self)
             if self.factory.rate_deadlines.begin(self):
                 self._body_before = stream.bytes_in + stream.held_bytes
         else:
+            self._time_no_body()
+
+    def _time_no_body(self) -> None:
+        if self._times_body:
+            self._times_body = False
             self.factory.body_deadlines.clear(self)
             self.factory.rate_deadlines.clear(self)
 
@@ -327,8 +346,7 @@ class ServerChannel(Protocol):
         """Close once what is queued has left; how long that may take, its progress decides."""
         self._mode = "closed"
         self._unwatch()
-        self.factory.head_deadlines.clear(self)
-        self.factory.idle_deadlines.clear(self)
+        self._wait_for(None)
         self._drain(self.transport.loseConnection)  # type: ignore[union-attr]
 
     def head_late(self) -> None:

@@ -89,6 +89,15 @@ class Stream:
         self.deliver()
         self.channel.update_reading()
 
+    def take_body(self) -> bytes | None:
+        """Return all of the body, where all of it has come already; then nothing of it goes to the receiver. ``None``
+        where it has not, or some of it went there."""
+        if not self.complete or self.flowing or self.bytes_in:
+            return None
+        data = self.held[0] if len(self.held) == 1 else b"".join(self.held)
+        self.held, self.held_bytes, self.bytes_in = [], 0, len(data)
+        return data
+
     def deliver(self) -> None:
         """Hand on what is held, if the handler wants it, and the end of the request after it."""
         if not self.flowing or self.over:

@@ -56,9 +56,11 @@ class KeyCache:
 
     def get(self, token: str) -> VirtualKey | None:
         """Return the key if it is held and fresh; ``None`` says nothing about whether it exists."""
-        known = self._held(token)
-        if known is None or known.doubts != self._doubts or self._age(known) >= self.ttl:
+        known = self._keys.get(token)
+        if known is None or known.doubts != self._doubts or self._clock.seconds() - known.since >= self.ttl:
+            self._held(token)  # or no longer
             return None
+        self._keys.move_to_end(token)
         return known.key
 
     def get_stale(self, token: str) -> VirtualKey | None:

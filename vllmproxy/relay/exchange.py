@@ -112,11 +112,14 @@ class Exchange:
         self._relay.began(self, caller.key_id)
         if not holds:
             self._queue()
-        elif self._stream.head.has_body:
+        elif not self._stream.head.has_body:
+            self._held()
+        elif (whole := self._stream.take_body()) is not None:
+            self._hold(whole)
+            self._held()
+        else:
             self._state = State.HOLDING
             self._stream.read_body()
-        else:
-            self._held()
 
     def _hold(self, data: bytes) -> None:
         self._admission.hold(data)

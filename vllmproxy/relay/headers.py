@@ -1,8 +1,9 @@
 """Which header lines pass, which are added and which are taken: the table in ``docs/headers.rst``, as code. Pure."""
 
 import re
-import secrets
+from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_address
+from os import urandom
 
 from attrs import frozen
 from twisted.internet.interfaces import IAddress
@@ -70,7 +71,7 @@ class TrustedProxies:
     def client(self, peer: str, head: RequestHead) -> Client:
         """Return who the client is: the right-most address in ``X-Forwarded-For`` that is not a trusted proxy."""
         if not self._networks or not self._trusts(peer):
-            return Client(peer, peer, False)
+            return _direct(peer)
         chain = [part.strip() for value in head.fields.get(b"x-forwarded-for", ()) for part in value.split(b",")]
         for part in reversed(chain):
             address = part.decode("ascii", "replace")
@@ -90,6 +91,11 @@ class TrustedProxies:
             return False
         mapped = getattr(address, "ipv4_mapped", None)
         return any((mapped or address) in network for network in self._networks)
+
+
+@lru_cache(maxsize=1024)
+def _direct(peer: str) -> Client:
+    return Client(peer, peer, False)
 
 
 def _is_address(text: str) -> bool:
@@ -112,7 +118,7 @@ def request_id(head: RequestHead) -> bytes:
 
 def fresh_id() -> bytes:
     """Return a new request id: 32 hexadecimal digits."""
-    return secrets.token_hex(16).encode()
+    return urandom(16).hex().encode()
 
 
 def request_lines(
@@ -172,7 +178,7 @@ def _forwarded_lines(head: RequestHead, fields: dict[bytes, list[bytes]], client
 
 def answer_lines(head: ResponseHead, id: bytes, upstream: Upstream) -> bytes:
     """Return the header lines for the client: vLLM's, less the hop's own, with the request id and Via added."""
-    nominated = _nominated(head)
+    nominated = connection_options(head.fields)
     lines = []
     for name, value in head.headers:
         lower = name.lower()
@@ -184,10 +190,3 @@ def answer_lines(head: ResponseHead, id: bytes, upstream: Upstream) -> bytes:
         lines.append(b"connection: Upgrade\r\nupgrade: websocket\r\n")
     lines.append(b"x-request-id: %s\r\nvia: %s vllmproxy\r\n" % (id, head.version))
     return b"".join(lines)
-
-
-def _nominated(head: ResponseHead) -> frozenset[bytes]:
-    value = head.get(b"connection")
-    if value is None:
-        return frozenset()
-    return connection_options({b"connection": [v for n, v in head.headers if n.lower() == b"connection"]})

@@ -27,4 +27,6 @@ def body_of(stream: Stream, admission: Admission) -> StreamedBody | WholeBody | 
     whole, admission.body = admission.body, None
     if not stream.head.has_body:
         return None
+    if whole is None:
+        whole = stream.take_body()
     return StreamedBody(stream) if whole is None else WholeBody(whole, chunked=stream.head.chunked)

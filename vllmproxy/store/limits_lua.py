@@ -90,100 +90,129 @@ local function used_of(name, kind)
 end
 """
 
-#: KEYS: the key's clock, the reservation, each rule's counter. ARGV: not after, the request id, and in one text the
-#: lengths of window, bucket, lease and pause, milliseconds to keep things; of each rule its kind, limit, cost, period
-#: and the least that will do. Answers GRANTED, now, what remains of each, what was taken of each; or REFUSED, now,
-#: which rule (from 0), wait, 1 if that is for ever, what is left of it.
+# A window that was loaded once holds for all requests of one call.
+_ONE = """
+local windows = {}
+
+local function window_of(name, length, width, steady)
+  windows[name] = windows[name] or load(name, length, width, steady)
+  return windows[name]
+end
+
+local function reserve(reservation, id, words, from)
+  if redis.call('EXISTS', reservation) == 1 then return {-2} end
+  local rules, longest, refusing = {}, 0, nil
+  for at = 1, #words, 5 do
+    local rule = {name = KEYS[from + #rules], kind = words[at], limit = tonumber(words[at + 1]),
+                  cost = tonumber(words[at + 2]), period = tonumber(words[at + 3]), least = tonumber(words[at + 4])}
+    local delay = 0
+    if rule.least > rule.limit then
+      delay, rule.used = math.huge, 0
+    elseif holds[rule.kind] then
+      rule.is_current = begin(rule.name, rule.period, now) == rule.period
+      rule.used = used_of(rule.name, rule.kind)
+      if rule.used + rule.least > rule.limit then delay = math.huge end
+    elseif rule.kind == 'max_parallel_requests' then
+      redis.call('ZREMRANGEBYSCORE', rule.name, '-inf', steady)
+      rule.used = redis.call('ZCARD', rule.name)
+      if rule.used >= rule.limit then delay = pause end
+    else
+      rule.window = window_of(rule.name, length, width, steady)
+      rule.used = rule.window.total
+      delay = wait(rule.window, length, steady, rule.limit, rule.least)
+    end
+    if delay > longest then longest, refusing = delay, #rules end
+    rules[#rules + 1] = rule
+  end
+  if refusing then
+    local left = math.max(0, rules[refusing + 1].limit - rules[refusing + 1].used)
+    if longest == math.huge then return {0, refusing, length, 1, left} end
+    return {0, refusing, longest, 0, left}
+  end
+
+  local taken, answer = {}, {1}
+  for place, rule in ipairs(rules) do
+    local bucket = false
+    local cost = math.min(rule.cost, math.max(rule.limit - rule.used, rule.least))
+    if holds[rule.kind] then
+      bucket = holds[rule.kind]
+      if rule.is_current then redis.call('HINCRBY', rule.name, bucket, cost) end
+      redis.call('HSET', rule.name, 'touched', now)
+    elseif rule.window then
+      bucket = take(rule.window, width, steady, cost)
+      redis.call('PEXPIRE', rule.name, kept)
+    else
+      redis.call('ZADD', rule.name, steady + lease, id)
+      redis.call('PEXPIRE', rule.name, kept)
+    end
+    taken[place] = {rule.name, bucket, cost, rule.period}
+    answer[place + 1] = math.max(0, rule.limit - rule.used - cost)
+    answer[place + 1 + #rules] = cost
+  end
+  redis.call('SET', reservation, cmsgpack.pack(taken), 'PX', kept)
+  return answer
+end
+"""
+
+#: Requests of one key, in order. KEYS: the key's clock; of each request the reservation and each rule's counter. ARGV:
+#: not after; in one text the lengths of window, bucket, lease and pause, and milliseconds to keep things; of each
+#: request its id, and in one text of each of its rules the kind, limit, cost, period and the least that will do.
+#: Answers GRANTED, now, and of each request: GRANTED, what remains of each rule, what was taken of each; or REFUSED,
+#: which rule (from 0), wait, 1 if that is for ever, what is left of it; or DUPLICATE.
 RESERVE: Final = (
     PUNCTUAL
+    + """
+local function split(text)
+  local words = {}
+  for word in string.gmatch(text, '%S+') do words[#words + 1] = word end
+  return words
+end
+local lengths = split(ARGV[2])
+local length, width = tonumber(lengths[1]), tonumber(lengths[2])
+local lease, pause, kept = tonumber(lengths[3]), tonumber(lengths[4]), lengths[5]
+"""
     + _STEADY
+    + "local steady = steady_time(KEYS[1], now, kept)"
     + _WINDOW
     + _ACCOUNT
+    + _ONE
     + """
-local id, words = ARGV[2], {}
-for word in string.gmatch(ARGV[3], '%S+') do words[#words + 1] = word end
-local length, width, lease, pause = tonumber(words[1]), tonumber(words[2]), tonumber(words[3]), tonumber(words[4])
-local kept = words[5]
-if redis.call('EXISTS', KEYS[2]) == 1 then return {-2, now} end
-local steady = steady_time(KEYS[1], now, kept)
-
-local rules, longest, refusing = {}, 0, nil
-for place = 3, #KEYS do
-  local from = 6 + (place - 3) * 5
-  local rule = {name = KEYS[place], kind = words[from], limit = tonumber(words[from + 1]),
-                cost = tonumber(words[from + 2]), period = tonumber(words[from + 3]),
-                least = tonumber(words[from + 4])}
-  local delay = 0
-  if rule.least > rule.limit then
-    delay, rule.used = math.huge, 0
-  elseif holds[rule.kind] then
-    rule.is_current = begin(rule.name, rule.period, now) == rule.period
-    rule.used = used_of(rule.name, rule.kind)
-    if rule.used + rule.least > rule.limit then delay = math.huge end
-  elseif rule.kind == 'max_parallel_requests' then
-    redis.call('ZREMRANGEBYSCORE', rule.name, '-inf', steady)
-    rule.used = redis.call('ZCARD', rule.name)
-    if rule.used >= rule.limit then delay = pause end
-  else
-    rule.window = load(rule.name, length, width, steady)
-    rule.used = rule.window.total
-    delay = wait(rule.window, length, steady, rule.limit, rule.least)
-  end
-  if delay > longest then longest, refusing = delay, place - 3 end
-  rules[#rules + 1] = rule
+local answers, from = {1, now}, 2
+for place = 3, #ARGV, 2 do
+  local words = split(ARGV[place + 1])
+  answers[#answers + 1] = reserve(KEYS[from], ARGV[place], words, from + 1)
+  from = from + 1 + #words / 5
 end
-if refusing then
-  local left = math.max(0, rules[refusing + 1].limit - rules[refusing + 1].used)
-  if longest == math.huge then return {0, now, refusing, length, 1, left} end
-  return {0, now, refusing, longest, 0, left}
-end
-
-local taken, answer = {}, {1, now}
-for place, rule in ipairs(rules) do
-  local bucket = false
-  local cost = math.min(rule.cost, math.max(rule.limit - rule.used, rule.least))
-  if holds[rule.kind] then
-    bucket = holds[rule.kind]
-    if rule.is_current then redis.call('HINCRBY', rule.name, bucket, cost) end
-    redis.call('HSET', rule.name, 'touched', now)
-  elseif rule.window then
-    bucket = take(rule.window, width, steady, cost)
-    redis.call('PEXPIRE', rule.name, kept)
-  else
-    redis.call('ZADD', rule.name, steady + lease, id)
-    redis.call('PEXPIRE', rule.name, kept)
-  end
-  taken[place] = {rule.name, bucket, cost, rule.period}
-  answer[place + 2] = math.max(0, rule.limit - rule.used - cost)
-  answer[place + 2 + #rules] = cost
-end
-redis.call('SET', KEYS[2], cmsgpack.pack(taken), 'PX', kept)
-return answer
+return answers
 """
 )
 
-#: KEYS: the reservation. ARGV: not after, the request id, milliseconds to remember that it is settled; of each rule
-#: what was used, or nothing where all was.
+#: KEYS: the reservations. ARGV: not after, milliseconds to remember that one is settled; of each its request id, and in
+#: one text of each rule what was used, or ``-`` where all was.
 SETTLE: Final = (
     PUNCTUAL
     + """
-local reservation = redis.call('GET', KEYS[1])
-if not reservation or reservation == '' then return {0, now} end
-redis.call('SET', KEYS[1], '', 'PX', ARGV[3])
-for place, rule in ipairs(cmsgpack.unpack(reservation)) do
-  local name, bucket, cost, period = rule[1], rule[2], rule[3], rule[4]
-  local used = tonumber(ARGV[3 + place] or '')
-  if not bucket then
-    redis.call('ZREM', name, ARGV[2])
-  elseif type(bucket) == 'string' then
-    if used and tonumber(redis.call('HGET', name, 'period') or -1) == period then
-      redis.call('HINCRBY', name, bucket, used - cost)
+local function settle(reservation, id, text)
+  local taken = redis.call('GET', reservation)
+  if not taken or taken == '' then return end
+  redis.call('SET', reservation, '', 'PX', ARGV[2])
+  local words = string.gmatch(text, '%S+')
+  for _, rule in ipairs(cmsgpack.unpack(taken)) do
+    local name, bucket, cost, period = rule[1], rule[2], rule[3], rule[4]
+    local used = tonumber(words() or '')
+    if not bucket then
+      redis.call('ZREM', name, id)
+    elseif type(bucket) == 'string' then
+      if used and tonumber(redis.call('HGET', name, 'period') or -1) == period then
+        redis.call('HINCRBY', name, bucket, used - cost)
+      end
+    elseif used and redis.call('HEXISTS', name, 'a' .. bucket) == 1 then
+      redis.call('HINCRBY', name, 'a' .. bucket, used - cost)
+      redis.call('HINCRBY', name, 'total', used - cost)
     end
-  elseif used and redis.call('HEXISTS', name, 'a' .. bucket) == 1 then
-    redis.call('HINCRBY', name, 'a' .. bucket, used - cost)
-    redis.call('HINCRBY', name, 'total', used - cost)
   end
 end
+for place, reservation in ipairs(KEYS) do settle(reservation, ARGV[2 * place + 1], ARGV[2 * place + 2]) end
 return {1, now}
 """
 )

@@ -23,6 +23,7 @@ from vllmproxy.limits.spans import Spans, micros
 from vllmproxy.limits.values import BUDGETS, BUSY_RETRY_AFTER, MAX_AMOUNT, Ask, Denied, DuplicateRequest, Granted
 from vllmproxy.limits.window import bucket_width
 from vllmproxy.store.calls import Calls
+from vllmproxy.store.gathering import Gathering
 from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.limits_lua import DUPLICATE, GRANTED, RENEW, RESERVE, SETTLE
 from vllmproxy.store.link import Link, Wire
@@ -56,6 +57,8 @@ class RedisLimiter:
         self._memory = b"%d" % (self._spans.memory // 1000)
         self._calls = Calls(clock)
         self._scripts = Scripts(link, clock, timeout)
+        self._reserving: Gathering[_Reserve] = Gathering(self._send_reserves)
+        self._settling: Gathering[_Settle] = Gathering(self._send_settles)
         self._closed = False
 
     def close(self) -> None:
@@ -67,43 +70,78 @@ class RedisLimiter:
     def reserve(self, ask: Ask) -> Granted | Denied | Deferred[Granted | Denied]:
         if not ask.rules:
             return Granted(())
-        key, id = name_bytes(ask.key), name_bytes(ask.request_id)
-        names = [b"vllmproxy:{%b}:clock" % key, b"vllmproxy:{%b}:request:%b" % (key, id)]
-        rules = [self._lengths]
-        for rule in ask.rules:
-            kind = rule.kind.encode()
-            if rule.kind in BUDGETS:
-                names.append(b"vllmproxy:{%b}:budget" % key)
-            else:
-                names.append(b"vllmproxy:{%b}:%b:%b" % (key, kind, name_bytes(rule.scope)))
-            rules.append(b"%b %d %d %d %d" % (kind, rule.limit, rule.cost, rule.period, rule.needed))
-        call = self._scripts.call(RESERVE, names, [id, b" ".join(rules)])
-        decided: Deferred[Any] = self._scripts.run(call)
-        return decided.addCallbacks(_decision, self._unheard, callbackArgs=(ask,), errbackArgs=(ask, call))
+        asked = _Reserve(ask)
+        self._reserving.add(ask.key, asked)
+        return asked.decided
 
     def settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> Deferred[None]:
-        return self._scripts.run(self._settlement(key, request_id, costs)).addCallback(_nothing)
+        used = [b"-" if cost is None else b"%d" % min(max(cost, 0), MAX_AMOUNT) for cost in costs]
+        settled = _Settle(name_bytes(request_id), b" ".join(used))
+        self._settling.add(key, settled)
+        return settled.told
+
+    def _send_reserves(self, key: str, asked: list["_Reserve"]) -> None:
+        asked = [each for each in asked if not each.decided.called]  # somebody may have given up meanwhile
+        if not asked:
+            self._reserving.done(key)
+            return
+        key_bytes = name_bytes(key)
+        names, words = [b"vllmproxy:{%b}:clock" % key_bytes], [self._lengths]
+        for each in asked:
+            each.add_to(names, words, key_bytes)
+        call = self._scripts.call(RESERVE, names, words)
+        self._scripts.run(call).addCallbacks(
+            self._reserved, self._not_reserved, callbackArgs=(key, asked), errbackArgs=(key, asked, call)
+        )
+
+    def _reserved(self, reply: list[Any], key: str, asked: list["_Reserve"]) -> None:
+        self._reserving.done(key)
+        for number, each in enumerate(asked, 2):
+            if each.decided.called:  # nobody waits for it any more
+                self._give_back(each.ask)
+            else:
+                each.decide(reply[number], reply[1])
+
+    def _not_reserved(self, reason: Failure, key: str, asked: list["_Reserve"], call: ScriptCall) -> None:
+        """Nobody heard what came of it, and nobody will."""
+        waiting = self._reserving.drop(key)
+        if call.wire is not None:
+            for each in asked:
+                Deferred.fromCoroutine(self._undo(each.ask, call.wire))
+        for each in (*asked, *waiting):
+            if not each.decided.called:
+                each.decided.errback(reason)
+
+    def _give_back(self, ask: Ask) -> None:
+        self.settle(ask.key, ask.request_id, (0,) * len(ask.rules)).addErrback(_ignore_unavailable)
+
+    def _send_settles(self, key: str, settled: list["_Settle"]) -> None:
+        names, words = [], [self._memory]
+        for each in settled:
+            names.append(_name(key, b"request", each.id))
+            words += each.id, each.used
+        told = self._scripts.run(self._scripts.call(SETTLE, names, words))
+        told.addCallbacks(self._settled, self._not_settled, callbackArgs=(key, settled), errbackArgs=(key, settled))
+
+    def _settled(self, _: list[Any], key: str, settled: list["_Settle"]) -> None:
+        self._settling.done(key)
+        for each in settled:
+            if not each.told.called:
+                each.told.callback(None)
+
+    def _not_settled(self, reason: Failure, key: str, settled: list["_Settle"]) -> None:
+        for each in (*settled, *self._settling.drop(key)):
+            if not each.told.called:
+                each.told.errback(reason)
 
     def renew(self, key: str, request_ids: Sequence[str]) -> list[str] | Deferred[list[str]]:
         if not request_ids:
             return []
-        names = [_name(key, "clock"), *(_name(key, "request", request_id) for request_id in request_ids)]
-        words = [b"%d" % self._spans.lease, b"%d" % self._kept, *map(name_bytes, request_ids)]
+        ids = [name_bytes(request_id) for request_id in request_ids]
+        names = [_name(key, b"clock"), *(_name(key, b"request", id) for id in ids)]
+        words = [b"%d" % self._spans.lease, b"%d" % self._kept, *ids]
         lost = self._scripts.run(self._scripts.call(RENEW, names, words))
         return lost.addCallback(lambda reply: [request_ids[place] for place in reply[2:]])
-
-    def _settlement(
-        self, key: str, request_id: str, costs: tuple[int | None, ...], seconds: float | None = None
-    ) -> ScriptCall:
-        used = [b"" if cost is None else b"%d" % min(max(cost, 0), MAX_AMOUNT) for cost in costs]
-        words = [name_bytes(request_id), self._memory, *used]
-        return self._scripts.call(SETTLE, [_name(key, "request", request_id)], words, seconds)
-
-    def _unheard(self, failure: Failure, ask: Ask, call: ScriptCall) -> Failure:
-        """Nobody heard the answer of a reservation, and nobody will."""
-        if call.wire is not None:
-            Deferred.fromCoroutine(self._undo(ask, call.wire))
-        return failure
 
     async def _undo(self, ask: Ask, wire: Wire) -> None:
         """Give back what a reservation may have taken whose answer nobody got; see :class:`Limiter`.
@@ -111,10 +149,12 @@ class RedisLimiter:
         Redis runs what comes over one connection in order, and one that stays mute is dropped. If it is lost, what is
         held of a budget would not leave by itself: it is said over the next one, while Redis remembers the reservation.
         """
-        costs, kept = (0,) * len(ask.rules), self._spans.kept / 1e6
+        kept = self._spans.kept / 1e6
         until = self._clock.seconds() + kept
+        id = name_bytes(ask.request_id)
+        words = [self._memory, id, b" ".join([b"0"] * len(ask.rules))]
         reply: Deferred[Any] = Deferred()
-        self._settlement(ask.key, ask.request_id, costs, kept).send(wire, reply.callback)
+        self._scripts.call(SETTLE, [_name(ask.key, b"request", id)], words, kept).send(wire, reply.callback)
         try:
             if not isinstance(await reply, RedisError):
                 return
@@ -123,30 +163,66 @@ class RedisLimiter:
         while not self._closed and self._clock.seconds() < until:
             try:
                 await self._calls.run(deferLater(self._clock, _UNDO_SECONDS), 2 * _UNDO_SECONDS)
-                await self.settle(ask.key, ask.request_id, costs)
+                await self.settle(ask.key, ask.request_id, (0,) * len(ask.rules))
                 return
             except StoreUnavailable:
                 continue
 
 
-def _decision(reply: list[int], ask: Ask) -> Granted | Denied:
-    what, now, *rest = reply
-    if what == DUPLICATE:
-        raise DuplicateRequest
-    if what == GRANTED:
-        return Granted(tuple(rest[: len(ask.rules)]), tuple(rest[len(ask.rules) :]))
-    place, wait, never, left = rest
-    return Denied(place, wait / 1e6, (now + wait) / 1e6, never=bool(never), left=left)
+class _Reserve:
+    """A reservation that is asked for."""
+
+    __slots__ = ("ask", "decided")
+
+    def __init__(self, ask: Ask) -> None:
+        self.ask = ask
+        self.decided: Deferred[Granted | Denied] = Deferred()
+
+    def add_to(self, names: list[bytes], words: list[bytes], key: bytes) -> None:
+        """Add what :data:`RESERVE` wants of it."""
+        id = name_bytes(self.ask.request_id)
+        names.append(b"vllmproxy:{%b}:request:%b" % (key, id))
+        rules = []
+        for rule in self.ask.rules:
+            kind = rule.kind.encode()
+            if rule.kind in BUDGETS:
+                names.append(b"vllmproxy:{%b}:budget" % key)
+            else:
+                names.append(b"vllmproxy:{%b}:%b:%b" % (key, kind, name_bytes(rule.scope)))
+            rules.append(b"%b %d %d %d %d" % (kind, rule.limit, rule.cost, rule.period, rule.needed))
+        words += id, b" ".join(rules)
+
+    def decide(self, answer: list[int], now: int) -> None:
+        """Hand on what Redis answered.
+
+        :param now: the time on its clock, in microseconds.
+        """
+        if answer[0] == GRANTED:
+            count = len(self.ask.rules) + 1
+            self.decided.callback(Granted(tuple(answer[1:count]), tuple(answer[count:])))
+        elif answer[0] == DUPLICATE:
+            self.decided.errback(Failure(DuplicateRequest()))
+        else:
+            _, place, wait, never, left = answer
+            denied = Denied(place, wait / 1e6, (now + wait) / 1e6, never=bool(never), left=left)
+            self.decided.callback(denied)
 
 
-def _nothing(_: list[Any]) -> None:
-    """A settlement has no result."""
+class _Settle:
+    """A settlement that is to be told."""
+
+    __slots__ = ("id", "told", "used")
+
+    def __init__(self, id: bytes, used: bytes) -> None:
+        self.id = id
+        self.used = used
+        self.told: Deferred[None] = Deferred()
 
 
-def _name(key: str, *parts: str) -> bytes:
-    return b"vllmproxy:{%b}:%b" % (name_bytes(key), name_bytes(":".join(parts)))
+def _ignore_unavailable(reason: Failure) -> None:
+    """What is not given back leaves by itself; see :class:`Limiter`."""
+    reason.trap(StoreUnavailable)
 
 
-def account_name(key: str) -> bytes:
-    """Return where a key's account is kept."""
-    return _name(key, "budget")
+def _name(key: str, *parts: bytes) -> bytes:
+    return b"vllmproxy:{%b}:%b" % (name_bytes(key), b":".join(parts))
