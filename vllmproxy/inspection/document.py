@@ -7,18 +7,28 @@ order mark, surrogates encoded as if they were UTF-8, and a document that is no 
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
+from operator import attrgetter
 from typing import Final
 
-from attrs import frozen
+from attrs import define
 
 #: A body with more is not read: it would hold up the process, and no request of vLLM's is like that. Values are told by
 #: the commas and brackets, wherever they stand; a million of them take 0.1 s.
 MOST_MEMBERS: Final = 1000
 MOST_VALUES: Final = 1_000_000
 
-_raw_decode: Final = json.JSONDecoder().raw_decode
-_SPACE: Final = re.compile(r"[ \t\n\r]*")
+#: Returns the value that begins at an index, and where it ends. It raises ``StopIteration`` where none begins.
+_scan: Final = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # typeshed leaves it out
+
+_BLANK: Final = r"[ \t\n\r]*"
+_OPENING: Final = re.compile(_BLANK + r"\{")
+_CLOSING: Final = re.compile(_BLANK + r"\}" + _BLANK)
+_COLON: Final = re.compile(_BLANK + ":" + _BLANK)
+#: What stands before the first name, and before each further one; then the same with a name that has no escapes, up to
+#: where its value begins. That is nearly every name, found by one call.
+_BEFORE: Final = (re.compile(_BLANK), re.compile(_BLANK + "," + _BLANK))
+_NAMED: Final = tuple(re.compile(before.pattern + r'"([^"\\\x00-\x1f]*)"' + _COLON.pattern) for before in _BEFORE)
 
 
 class Unreadable(Exception):
@@ -29,7 +39,7 @@ class TooMuch(Unreadable):
     """Reading the body would take too long."""
 
 
-@frozen(kw_only=True)
+@define  # not frozen: that takes three times as long to make, and there are some for each request
 class Member:
     """One member of an object.
 
@@ -42,7 +52,7 @@ class Member:
     end: int
 
 
-@frozen(kw_only=True)
+@define(kw_only=True)  # as above
 class Document:
     """An object's members.
 
@@ -69,30 +79,24 @@ def read_document(body: bytes, wanted: Collection[str] | None = None) -> Documen
     :param wanted: the names to keep; ``None`` keeps all. What is not kept is checked as JSON all the same.
     :raises Unreadable: it is no such thing.
     """
-    if sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
+    if len(body) > MOST_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise TooMuch("the body holds too many values")
     text = _text_of(body)
-    ascii = len(text) == len(body)
-    members: dict[str, Member] = {}
-    repeated = set()
-    empty = True
-    seen, at = 0, 0  # so many characters, so many bytes
-    for number, (name, value, start, end) in enumerate(_members(text), 1):
-        empty = False
-        if number > MOST_MEMBERS:
-            raise TooMuch("the body has too many members")
-        if wanted is not None and name not in wanted:
-            continue
-        if ascii:
-            member = Member(value=value, start=start, end=end)
-        else:
-            first = at + len(text[seen:start].encode())
-            seen, at = end, first + len(text[start:end].encode())
-            member = Member(value=value, start=first, end=at)
-        if name in members:
-            repeated.add(name)
-        members[name] = member
-    return Document(members=members, repeated=frozenset(repeated), opening=body.index(b"{") + 1, empty=empty)
+    opening = _OPENING.match(text)
+    if opening is None:
+        raise Unreadable("the body is not a JSON object")
+    begin = opening.end()
+    try:
+        members, repeated, end = _read_members(text, begin, wanted)
+    except RecursionError:
+        raise Unreadable("the body is nested too deeply") from None
+    except (ValueError, StopIteration):
+        raise Unreadable("the body is not JSON") from None
+    if _CLOSING.fullmatch(text, end) is None:
+        raise Unreadable("the body is not JSON")
+    if len(text) != len(body):
+        _count_in_bytes(text, members)
+    return Document(members=members, repeated=frozenset(repeated), opening=begin, empty=end == begin)
 
 
 def _text_of(body: bytes) -> str:
@@ -102,49 +106,50 @@ def _text_of(body: bytes) -> str:
         raise Unreadable("the body is not UTF-8") from None
 
 
-def _members(text: str) -> Iterator[tuple[str, object, int, int]]:
-    """Yield name, value, and where the value begins and ends in ``text``, in their order.
-
-    :raises Unreadable: ``text`` is not one JSON object.
-    """
-    at = _after_space(text, 0)
-    if not text.startswith("{", at):
-        raise Unreadable("the body is not a JSON object")
-    try:
-        at = _after_space(text, at + 1)
-        more = not text.startswith("}", at)
-        while more:
-            name, at = _name(text, at)
-            start = _after(text, ":", at)
-            value, end = _raw_decode(text, start)
-            yield name, value, start, end
-            at = _after_space(text, end)
-            more = text.startswith(",", at)
-            if more:
-                at = _after_space(text, at + 1)
-        at = _after(text, "}", at)
-    except RecursionError:
-        raise Unreadable("the body is nested too deeply") from None
-    except ValueError:
-        raise Unreadable("the body is not JSON") from None
-    if at != len(text):
-        raise Unreadable("the body is not JSON")
+def _read_members(text: str, end: int, wanted: Collection[str] | None) -> tuple[dict[str, Member], set[str], int]:
+    """Return the members from ``end`` on, which count in characters, the names that are repeated, and where the last
+    value ends."""
+    members: dict[str, Member] = {}
+    repeated: set[str] = set()
+    number = 0
+    before, following = _NAMED
+    while True:
+        match = before.match(text, end)
+        if match is not None:
+            name, start = match[1], match.end()
+        elif (named := _name_with_escapes(text, end, number)) is not None:
+            name, start = named
+        else:
+            return members, repeated, end
+        value, end = _scan(text, start)
+        number += 1
+        if number > MOST_MEMBERS:
+            raise TooMuch("the body has too many members")
+        if wanted is None or name in wanted:
+            if name in members:
+                repeated.add(name)
+            members[name] = Member(value, start, end)
+        before = following
 
 
-def _name(text: str, at: int) -> tuple[str, int]:
-    if not text.startswith('"', at):
+def _name_with_escapes(text: str, at: int, number: int) -> tuple[str, int] | None:
+    """Return the name that comes next, the first if ``number`` is 0, and where its value begins; ``None`` if no name
+    comes."""
+    before = _BEFORE[number > 0].match(text, at)
+    if before is None or not text.startswith('"', before.end()):
+        return None
+    name, at = _scan(text, before.end())
+    colon = _COLON.match(text, at)
+    if colon is None:
         raise ValueError
-    name, at = _raw_decode(text, at)
-    return str(name), _after_space(text, at)
+    return name, colon.end()
 
 
-def _after(text: str, mark: str, at: int) -> int:
-    """Return where the next thing begins after ``mark``, which must stand at ``at``."""
-    if not text.startswith(mark, at):
-        raise ValueError
-    return _after_space(text, at + 1)
-
-
-def _after_space(text: str, at: int) -> int:
-    match = _SPACE.match(text, at)
-    return at if match is None else match.end()
+def _count_in_bytes(text: str, members: dict[str, Member]) -> None:
+    """Have ``members``, which count in characters, count in bytes."""
+    seen, at = 0, 0  # so many characters, so many bytes
+    for member in sorted(members.values(), key=attrgetter("start")):
+        start, end = member.start, member.end
+        member.start = at + len(text[seen:start].encode())
+        member.end = at = member.start + len(text[start:end].encode())
+        seen = end
