@@ -31,6 +31,8 @@ def count_of(value: object) -> int | None:
 
     A negative one, for which vLLM refuses the request, is 0.
     """
+    if value is None or (type(value) is int and 0 <= value <= MOST):  # nearly all
+        return value
     if isinstance(value, str):
         match = _INTEGER.fullmatch(value) if len(value) < 100 else None
         value = None if match is None else int(match[1])

@@ -63,7 +63,7 @@ def takes_model(method: str, path: str) -> bool:
     :param path: below the upstream's own path, percent-decoded, as :func:`vllmproxy.keys.routes.plain_path` gives it;
         of a route for inference.
     """
-    return method not in _WITHOUT_BODY and _WITHOUT_MODEL.fullmatch(path) is None
+    return method not in _WITHOUT_BODY and not (path.endswith("/cancel") and _WITHOUT_MODEL.fullmatch(path))
 
 
 def streams_usage(path: str) -> bool:
