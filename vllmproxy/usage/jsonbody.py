@@ -14,7 +14,9 @@ TAIL = 64 << 10
 
 _USAGE = b'"usage"'
 _TRIES = 8
-_raw_decode = json.JSONDecoder().raw_decode
+_decoder = json.JSONDecoder()
+_raw_decode = _decoder.raw_decode
+_scan = _decoder.scan_once  # type: ignore[attr-defined]  # typeshed leaves it out
 
 
 class JsonReader:
@@ -61,12 +63,25 @@ class JsonReader:
 
 def _of_document(body: bytearray) -> tuple[str | None, Usage | None]:
     try:
-        answer: object = json.loads(body)
-    except (ValueError, RecursionError):
+        answer = _decoded(body)
+    except (ValueError, StopIteration, RecursionError):
+        return None, None
+    if not isinstance(answer, dict):
         return None, None
     # Cohere's pooling answers say it in ``meta``.
-    usage = usage_from(member(answer, "usage")) or usage_from(member(answer, "meta"))
+    usage = usage_from(answer.get("usage")) or usage_from(answer.get("meta"))
     return model_from(answer), usage
+
+
+def _decoded(body: bytearray) -> object:
+    """Return what ``json.loads`` does, in fewer steps where ``body`` is an object in UTF-8 with nothing around it."""
+    if body.startswith(b'{"'):
+        text = body.decode("utf-8", "surrogatepass")
+        answer: object
+        answer, end = _scan(text, 0)
+        if end == len(text):
+            return answer
+    return json.loads(body)
 
 
 def _of_head(head: bytes) -> tuple[str | None, Usage | None]:

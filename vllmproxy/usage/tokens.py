@@ -1,15 +1,18 @@
 """What an answer says it used, in one shape whatever API said it."""
 
 import math
-from typing import Literal, TypeGuard
+from typing import Literal
 
 from attrs import define, evolve
 
 _MOST_TOKENS = 2**53
 _LONGEST_MODEL = 256
 
+#: What vLLM's ``UsageInfo`` may have; one with nothing else is read in fewer steps.
+_USAGE_INFO = frozenset({"prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"})
 
-@define(frozen=True, slots=True, kw_only=True)
+
+@define(kw_only=True)  # not frozen, which takes twice as long to make
 class Usage:
     """The tokens of one answer; ``None`` is "not said", never a guess at zero.
 
@@ -31,19 +34,19 @@ class Usage:
     source: Literal["reported", "counted"] = "reported"
 
 
-def is_object(value: object) -> TypeGuard[dict[str, object]]:
-    """Tell whether ``value`` is a decoded JSON object."""
-    return isinstance(value, dict)
-
-
 def member(value: object, key: str) -> object:
     """Return ``value[key]`` if ``value`` is a decoded JSON object that has it, else ``None``."""
-    return value.get(key) if is_object(value) else None
+    return value.get(key) if isinstance(value, dict) else None
 
 
 def model_from(answer: object) -> str | None:
     """Return the model that a decoded answer or event names: at its top, in ``message`` or ``response``."""
-    for holder in (answer, member(answer, "message"), member(answer, "response")):
+    if not isinstance(answer, dict):
+        return None
+    model = answer.get("model")
+    if isinstance(model, str) and 0 < len(model) <= _LONGEST_MODEL:
+        return model
+    for holder in (answer.get("message"), answer.get("response")):
         model = member(holder, "model")
         if isinstance(model, str) and 0 < len(model) <= _LONGEST_MODEL:
             return model
@@ -56,20 +59,27 @@ def usage_from(found: object) -> Usage | None:
     Understood are vLLM's ``UsageInfo`` (chat, completions, pooling, rerank, streamed transcription),
     ``ResponseUsage``, ``AnthropicUsage``, ``CohereUsage`` and the transcription's ``{"type": "duration"}``.
     """
-    if not is_object(found):
+    if not isinstance(found, dict):
         return None
-    prompt, completion = _pair(found)
+    if "prompt_tokens" in found and found.keys() <= _USAGE_INFO:
+        prompt, completion = _count(found["prompt_tokens"]), _count(found.get("completion_tokens"))
+        details, seconds = found.get("prompt_tokens_details"), None
+        cached = None if details is None else _count(member(details, "cached_tokens"))
+    else:
+        prompt, completion = _pair(found)
+        cached, seconds = _cached(found), _seconds(found.get("seconds"))
     total = _count(found.get("total_tokens"))
     if total is None and prompt is not None and completion is not None:
         total = prompt + completion
-    usage = Usage(
+    if (prompt, completion, total, cached, seconds) == (None, None, None, None, None):
+        return None
+    return Usage(
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=total,
-        cached_prompt_tokens=_cached(found),
-        audio_seconds=_seconds(found.get("seconds")),
+        cached_prompt_tokens=cached,
+        audio_seconds=seconds,
     )
-    return None if usage == Usage() else usage
 
 
 def with_prompt_of(usage: Usage, start: Usage | None) -> Usage:
@@ -87,7 +97,7 @@ def _pair(found: dict[str, object]) -> tuple[int | None, int | None]:
     if "prompt_tokens" in found:
         return _count(found["prompt_tokens"]), _count(found.get("completion_tokens"))
     for nested in (found.get("tokens"), found.get("billed_units")):  # Cohere
-        if is_object(nested):
+        if isinstance(nested, dict):
             return _count(nested.get("input_tokens")), _count(nested.get("output_tokens"))
     prompt = _count(found.get("input_tokens"))
     if prompt is not None:
@@ -109,7 +119,7 @@ def _cached(found: dict[str, object]) -> int | None:
 
 def _count(value: object) -> int | None:
     """Return a token count; Cohere's are floats, and JSON's ``true`` is no number."""
-    if isinstance(value, float) and value.is_integer():
+    if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and 0 <= value <= _MOST_TOKENS else None
 
