@@ -19,6 +19,7 @@ from vllmproxy.api.app import Api
 from vllmproxy.api.branch import ApiBranch
 from vllmproxy.draining import Draining
 from vllmproxy.exposure import judge
+from vllmproxy.garbage import settle_in
 from vllmproxy.http1.factory import ServerFactory
 from vllmproxy.http1.hangup import HangupWatcher
 from vllmproxy.http1.message import RequestHead, WireError
@@ -296,6 +297,7 @@ class ProxyService(Service):
         self._opening.addCallbacks(self._opened, self._not_opened)
 
     def _opened(self, _: None) -> None:
+        settle_in()
         accept(self._listeners)
         self._accepting = True
         self._notifier.ready()

@@ -92,8 +92,8 @@ class ServerChannel(Protocol):
         self._reader.close()
         if active is not None:
             active.over = True
-            assert active.receiver is not None
-            active.receiver.client_gone(reason)
+            if active.receiver is not None:
+                active.receiver.client_gone(reason)
         self.factory.forget(self)  # last: whoever waits for the last connection's end wants its request settled
 
     def readConnectionLost(self) -> None:
@@ -243,8 +243,7 @@ class ServerChannel(Protocol):
         """The active request's body is malformed, or late: the upstream must not take it for a whole one."""
         error, receiver = self._reader.error, stream.receiver
         assert error is not None
-        assert receiver is not None
-        if not stream.status:
+        if not stream.status and receiver is not None:
             receiver.body_failed(error)
         else:  # too late to say so
             self.abort()

@@ -404,6 +404,8 @@ class Exchange:
         relay.ended(self, record.key_id)
         end_record(record, stream, why, error, seconds=relay.clock.seconds() - self._began, passing=self._passing)
         relay.observer.finished(record)
+        if stream.receiver is self:
+            stream.receiver = None  # or each would wait for the collector because of the other
 
     def feed(self, event: Event, *args: Any) -> None:
         """Act on ``event`` as the table says; a pair that is not in it came too late to matter."""

@@ -104,19 +104,24 @@ class Waits:
 class Patience:
     """One exchange's: it is in one wait at a time, and in ``total`` besides."""
 
+    __slots__ = ("_exchange", "_silence", "_wait", "_waits")
+
     def __init__(self, exchange: "Exchange", waits: Waits) -> None:
-        self._exchange = exchange
+        self._exchange: Exchange | None = exchange
         self._waits = waits
         self._wait: Deadlines[Exchange] | None = None
-        self._silence = Silence(1)
+        self._silence: Silence | None = None
         waits.total.set(exchange)
 
     def _begin(self, wait: "Deadlines[Exchange] | None") -> None:
+        exchange = self._exchange
+        if exchange is None:
+            return
         if self._wait is not None:
-            self._wait.clear(self._exchange)
+            self._wait.clear(exchange)
         self._wait = wait
         if wait is not None:
-            wait.set(self._exchange)
+            wait.set(exchange)
 
     def for_place(self) -> None:
         """The exchange stands in the line."""
@@ -133,7 +138,8 @@ class Patience:
 
     def for_tunnel(self) -> None:
         """Bytes pass both ways, for any time in all."""
-        self._waits.total.clear(self._exchange)
+        if self._exchange is not None:
+            self._waits.total.clear(self._exchange)
         self._silence = Silence(LOOKS)
         self._begin(self._waits.tunnel_idle)
 
@@ -147,12 +153,14 @@ class Patience:
         :param passed: bytes so far.
         :param held_up: nothing could, because the client does not read.
         """
-        if not held_up and self._silence.lasts(passed):
+        if not held_up and (self._silence is None or self._silence.lasts(passed)):
             return False
         self._begin(self._wait)
         return True
 
     def end(self) -> None:
         """It is over."""
-        self._waits.total.clear(self._exchange)
-        self._begin(None)
+        if self._exchange is not None:
+            self._begin(None)
+            self._waits.total.clear(self._exchange)
+            self._exchange = None  # which leads here

@@ -6,6 +6,7 @@ from functools import cache
 from hashlib import sha1
 from typing import Any
 
+from hiredis import pack_command
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError, fail, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -78,7 +79,7 @@ class Wire(Line):
 
         how = (b"EVALSHA", _name_of(script)) if by_name else (b"EVAL", script.encode())
         self.replyQueue.waiting.append(received)
-        self.transport.write(_command(*how, b"%d" % len(names), *names, *words))
+        self.transport.write(pack_command((*how, len(names), *names, *words)))  # type: ignore[arg-type]  # its stubs
 
     def dataReceived(self, data: bytes, unpause: bool = False) -> None:
         self._unanswered_since = None
@@ -217,8 +218,3 @@ class Link:
 @cache
 def _name_of(script: str) -> bytes:
     return sha1(script.encode(), usedforsecurity=False).hexdigest().encode()
-
-
-def _command(*words: bytes) -> bytes:
-    """Return a command as Redis's protocol has it (RESP)."""
-    return b"*%d\r\n%b" % (len(words), b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words]))

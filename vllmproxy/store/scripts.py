@@ -49,6 +49,7 @@ class ScriptCall:
         self._names = names
         self._words = words
         self._not_after = not_after
+        self._answered: Callable[[Any], None] | None = None
         self.wire: Wire | None = None
 
     def send(self, wire: Wire, answered: Callable[[Any], None]) -> None:
@@ -65,7 +66,9 @@ class ScriptCall:
             told, wire = reply[1] / 1e6, self.wire
             assert wire is not None
             wire.offset = min(max(wire.offset, told - self._clock.seconds()), told - self._sent)
-        self._answered(reply)
+        answered, self._answered = self._answered, None  # it leads back here, and is not to wait for the collector
+        assert answered is not None
+        answered(reply)
 
 
 class _Run:
