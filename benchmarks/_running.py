@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -56,23 +56,29 @@ def allow_many_files() -> None:
 
 
 @contextmanager
-def process(*command: str, port: int, cwd: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a process until the end of the block; begins when it listens."""
+def process(
+    *command: str, port: int, cwd: str, env: Mapping[str, str] | None = None, seconds: float = 30
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a process until the end of the block; begins when it listens, which it has ``seconds`` for."""
     with open(Path(cwd, f"log-{port}"), "wb") as log:
-        running = subprocess.Popen(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        running = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + seconds
         while True:
             with suppress(OSError):
                 socket.create_connection((HOST, port), timeout=1).close()
                 break
             if running.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(Path(cwd, f"log-{port}").read_text())
-            time.sleep(0.05)
+            time.sleep(0.005)
         yield running
     finally:
         running.terminate()
-        running.wait()
+        try:
+            running.wait(60)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
 
 
 @contextmanager

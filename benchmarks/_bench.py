@@ -1,0 +1,106 @@
+"""One run of ``compare.py``: who runs, how often, and what came of it."""
+
+import gc
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from _contestants import CONTESTANTS, Place, Running
+from _load import BadAnswer
+from _processes import Meter
+from attrs import field, frozen
+
+#: measure → contestant or variant → figure → its value in each round.
+Figures = dict[str, dict[str, dict[str, list[float]]]]
+
+
+@frozen
+class Bench:
+    """What the measures work with.
+
+    :ivar rounds: each measures every contestant once, in another order.
+    :ivar quick: everything is short, to see that it works; the figures mean little.
+    :ivar names: of the contestants, in the order of the tables.
+    :ivar running: those that are up; see :meth:`start`.
+    :ivar figures: what was measured so far.
+    :ivar left_out: what was not measured, and why: measure → contestant → reason.
+    """
+
+    place: Place
+    rounds: int
+    quick: bool
+    names: tuple[str, ...]
+    running: dict[str, Running] = field(factory=dict)
+    figures: Figures = field(factory=dict)
+    left_out: dict[str, dict[str, str]] = field(factory=dict)
+
+    def seconds(self, normal: float) -> float:
+        """Return how long to measure."""
+        return min(normal, 1.0) if self.quick else normal
+
+    def some(self, normal: int, quick: int) -> int:
+        """Return how much to measure."""
+        return quick if self.quick else normal
+
+    def meter(self, running: Running) -> Meter:
+        """Return what measures a contestant's CPU time."""
+        return Meter(running.pid, self.place.upstream_pid, running.redis)
+
+    def record(self, measure: str, name: str, **figures: float) -> None:
+        """Keep what one round gave."""
+        kept = self.figures.setdefault(measure, {}).setdefault(name, {})
+        for figure, value in figures.items():
+            kept.setdefault(figure, []).append(value)
+
+    def leave_out(self, measure: str, name: str, reason: str) -> None:
+        """Say why there is no such figure."""
+        self.left_out.setdefault(measure, {})[name] = reason
+        print(f"{measure}, {name}: left out, {reason}", flush=True)
+
+    @contextmanager
+    def fresh(self, names: Iterable[str]) -> Iterator[dict[str, Running]]:
+        """Start contestants that have done nothing yet."""
+        with ExitStack() as stack:
+            yield {name: stack.enter_context(CONTESTANTS[name](self.place)) for name in names}
+
+    async def rotate(
+        self,
+        measure: str,
+        running: dict[str, Running],
+        once: Callable[[Running], Awaitable[dict[str, float]]],
+        rounds: int | None = None,
+    ) -> None:
+        """Measure each of ``running`` once in each round and keep the figures; who fails is left out from then on."""
+        names = list(running)
+        for number in range(rounds or self.rounds):
+            at = number % len(names)
+            for name in names[at:] + names[:at]:
+                if name in self.left_out.get(measure, {}):
+                    continue
+                gc.collect()
+                try:
+                    figures = await once(running[name])
+                except BadAnswer as error:
+                    self.leave_out(measure, name, _first_line(error))
+                    continue
+                self.record(measure, name, **figures)
+                print(f"{measure}, round {number + 1}, {name}: {_told(figures)}", flush=True)
+
+    def without(self, *names: str) -> dict[str, Running]:
+        """Return those that are up, but for some."""
+        return {name: running for name, running in self.running.items() if name not in names}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _told(figures: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
+def default_peers() -> Path:
+    """Return where the peers are installed unless told otherwise."""
+    return Path.home() / ".cache" / "vllmproxy-benchmarks" / f"python{sys.version_info[0]}.{sys.version_info[1]}"

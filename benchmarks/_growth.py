@@ -1,0 +1,118 @@
+"""What becomes of the cost when there is more: keys, limits and worker processes; and how soon the proxy is there."""
+
+import subprocess
+import sys
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from _bench import Bench
+from _contestants import LIMITS, OURS, PLENTY, Running, vllmproxy_on
+from _requests import small_posts
+
+#: How many keys there are in the store.
+KEYS = (10, 1_000, 100_000)
+#: Connections of the load on workers: more than each can answer in the moment that it has the core.
+_CALLERS = 256
+
+
+async def start_up(bench: Bench) -> None:
+    """From the start of the process to the first request answered; LiteLLM, which takes long, once."""
+    for _ in range(bench.rounds):
+        for name in bench.running:
+            if name not in ("direct", "litellm"):
+                with bench.fresh([name]) as running:
+                    _record_start(bench, running[name])
+    if "litellm" in bench.running:
+        _record_start(bench, bench.running["litellm"])
+
+
+def _record_start(bench: Bench, running: Running) -> None:
+    bench.record("start-up", running.name, seconds=running.seconds)
+    print(f"start-up, {running.name}: {running.seconds:.2f} s", flush=True)
+
+
+async def keys(bench: Bench) -> None:
+    """10 to 100,000 keys in the store: requests with ten of them, and with all of them in turn."""
+    if not _has_on(bench, "keys"):
+        return
+    counts = tuple(bench.some(count, min(count, 2_000)) for count in KEYS)
+    with ExitStack() as stack:
+        proxies = {count: stack.enter_context(vllmproxy_on(bench.place, keys=count)) for count in dict.fromkeys(counts)}
+        for used in ("ten of them", "all of them"):
+            running = {f"{count:,} keys": proxy for count, proxy in proxies.items()}
+            most = 10 if used == "ten of them" else max(counts)
+            asked = {
+                proxy.port: [proxy.with_key(n).request("small") for n in range(min(count, most))]
+                for count, proxy in proxies.items()
+            }
+            await bench.rotate(
+                f"keys, {used}", running, lambda proxy, asked=asked: small_posts(bench, proxy, asked[proxy.port], 2)
+            )
+
+
+async def limits(bench: Bench) -> None:
+    """One limit of the key, the three of everything on, and twenty of which a request meets six."""
+    if not _has_on(bench, "limits"):
+        return
+    models = dict.fromkeys(("small", *(f"model-{n}" for n in range(7))), PLENTY)
+    variants = {
+        "1 limit": {"tpm_limit": PLENTY},
+        "3 limits": LIMITS,
+        "20 limits": {**LIMITS, "max_budget_tokens": PLENTY, "model_rpm_limit": models, "model_tpm_limit": models},
+    }
+    with ExitStack() as stack:
+        running = {
+            name: stack.enter_context(vllmproxy_on(bench.place, limits=fields)) for name, fields in variants.items()
+        }
+        await bench.rotate("limits", running, partial(small_posts, bench, seconds=2))
+
+
+async def workers(bench: Bench) -> None:
+    """One worker process and two, each with a quarter of a core: the rest of it is spun away by other processes.
+
+    So the load, on the other core, is never the limit, and two cores are enough to see whether the work is shared.
+    """
+    if not _has_on(bench, "workers"):
+        return
+    if not _takes_workers():
+        bench.leave_out("workers", "vllmproxy-on", "this version has no --workers")
+        return
+
+    async def once(running: Running) -> dict[str, float]:
+        with ExitStack() as stack:
+            for _ in range(4 - count_of[running.port]):
+                stack.enter_context(_spinning(bench.place.proxy_core))
+            return await small_posts(bench, running, seconds=4, connections=_CALLERS)
+
+    with ExitStack() as stack:
+        running = {
+            f"{count} worker{'s' * (count > 1)}": stack.enter_context(vllmproxy_on(bench.place, workers=count))
+            for count in (1, 2)
+        }
+        count_of = {proxy.port: count for count, proxy in zip((1, 2), running.values(), strict=True)}
+        await bench.rotate("workers", running, once)
+
+
+def _takes_workers() -> bool:
+    twistd = Path(sys.executable).with_name("twistd")
+    said = subprocess.run([twistd, "vllmproxy", "--help"], check=False, capture_output=True, text=True)
+    return "--workers=" in said.stdout
+
+
+def _spinning(core: int) -> "subprocess.Popen[bytes]":
+    """Take a core's time for as long as the block lasts."""
+    return _Spinner(["taskset", "-c", str(core), sys.executable, "-c", "while True: pass"])
+
+
+class _Spinner(subprocess.Popen[bytes]):
+    def __exit__(self, *reason: object) -> None:
+        self.kill()
+        self.wait()
+
+
+def _has_on(bench: Bench, measure: str) -> bool:
+    if OURS[0] in bench.running:
+        return True
+    bench.leave_out(measure, OURS[0], "it is not among the contestants")
+    return False

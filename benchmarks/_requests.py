@@ -1,0 +1,72 @@
+"""Small requests: what each costs, how many a core can answer, and how long each takes."""
+
+from statistics import median
+
+from _bench import Bench
+from _contestants import Running
+from _load import closed_loop, open_loop
+from _processes import Used
+
+
+def cost(count: int, used: Used) -> dict[str, float]:
+    """Return the figures of so many requests or events."""
+    return {
+        "cpu": used.proxy / count * 1e6,
+        "redis cpu": used.redis / count * 1e6,
+        "rate": count / used.seconds,
+        **used.shares(),
+    }
+
+
+async def requests(bench: Bench) -> None:
+    """32 connections, each asks as soon as it has its answer."""
+    await bench.rotate("requests", bench.running, lambda running: small_posts(bench, running))
+
+
+async def small_posts(
+    bench: Bench, running: Running, requests: list[bytes] | None = None, seconds: float = 3, connections: int = 32
+) -> dict[str, float]:
+    """Ask for something small all the time. ``requests``: asked in turn, else the one."""
+    asked = requests or [running.request("small")]
+    outcome = await closed_loop(running.port, asked, connections, bench.seconds(seconds), bench.meter(running))
+    return cost(outcome.count, outcome.used)
+
+
+async def latency(bench: Bench) -> None:
+    """One connection, one request at a time."""
+
+    async def once(running: Running) -> dict[str, float]:
+        meter = bench.meter(running)
+        outcome = await closed_loop(running.port, [running.request("small")], 1, bench.seconds(2), meter)
+        return {"p50": outcome.quantile(0.5), "p99": outcome.quantile(0.99)}
+
+    await bench.rotate("latency", bench.running, once)
+
+
+async def half_load(bench: Bench) -> None:
+    """The same rate for all: half of what the slowest of them bears, LiteLLM aside, which bears less than that."""
+    if "requests" not in bench.figures:
+        await requests(bench)
+    rates = [median(found["rate"]) for name, found in bench.figures["requests"].items() if name != "litellm"]
+    rate = min(rates) / 2
+    if "litellm" in bench.running:
+        bench.leave_out("half load", "litellm", "its capacity is less than this rate")
+
+    async def once(running: Running) -> dict[str, float]:
+        seconds = bench.seconds(4)
+        outcome = await open_loop(
+            running.port,
+            running.request("small"),
+            rate=rate,
+            connections=64,
+            seconds=seconds,
+            meter=bench.meter(running),
+        )
+        return {
+            "p50": outcome.quantile(0.5),
+            "p99": outcome.quantile(0.99),
+            "rate": outcome.count / outcome.used.seconds,
+            **outcome.used.shares(),
+        }
+
+    await bench.rotate("half load", bench.without("litellm"), once)
