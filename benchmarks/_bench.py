@@ -1,5 +1,6 @@
 """One run of ``compare.py``: who runs, how often, and what came of it."""
 
+import asyncio
 import gc
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -56,7 +57,8 @@ class Bench:
 
     def leave_out(self, measure: str, name: str, reason: str) -> None:
         """Say why there is no such figure."""
-        self.left_out.setdefault(measure, {})[name] = reason
+        told = self.left_out.setdefault(measure, {})
+        told[name] = f"{told[name]}; {reason}" if name in told else reason
         print(f"{measure}, {name}: left out, {reason}", flush=True)
 
     @contextmanager
@@ -72,18 +74,17 @@ class Bench:
         once: Callable[[Running], Awaitable[dict[str, float]]],
         rounds: int | None = None,
     ) -> None:
-        """Measure each of ``running`` once in each round and keep the figures; who fails is left out from then on."""
+        """Measure each of ``running`` once in each round and keep the figures; a round that fails is told of."""
         names = list(running)
         for number in range(rounds or self.rounds):
             at = number % len(names)
             for name in names[at:] + names[:at]:
-                if name in self.left_out.get(measure, {}):
-                    continue
                 gc.collect()
                 try:
                     figures = await once(running[name])
-                except BadAnswer as error:
-                    self.leave_out(measure, name, _first_line(error))
+                except (BadAnswer, OSError) as error:  # OSError: the process has ended
+                    self.leave_out(measure, name, f"round {number + 1} failed ({_first_line(error)})")
+                    await asyncio.sleep(1)
                     continue
                 self.record(measure, name, **figures)
                 print(f"{measure}, round {number + 1}, {name}: {_told(figures)}", flush=True)

@@ -28,10 +28,11 @@ _MASTER = "sk-benchmark-master-key-of-no-value"
 #: Streams at a time that each peer has to bear.
 _MANY = 20_000
 
+#: With twice the connections that it can have, for it closes idle ones when most are taken.
 _NGINX = """
 daemon off; worker_processes 1; worker_rlimit_nofile {many}; pid {directory}/nginx.pid; error_log {directory}/error.log;
 user {user};
-events {{ worker_connections {many}; }}
+events {{ worker_connections {connections}; }}
 http {{
   access_log off; client_max_body_size 0; client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy;
   keepalive_requests 1000000000; keepalive_timeout 600s; tcp_nodelay on;
@@ -119,8 +120,8 @@ def nginx(place: Place) -> Iterator[Running]:
     """One worker, connections kept to the upstream, nothing buffered, no access log."""
     port = free_port()
     with tempfile.TemporaryDirectory() as directory:
-        user = f"{_name_of_user()}"
-        text = _NGINX.format(directory=directory, host=HOST, port=port, upstream=place.upstream, many=_MANY, user=user)
+        places = {"directory": directory, "host": HOST, "port": port, "upstream": place.upstream}
+        text = _NGINX.format(user=_name_of_user(), many=_MANY, connections=2 * _MANY, **places)
         Path(directory, "nginx.conf").write_text(text)
         command = (nginx_binary() or "nginx", "-p", directory, "-c", f"{directory}/nginx.conf")
         with _pinned(place, Running("nginx", port, 0), *command, cwd=directory) as running:

@@ -6,6 +6,7 @@ Each request is given as bytes and written at once; of an answer no more is read
 import asyncio
 import ctypes
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -46,12 +47,16 @@ class Call(asyncio.Protocol):
         self._descriptor = transport.get_extra_info("socket").fileno()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._failed(BadAnswer(f"the connection was closed ({exc})"))
+        self._descriptor = -1  # the number may soon be another connection's
+        self._failed(BadAnswer(f"the connection was closed ({exc or 'without an error'})"))
 
     def ask(self) -> None:
         """Send the request; the answer to the one before has to be here."""
         self.began = time.monotonic_ns()
-        os.write(self._descriptor, self.request)
+        try:
+            os.write(self._descriptor, self.request)
+        except OSError as error:
+            self._failed(BadAnswer(f"nothing could be sent ({error})"))
 
     def data_received(self, data: bytes) -> None:
         if self._rest:
@@ -61,9 +66,15 @@ class Call(asyncio.Protocol):
             if data.startswith(b"HTTP/1.1 200"):
                 self.finished(self)
             else:
-                self._failed(BadAnswer(data[:400].decode("latin-1")))
+                self._failed(_bad(data))
         else:
             self._rest = data
+
+
+def _bad(answer: bytes) -> BadAnswer:
+    """Return the status line and the body, as far as it is here."""
+    head, _, body = answer.decode("latin-1").partition("\r\n\r\n")
+    return BadAnswer(f"{head.partition(chr(13))[0]}: {' '.join(body.split())[:200]}")
 
 
 def _is_whole(data: bytes) -> bool:
@@ -106,7 +117,7 @@ class Stream(Call):
                 now = time.monotonic_ns()
                 self.late += [now - int(piece[:19]) for piece in data.split(_STAMP)[1:] if len(piece) >= 19]
         elif data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 200"):
-            self._failed(BadAnswer(data[:400].decode("latin-1")))
+            self._failed(_bad(data))
         if data.endswith(b"\n0\r\n\r\n"):
             self._rest = b""
             self.events -= 1
@@ -140,15 +151,16 @@ class Transfer(asyncio.Protocol):
             head, end, body = self._head.partition(b"\r\n\r\n")
             if not end:
                 return
-            at = head.lower().find(b"\r\ncontent-length:")
-            if at < 0 or not head.startswith(b"HTTP/1.1 200"):
-                self._whole.set_exception(BadAnswer(self._head[:400].decode("latin-1")))
+            if not head.startswith(b"HTTP/1.1 200"):
+                self._whole.set_exception(_bad(self._head))
                 self._transport.abort()
                 return
-            self._left = int(head[at + 17 :].partition(b"\r\n")[0])
+            at = head.lower().find(b"\r\ncontent-length:")
+            self._chunked = at < 0
+            self._left = sys.maxsize if self._chunked else int(head[at + 17 :].partition(b"\r\n")[0])
             data = body
         self._left -= len(data)
-        if self._left <= 0 and not self._whole.done():
+        if self._left <= 0 or (self._chunked and data.endswith(b"\r\n0\r\n\r\n")):
             self._whole.set_result(None)
 
 
@@ -234,9 +246,15 @@ async def closed_loop(port: int, requests: list[bytes], connections: int, second
         took.clear()
         await crowd.wait(seconds)
         used = meter.end()
-        return Outcome(len(took), used, took[:])
+        return _outcome(took, used)
     finally:
         crowd.leave()
+
+
+def _outcome(took: list[int], used: Used) -> Outcome:
+    if not took:
+        raise BadAnswer("nothing was answered while it was measured")
+    return Outcome(len(took), used, took[:])
 
 
 async def open_loop(
@@ -273,7 +291,7 @@ async def open_loop(
         took.clear()
         await crowd.wait(seconds)
         used = meter.end()
-        return Outcome(len(took), used, took[:])
+        return _outcome(took, used)
     finally:
         if ticker:
             ticker.stop()

@@ -1,6 +1,7 @@
 """Streamed answers: what an event costs, how many a core can pass on, how late they come, what a silent one holds."""
 
 import asyncio
+import time
 from functools import partial
 from itertools import pairwise
 
@@ -141,29 +142,25 @@ async def _hold(bench: Bench, streams: int, running: Running) -> dict[str, float
     assert running.pid is not None
     before = rss_of_tree(running.pid)
     crowd = Crowd()
-    begun = 0
-
-    class Silent(Stream):
-        def data_received(self, data: bytes) -> None:
-            nonlocal begun
-            before = self.events
-            super().data_received(data)
-            begun += self.events > 0 and not before
-            if begun == streams:
-                crowd.finish()
-
     try:
-        make = partial(Silent, running.stream("idle"), lambda _: None, crowd.fail)
         while len(crowd.calls) < streams:
-            first = len(crowd.calls)
-            await crowd.connect(lambda _: make(), running.port, min(200, streams - first))
-            for call in crowd.calls[first:]:
-                call.ask()
-            await asyncio.sleep(0)
-        if not await crowd.wait(30):
-            raise BadAnswer(f"only {begun} of {streams} streams had begun after 30 s")
+            await _open_some(crowd, running, min(50, streams - len(crowd.calls)))
         await asyncio.sleep(1)
         return {"KiB": (rss_of_tree(running.pid) - before) / streams / 1024}
     finally:
         crowd.leave()
         await asyncio.sleep(0.5)
+
+
+async def _open_some(crowd: Crowd, running: Running, count: int) -> None:
+    """Begin so many streams more, and return when each has had its first event."""
+    first = len(crowd.calls)
+    make = partial(Stream, running.stream("idle"), lambda _: None, crowd.fail)
+    await crowd.connect(lambda _: make(), running.port, count)
+    for call in crowd.calls[first:]:
+        call.ask()
+    deadline = time.monotonic() + 30
+    while not all(call.events for call in crowd.calls[first:]):
+        await crowd.wait(0.001)
+        if time.monotonic() > deadline:
+            raise BadAnswer(f"of {len(crowd.calls)} streams, some had no event after 30 s")

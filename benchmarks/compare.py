@@ -27,7 +27,9 @@ from _bodies import download, upload
 from _contestants import CONTESTANTS, Place
 from _growth import keys, limits, start_up, workers
 from _peers import environment, missing
-from _requests import half_load, latency, requests
+from _picture import draw
+from _report import report
+from _requests import half_load, latency, requests, small_posts
 from _running import HERE, allow_many_files, free_port, process
 from _streams import burst, idle, lateness, paced
 
@@ -78,13 +80,21 @@ def main() -> None:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = report(results)
+    (options.out / "results.md").write_text(text)
+    draw(results, options.out / "results.png")
+    print(f"\n{text}")
 
 
 async def _measure(bench: Bench, only: list[str]) -> None:
     gc.freeze()
     gc.disable()  # the generator makes no cycles; Bench collects between measures
     with ExitStack() as stack:
-        bench.running.update(stack.enter_context(bench.fresh(bench.names)))
+        for name in bench.names:
+            bench.running[name] = stack.enter_context(CONTESTANTS[name](bench.place))
+            print(f"{name} is up", flush=True)
+        await bench.rotate("warm-up", bench.running, partial(small_posts, bench, seconds=2), rounds=1)
+        del bench.figures["warm-up"]
         for name in only:
             await MEASURES[name](bench)
             await asyncio.sleep(0.2)

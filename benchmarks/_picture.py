@@ -1,0 +1,55 @@
+"""The picture of ``compare.py``."""
+
+from pathlib import Path
+
+import matplotlib as mpl
+from _report import TITLES, number
+from _rows import ROWS, Results, Row
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+#: What is drawn, by measure and figure, with its title.
+_PANELS = {
+    ("requests", "cpu"): "CPU per small POST, µs",
+    ("requests", "rate"): "requests a second on one core",
+    ("1000 streams", "cpu"): "CPU per streamed event, 1,000 streams, µs",
+    ("burst", "rate"): "events a second, without pause",
+    ("latency", "p50"): "latency added, p50, µs",
+    ("9500 idle streams", "KiB"): "memory per idle stream, KiB",
+}
+_OURS, _THEIRS = "#1b6ca8", "#b8b8b8"
+
+
+def draw(results: Results, file: Path) -> None:
+    """Write a PNG with a panel for each of the figures that matter most and that were measured."""
+    rows = {(row.measure, row.figure): row for row in ROWS}
+    panels = [(rows[place], title) for place, title in _PANELS.items() if place[0] in results["figures"]]
+    if not panels:
+        return
+    height = (len(panels) + 1) // 2
+    figure, axes = plt.subplots(height, 2, figsize=(11, 2.6 * height), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (row, title) in zip(axes.flat, panels, strict=False):
+        _draw_panel(axis, results, row, title)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _draw_panel(axis: "plt.Axes", results: Results, row: Row, title: str) -> None:
+    names = [name for name in reversed(TITLES) if name in results["contestants"] and name != "direct"]
+    values = {name: row.value(results, name) for name in names}
+    shown = {name: value for name, value in values.items() if value is not None and value > 0}
+    colours = [_OURS if name.startswith("vllmproxy") else _THEIRS for name in shown]
+    drawn = axis.barh([TITLES[name] for name in shown], list(shown.values()), color=colours)
+    axis.bar_label(drawn, labels=[number(value) for value in shown.values()], padding=4, fontsize=8)
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.margins(x=0.15)
+    if shown and max(shown.values()) > 30 * min(shown.values()):
+        axis.set_xscale("log")
+        axis.set_title(f"{title} (log scale)", fontsize=10, loc="left")
+    axis.tick_params(labelsize=8)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)

@@ -1,0 +1,133 @@
+"""What the tables of ``compare.py`` show, row by row, and the bars that issue 5 sets. Pure."""
+
+from statistics import median
+from typing import Any
+
+from attrs import field, frozen
+
+#: The whole result as ``results.json`` holds it.
+Results = dict[str, Any]
+ON = "vllmproxy-on"
+
+
+@frozen
+class Bar:
+    """What is asked of a figure.
+
+    :ivar least: it has to be this or more, else this or less.
+    :ivar limit: a number of the row's unit; where ``of`` is given, times the other's figure.
+    :ivar of: another contestant or variant.
+    """
+
+    limit: float
+    least: bool = False
+    of: str | None = None
+
+    def __str__(self) -> str:
+        sign = "≥" if self.least else "≤"
+        return f"{sign} {self.limit:g} \N{MULTIPLICATION SIGN} {self.of}" if self.of else f"{sign} {self.limit:g}"
+
+    def is_met(self, value: float, other: float | None) -> bool | None:
+        """Tell whether ``value`` is good enough; ``None``: the other was not measured."""
+        if self.of is None:
+            other = 1.0
+        if other is None:
+            return None
+        return value >= self.limit * other if self.least else value <= self.limit * other
+
+
+@frozen
+class Row:
+    """One figure of one measure.
+
+    :ivar added: what is over that of ``direct`` counts.
+    :ivar whose: the contestant or variant that the bars are for.
+    :ivar limited: with ``True``, the figure is only true where the proxy's core was the one that was full.
+    """
+
+    what: str
+    measure: str
+    figure: str
+    bars: tuple[Bar, ...] = ()
+    added: bool = False
+    whose: str = ON
+    limited: bool = False
+    format: str = field(default="")
+
+    def value(self, results: Results, name: str) -> float | None:
+        """Return the median of the rounds, ``None`` where it was not measured."""
+        found = _median(results, self.measure, name, self.figure)
+        if not self.added or found is None:
+            return found
+        direct = _median(results, self.measure, "direct", self.figure)
+        return None if direct is None or name == "direct" else found - direct
+
+
+def _median(results: Results, measure: str, name: str, figure: str) -> float | None:
+    values = results["figures"].get(measure, {}).get(name, {}).get(figure)
+    return median(values) if values else None
+
+
+_AS_ROUTER = Bar(1.0, of="vllm-router")
+_MILLISECOND = Bar(1000)
+
+#: One column for each contestant.
+ROWS = (
+    Row("CPU per small POST, µs", "requests", "cpu", (Bar(0.9, of="vllm-router"),)),
+    Row("… of its Redis, µs", "requests", "redis cpu"),
+    Row(
+        "requests a second on one core",
+        "requests",
+        "rate",
+        (Bar(1.1, least=True, of="vllm-router"), Bar(60, least=True, of="litellm")),
+        limited=True,
+    ),
+    Row("CPU per streamed event, 200 streams, µs", "200 streams", "cpu", (_AS_ROUTER,)),
+    Row("CPU per streamed event, 1,000 streams, µs", "1000 streams", "cpu", (_AS_ROUTER,)),
+    Row("events a second, burst", "burst", "rate", (Bar(1.0, least=True, of="vllm-router"),), limited=True),
+    Row("added latency, one connection, p50, µs", "latency", "p50", (_AS_ROUTER,), added=True),
+    Row("added latency, one connection, p99, µs", "latency", "p99", (_AS_ROUTER, _MILLISECOND), added=True),
+    Row("added latency, half load, p50, µs", "half load", "p50", (_AS_ROUTER,), added=True),
+    Row("added latency, half load, p99, µs", "half load", "p99", (_AS_ROUTER, _MILLISECOND), added=True),
+    Row("time to first event, added, p50, µs", "lateness", "first p50", (_MILLISECOND,), added=True),
+    Row("time to first event, added, p99, µs", "lateness", "first p99", (_MILLISECOND,), added=True),
+    Row("gap between events, added, p99, µs", "lateness", "gap p99", (_MILLISECOND,), added=True),
+    Row("memory per idle stream, 2,000 streams, KiB", "2000 idle streams", "KiB", (Bar(24),)),
+    Row("memory per idle stream, 9,500 streams, KiB", "9500 idle streams", "KiB", (Bar(24),)),
+    Row("upload of 32 MB, MB/s", "upload", "MB/s", (Bar(0.8, least=True, of="nginx"),)),
+    Row("… memory grown by, MiB", "upload", "growth", (Bar(8),)),
+    Row("download of 200 MB, MB/s", "download", "MB/s", (Bar(0.8, least=True, of="nginx"),)),
+    Row("… memory grown by, MiB", "download", "growth", (Bar(8),)),
+    Row("start-up to the first answer, s", "start-up", "seconds", (Bar(1.0),)),
+)
+
+_FLAT = 1.15
+
+#: One column for each variant of everything on; the bar is for the last against the first.
+GROWTH = (
+    Row(
+        "CPU per small POST with ten keys of so many in the store, µs",
+        "keys, ten of them",
+        "cpu",
+        (Bar(_FLAT, of="10 keys"),),
+        whose="100,000 keys",
+    ),
+    Row(
+        "… with all of the keys in turn, µs",
+        "keys, all of them",
+        "cpu",
+        (Bar(_FLAT, of="10 keys"),),
+        whose="100,000 keys",
+    ),
+    Row("… of its Redis, µs", "keys, all of them", "redis cpu", whose="100,000 keys"),
+    Row("CPU per small POST by limits of the key, µs", "limits", "cpu", (Bar(_FLAT, of="1 limit"),), whose="20 limits"),
+    Row("… of its Redis, µs", "limits", "redis cpu", whose="20 limits"),
+    Row(
+        "requests a second, each worker with a quarter of a core",
+        "workers",
+        "rate",
+        (Bar(1.8, least=True, of="1 worker"),),
+        whose="2 workers",
+    ),
+    Row("CPU per small POST by workers, µs", "workers", "cpu", whose="2 workers"),
+)
