@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from _contestants import CONTESTANTS, Place, Running
-from _load import BadAnswer
+from _generator import BadAnswer
 from _processes import Meter
 from attrs import field, frozen
 

@@ -25,6 +25,8 @@ from _redis import RedisServer
 PLENTY = 10**12
 LIMITS = {"rpm_limit": PLENTY, "tpm_limit": PLENTY, "max_parallel_requests": PLENTY}
 _MASTER = "sk-benchmark-master-key-of-no-value"
+#: How the names of variables begin that set something in a contestant; only those set here shall count.
+_SETTINGS = ("VLLM", "LITELLM", "HOSTED_VLLM", "REDIS", "STATE_DIRECTORY")
 #: Streams at a time that each peer has to bear.
 _MANY = 20_000
 
@@ -228,7 +230,8 @@ def _pinned(
     """Run a proxy on its core; begins when it has answered a request."""
     began = time.monotonic()
     whole = ("taskset", "-c", str(place.proxy_core), *command)
-    with process(*whole, port=running.port, cwd=cwd, env={**os.environ, **(env or {})}, seconds=180) as child:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(_SETTINGS)}
+    with process(*whole, port=running.port, cwd=cwd, env={**clean, **(env or {})}, seconds=180) as child:
         _ask_until_answered(running, began + 180)
         took = time.monotonic() - began
         yield Running(running.name, running.port, child.pid, running.path, running.fields, running.redis, took)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from _rows import GROWTH, ON, ROWS, Results, Row
+from _rows import GROWTH, ON, ROWS, Bar, Results, Row
 
 TITLES = {
     "direct": "direct",
@@ -37,7 +37,7 @@ def _environment(results: Results) -> str:
     quick = " **A quick run: it shows that all of it works, and its figures mean little.**" if results["quick"] else ""
     return (
         f"{said['date']}, commit {said['commit']}, {said['machine']}; {first}. "
-        f"Medians of {said['rounds']} rounds; it took {said['took']}.{quick}"
+        f"Medians of {said['rounds']} round{'s' * (said['rounds'] != '1')}; it took {said['took']}.{quick}"
     )
 
 
@@ -49,16 +49,21 @@ def bars(results: Results) -> str:
         value = row.value(results, row.whose)
         for bar in row.bars:
             if value is None:
-                lines.append([row.what, _NOTHING, "", "", "", str(bar), "not measured"])
+                lines.append([row.what, _NOTHING, "", "", "", _asked(bar), "not measured"])
                 continue
-            ratios = [_ratio(value, row.value(results, peer)) for peer in _PEERS] if row in ROWS else [""] * 3
+            ratios = [_ratio(value, row, results, peer) for peer in _PEERS]
             other = row.value(results, bar.of) if bar.of else None
             met = {True: "yes", False: "**no**", None: "not measured"}[bar.is_met(value, other)]
             found = number(value) + _mark(results, row, row.whose)
             if row in GROWTH and other:
                 found += f" ({value / other:.2f} {_TIMES})"
-            lines.append([row.what, found, *ratios, str(bar), met])
+            lines.append([row.what, found, *ratios, _asked(bar), met])
     return _table(head, lines)
+
+
+def _asked(bar: Bar) -> str:
+    sign = "≥" if bar.least else "≤"
+    return f"{sign} {bar.limit:g} {_TIMES} {TITLES.get(bar.of, bar.of)}" if bar.of else f"{sign} {bar.limit:,g}"
 
 
 def figures(results: Results) -> str:
@@ -151,8 +156,10 @@ def number(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def _ratio(value: float, other: float | None) -> str:
-    return f"{value / other:.2f}" if other and other > 0 else ""
+def _ratio(value: float, row: Row, results: Results, peer: str) -> str:
+    """Return how many times the peer's figure it is; nothing for growth, which should be about none."""
+    other = row.value(results, peer)
+    return f"{value / other:.2f}" if other and other > 0 and row.figure != "growth" else ""
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

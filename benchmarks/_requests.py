@@ -4,7 +4,7 @@ from statistics import median
 
 from _bench import Bench
 from _contestants import Running
-from _load import closed_loop, open_loop
+from _generator import closed_loop, open_loop
 from _processes import Used
 
 
@@ -65,7 +65,7 @@ async def half_load(bench: Bench) -> None:
         return {
             "p50": outcome.quantile(0.5),
             "p99": outcome.quantile(0.99),
-            "rate": outcome.count / outcome.used.seconds,
+            "asked": rate,
             **outcome.used.shares(),
         }
 

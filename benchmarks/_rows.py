@@ -3,7 +3,7 @@
 from statistics import median
 from typing import Any
 
-from attrs import field, frozen
+from attrs import frozen
 
 #: The whole result as ``results.json`` holds it.
 Results = dict[str, Any]
@@ -23,10 +23,6 @@ class Bar:
     least: bool = False
     of: str | None = None
 
-    def __str__(self) -> str:
-        sign = "≥" if self.least else "≤"
-        return f"{sign} {self.limit:g} \N{MULTIPLICATION SIGN} {self.of}" if self.of else f"{sign} {self.limit:g}"
-
     def is_met(self, value: float, other: float | None) -> bool | None:
         """Tell whether ``value`` is good enough; ``None``: the other was not measured."""
         if self.of is None:
@@ -42,7 +38,7 @@ class Row:
 
     :ivar added: what is over that of ``direct`` counts.
     :ivar whose: the contestant or variant that the bars are for.
-    :ivar limited: with ``True``, the figure is only true where the proxy's core was the one that was full.
+    :ivar limited: the figure is only true where the proxy's core was full.
     """
 
     what: str
@@ -52,7 +48,6 @@ class Row:
     added: bool = False
     whose: str = ON
     limited: bool = False
-    format: str = field(default="")
 
     def value(self, results: Results, name: str) -> float | None:
         """Return the median of the rounds, ``None`` where it was not measured."""
@@ -89,6 +84,7 @@ ROWS = (
     Row("added latency, one connection, p99, µs", "latency", "p99", (_AS_ROUTER, _MILLISECOND), added=True),
     Row("added latency, half load, p50, µs", "half load", "p50", (_AS_ROUTER,), added=True),
     Row("added latency, half load, p99, µs", "half load", "p99", (_AS_ROUTER, _MILLISECOND), added=True),
+    Row("… at so many requests a second", "half load", "asked"),
     Row("time to first event, added, p50, µs", "lateness", "first p50", (_MILLISECOND,), added=True),
     Row("time to first event, added, p99, µs", "lateness", "first p99", (_MILLISECOND,), added=True),
     Row("gap between events, added, p99, µs", "lateness", "gap p99", (_MILLISECOND,), added=True),

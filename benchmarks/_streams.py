@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from _bench import Bench
 from _contestants import Running
-from _load import BadAnswer, Call, Crowd, Outcome, Stream
+from _generator import BadAnswer, Call, Crowd, Outcome, Stream
 from _processes import Meter, rss_of_tree
 from _requests import cost, small_posts
 from _running import quantile
@@ -138,13 +138,13 @@ async def idle(bench: Bench, streams: int) -> None:
 
 
 async def _hold(bench: Bench, streams: int, running: Running) -> dict[str, float]:
-    await small_posts(bench, running, seconds=0.5)
+    await small_posts(bench, running, seconds=0.5, connections=8)
     assert running.pid is not None
     before = rss_of_tree(running.pid)
     crowd = Crowd()
     try:
         while len(crowd.calls) < streams:
-            await _open_some(crowd, running, min(50, streams - len(crowd.calls)))
+            await _open_some(crowd, running, min(20, streams - len(crowd.calls)))
         await asyncio.sleep(1)
         return {"KiB": (rss_of_tree(running.pid) - before) / streams / 1024}
     finally:

@@ -1,7 +1,7 @@
 """What does the proxy cost, beside others that do the same or less?
 
     pip install -e '.[bench,test]'
-    python benchmarks/compare.py --out results
+    python benchmarks/compare.py
 
 It starts everything on loopback: an upstream that answers as vLLM does, a load generator, and each contestant, which
 has one core to itself while it is measured. ``docs/performance.md`` says what is measured, and how. It writes
@@ -23,7 +23,6 @@ from pathlib import Path
 
 import uvloop
 from _bench import Bench, default_peers
-from _bodies import download, upload
 from _contestants import CONTESTANTS, Place
 from _growth import keys, limits, start_up, workers
 from _peers import environment, missing
@@ -32,6 +31,7 @@ from _report import report
 from _requests import half_load, latency, requests, small_posts
 from _running import HERE, allow_many_files, free_port, process
 from _streams import burst, idle, lateness, paced
+from _transfers import download, upload
 
 MEASURES: dict[str, Callable[[Bench], Awaitable[None]]] = {
     "requests": requests,
@@ -91,13 +91,21 @@ async def _measure(bench: Bench, only: list[str]) -> None:
     gc.disable()  # the generator makes no cycles; Bench collects between measures
     with ExitStack() as stack:
         for name in bench.names:
-            bench.running[name] = stack.enter_context(CONTESTANTS[name](bench.place))
-            print(f"{name} is up", flush=True)
+            _start(bench, stack, name)
         await bench.rotate("warm-up", bench.running, partial(small_posts, bench, seconds=2), rounds=1)
         del bench.figures["warm-up"]
         for name in only:
             await MEASURES[name](bench)
             await asyncio.sleep(0.2)
+
+
+def _start(bench: Bench, stack: ExitStack, name: str) -> None:
+    try:
+        bench.running[name] = stack.enter_context(CONTESTANTS[name](bench.place))
+    except SystemExit as error:
+        bench.leave_out("everything", name, f"it does not start ({(str(error).splitlines() or [''])[-1]})")
+    else:
+        print(f"{name} is up", flush=True)
 
 
 def _parse() -> argparse.Namespace:
@@ -106,7 +114,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--contestants", type=_some_of(CONTESTANTS), default=list(CONTESTANTS), metavar="NAME,…")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="measure everything shortly, to see that it works")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="directory for the results")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="directory for the results")
     parser.add_argument("--peers", type=Path, default=default_peers(), help="directory to install the peers in")
     parser.add_argument("--cores", type=_two_cores, default=_default_cores(), metavar="LOAD,PROXY")
     options = parser.parse_args()

@@ -5,7 +5,7 @@ import time
 
 from _bench import Bench
 from _contestants import Running
-from _load import Transfer
+from _generator import Transfer
 from _processes import forget_peaks, peak_of_tree, rss_of_tree
 from _running import HOST
 
