@@ -16,6 +16,9 @@ from attrs import field, frozen
 #: measure → contestant or variant → figure → its value in each round.
 Figures = dict[str, dict[str, dict[str, list[float]]]]
 
+#: Measures a contestant once and returns the figures.
+Once = Callable[[Running], Awaitable[dict[str, float]]]
+
 
 @frozen
 class Bench:
@@ -71,23 +74,29 @@ class Bench:
         self,
         measure: str,
         running: dict[str, Running],
-        once: Callable[[Running], Awaitable[dict[str, float]]],
+        once: Once,
         rounds: int | None = None,
     ) -> None:
-        """Measure each of ``running`` once in each round and keep the figures; a round that fails is told of."""
+        """Measure each of ``running`` once in each round and keep the figures."""
         names = list(running)
         for number in range(rounds or self.rounds):
             at = number % len(names)
             for name in names[at:] + names[:at]:
-                gc.collect()
-                try:
-                    figures = await once(running[name])
-                except (BadAnswer, OSError) as error:  # OSError: the process has ended
-                    self.leave_out(measure, name, f"round {number + 1} failed ({_first_line(error)})")
-                    await asyncio.sleep(1)
-                    continue
-                self.record(measure, name, **figures)
-                print(f"{measure}, round {number + 1}, {name}: {_told(figures)}", flush=True)
+                figures = await self._tried(measure, number + 1, running[name], once)
+                if figures is not None:
+                    self.record(measure, name, **figures)
+                    print(f"{measure}, round {number + 1}, {name}: {_told(figures)}", flush=True)
+
+    async def _tried(self, measure: str, number: int, running: Running, once: Once) -> dict[str, float] | None:
+        """Return what one round gave; one that fails is told of and tried again, twice."""
+        for _ in range(3):
+            gc.collect()
+            try:
+                return await once(running)
+            except (BadAnswer, OSError) as error:  # OSError: the process has ended
+                self.leave_out(measure, running.name, f"round {number} failed ({_first_line(error)})")
+            await asyncio.sleep(1)
+        return None
 
     def without(self, *names: str) -> dict[str, Running]:
         """Return those that are up, but for some."""

@@ -74,7 +74,7 @@ class Call(asyncio.Protocol):
 def _bad(answer: bytes) -> BadAnswer:
     """Return the status line and the body, as far as it is here."""
     head, _, body = answer.decode("latin-1").partition("\r\n\r\n")
-    return BadAnswer(f"{head.partition(chr(13))[0]}: {' '.join(body.split())[:200]}")
+    return BadAnswer(f"{head.partition(chr(13))[0]}: {' '.join(body.split())[:90]}")
 
 
 def _is_whole(data: bytes) -> bool:

@@ -23,10 +23,11 @@ _NONE_IS_FULL = "‡"
 
 def report(results: Results) -> str:
     """Return all tables, with what they need to be understood."""
-    parts = [_environment(results), "## Bars", bars(results), "## Figures", figures(results), *_notes(results)]
-    parts += _growth(results)
-    parts += ["## How busy the cores were", _cores(results), *_left_out(results)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    parts = [_environment(results), "## Bars", bars(results)]
+    if any(row.measure in results["figures"] for row in ROWS):
+        parts += ["## Figures", figures(results), *_notes(results)]
+    parts += [*_growth(results), *_cores(results), *_left_out(results)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _environment(results: Results) -> str:
@@ -46,6 +47,8 @@ def bars(results: Results) -> str:
     head = ["what", "vllmproxy, all on", *(f"÷ {TITLES[peer]}" for peer in _PEERS), "bar", "met"]
     lines = []
     for row in ROWS + GROWTH:
+        if row.measure not in results["figures"].keys() | results["left out"].keys():
+            continue
         value = row.value(results, row.whose)
         for bar in row.bars:
             if value is None:
@@ -123,14 +126,16 @@ def _cell_of(results: Results, row: Row, name: str) -> str:
     return _NOTHING if value is None else number(value)
 
 
-def _cores(results: Results) -> str:
-    """Return how full the proxy's core was, and the other, in percent."""
+def _cores(results: Results) -> Iterator[str]:
+    """Yield how full the proxy's core was, and the other, in percent."""
     names = [name for name in TITLES if name in results["contestants"]]
     lines = []
     for measure, found in results["figures"].items():
         if any("proxy core" in figures for figures in found.values()) and names[0] in found:
             lines.append([measure, *(_shares(results, measure, name) for name in names)])
-    return _table(["proxy's core / the other, %", *(TITLES[name] for name in names)], lines)
+    if lines:
+        yield "## How busy the cores were"
+        yield _table(["proxy's core / the other, %", *(TITLES[name] for name in names)], lines)
 
 
 def _shares(results: Results, measure: str, name: str) -> str:
@@ -143,7 +148,7 @@ def _left_out(results: Results) -> Iterator[str]:
     for measure, names in results["left out"].items():
         lines += [f"- {measure}, {TITLES.get(name, name)}: {reason}." for name, reason in names.items()]
     if lines:
-        yield "## Left out"
+        yield "## Left out, or tried again"
         yield "\n".join(lines)
 
 

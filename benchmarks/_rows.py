@@ -125,5 +125,6 @@ GROWTH = (
         (Bar(1.8, least=True, of="1 worker"),),
         whose="2 workers",
     ),
-    Row("CPU per small POST by workers, µs", "workers", "cpu", whose="2 workers"),
+    Row("… share of the core that they had", "workers", "proxy core", whose="2 workers"),
+    Row("… CPU per small POST, µs", "workers", "cpu", whose="2 workers"),
 )

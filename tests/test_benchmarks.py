@@ -1,0 +1,112 @@
+"""The benchmark's report says what was measured, and nothing about speed is judged here."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from _report import number, report
+from _rows import Bar
+
+ENVIRONMENT = {
+    "date": "today",
+    "commit": "abc",
+    "machine": "one",
+    "took": "1 minute",
+    "rounds": "3",
+    "Python": "3.11.7",
+}
+
+
+def _results(**changes: Any) -> dict[str, Any]:
+    """Return the result of a run of three contestants, with the vllm-router at 100 µs a request."""
+    figures = {
+        "requests": {
+            "direct": {"cpu": [0.0], "rate": [60_000.0], "proxy core": [0.0], "load core": [1.0]},
+            "vllm-router": {"cpu": [90.0, 100.0, 500.0], "rate": [9_000.0], "proxy core": [0.99], "load core": [0.4]},
+            "vllmproxy-on": {"cpu": [50.0], "rate": [20_000.0], "proxy core": [0.8], "load core": [0.97]},
+        },
+        "latency": {
+            "direct": {"p50": [30.0], "p99": [60.0]},
+            "vllm-router": {"p50": [230.0], "p99": [460.0]},
+            "vllmproxy-on": {"p50": [130.0], "p99": [1_460.0]},
+        },
+        "limits": {"1 limit": {"cpu": [100.0]}, "20 limits": {"cpu": [120.0]}},
+    }
+    whole = {
+        "environment": ENVIRONMENT,
+        "quick": False,
+        "contestants": ["direct", "vllm-router", "vllmproxy-on"],
+        "missing": {"litellm": "pip cannot install it"},
+        "figures": figures,
+        "left out": {"burst": {"vllmproxy-on": "round 1 failed"}},
+    }
+    return {**whole, **changes}
+
+
+def _line(text: str, beginning: str) -> list[str]:
+    """Return the cells of the first line of a table that begins so."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {beginning}"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_bar_is_for_the_ratio_of_medians() -> None:
+    cells = _line(report(_results()), "CPU per small POST, µs")
+    assert cells[1:] == ["50.0", "", "0.50", "", "≤ 0.9 \N{MULTIPLICATION SIGN} vllm-router", "yes"]
+
+
+def test_latency_counts_from_direct() -> None:
+    text = report(_results())
+    assert _line(text, "added latency, one connection, p50")[1:4] == ["100", "", "0.50"]
+    assert _line(text, "added latency, one connection, p99")[-1] == "**no**"
+
+
+def test_what_grows_is_compared_with_where_it_began() -> None:
+    cells = _line(report(_results()), "CPU per small POST by limits")
+    assert cells[1] == "120 (1.20 \N{MULTIPLICATION SIGN})"
+    assert cells[-1] == "**no**"
+
+
+def test_a_rate_that_the_load_limited_is_marked() -> None:
+    text = report(_results())
+    _, figures = text.split("## Figures")
+    assert _line(figures, "requests a second")[1:] == ["60,000 †", "9,000", "20,000 †"]
+    assert "† The load generator" in text
+    assert "‡ Neither" not in text
+
+
+def test_what_was_not_measured_is_said() -> None:
+    text = report(_results())
+    assert _line(text, "events a second, burst")[-1] == "not measured"
+    assert "- LiteLLM: pip cannot install it." in text
+    assert "- burst, vllmproxy, all on: round 1 failed." in text
+
+
+def test_measures_that_were_not_asked_for_are_no_rows() -> None:
+    assert "upload" not in report(_results())
+
+
+@pytest.mark.parametrize(
+    ("bar", "value", "other", "met"),
+    [
+        (Bar(24), 24.0, None, True),
+        (Bar(24), 24.1, None, False),
+        (Bar(0.8, least=True, of="nginx"), 80.0, 100.0, True),
+        (Bar(0.8, least=True, of="nginx"), 79.0, 100.0, False),
+        (Bar(0.8, least=True, of="nginx"), 79.0, None, None),
+    ],
+)
+def test_bars(bar: Bar, value: float, other: float | None, met: bool | None) -> None:
+    assert bar.is_met(value, other) is met
+
+
+def test_figures_have_three_digits() -> None:
+    assert [number(value) for value in (0.123, 1.234, 12.34, 123.4, 12345.0)] == [
+        "0.12",
+        "1.23",
+        "12.3",
+        "123",
+        "12,300",
+    ]
