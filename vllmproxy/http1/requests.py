@@ -5,12 +5,14 @@ from typing import Any, Protocol
 
 import httptools
 
+from vllmproxy.http1.chunks import Chunks
 from vllmproxy.http1.message import Limits, RequestHead, WireError, fields_of
 from vllmproxy.http1.rules import check_request
 
 _BAD_SYNTAX = "The request is not well-formed HTTP/1.1."
 #: Those that are spoken here.
 _VERSIONS = {"1.1": (1, 1), "1.0": (1, 0)}
+_EMPTY_LINES = re.compile(rb"[\r\n]*")
 
 
 class RequestSink(Protocol):
@@ -49,7 +51,10 @@ class RequestReader:
         self._progressed = False
         self._silent = 0  # bytes fed in a row that carried no message on: they reach no callback that could count
         self._data = b""
+        self._at = 0  # where in that the message goes on, or the next one begins, as far as is known
         self._begun = bytearray()  # what earlier reads brought of an unfinished head
+        self._head_at = 0  # where in that and the read of now the head begins
+        self._chunks: Chunks | None = None  # of the body that comes
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._ignoring_head = False
@@ -65,15 +70,18 @@ class RequestReader:
         size, self._progressed = len(data), False
         self.was_in_head = self.in_head
         while data:
-            self._data = data
+            self._data, self._at = data, 0
             try:
                 self._parser.feed_data(data)
                 data = b""
                 if self.in_head:
-                    self._begun += self._data
+                    self._begun += self._data[self._head_at :]
+                    self._head_at = 0
+                elif self._chunks is not None:
+                    self._follow(self._chunks)
             except httptools.HttpParserUpgrade as upgrade:
                 data = self._after_upgrade(data[upgrade.args[0] :])
-            except httptools.HttpParserError:
+            except (httptools.HttpParserError, WireError):
                 self.error = self.error or WireError(400, _BAD_SYNTAX)
                 return
         self._silent = 0 if self._progressed else self._silent + size
@@ -128,6 +136,9 @@ class RequestReader:
         self._head_bytes = 0
         self._body_bytes = 0
         self._begun.clear()
+        self._head_at = self._at
+        if self._data[self._at] in b"\r\n":  # which may stand before a request (RFC 9112 §2.2)
+            self._head_at = _EMPTY_LINES.match(self._data, self._at).end()  # type: ignore[union-attr]  # it always does
         self._target = b""
         self._headers = []
 
@@ -154,10 +165,10 @@ class RequestReader:
             return
         self._progressed = True
         self.in_head = False
-        if self._is_rtsp():
-            self._refuse(505, "This is RTSP; only HTTP/1.1 and HTTP/1.0 are spoken here.")
+        method = self._parser.get_method()
+        self._check_line(method)
         head = RequestHead(
-            method=self._parser.get_method(),
+            method=method,
             target=self._target,
             version=_VERSIONS.get(self._parser.get_http_version(), (0, 0)),
             headers=self._headers,
@@ -170,21 +181,32 @@ class RequestReader:
         self._count_body(head.content_length or 0)
         self._body_bytes = 0
         self._body_follows_upgrade = self._parser.should_upgrade() and not head.websocket
+        self._chunks = Chunks() if head.chunked else None
         self._head = head
         self._sink.request_begun(head)
 
-    def _is_rtsp(self) -> bool:
-        """Whether the request line names RTSP: llhttp takes it for HTTP of that version, for GET, POST and OPTIONS too,
-        and does not tell."""
+    def _check_line(self, method: bytes) -> None:
+        """Refuse a request line that has several spaces in a place, or names RTSP: llhttp takes it for one of HTTP, and
+        does not tell. Find where the body begins, too."""
         raw = self._begun + self._data if self._begun else self._data
-        if b" RTSP/" not in raw:
-            return False
-        first = re.escape(self._headers[0][0]) + b":" if self._headers else b"\r\n"
-        line = re.escape(self._parser.get_method()) + b" +" + re.escape(self._target) + rb" +RTSP/[0-9.]+\r\n" + first
-        return re.search(line, raw) is not None
+        if not raw.startswith(b"%s %s HTTP/" % (method, self._target), self._head_at):
+            line = raw[self._head_at : raw.index(b"\r\n", self._head_at)]
+            if b" RTSP/" in line:
+                self._refuse(505, "This is RTSP; only HTTP/1.1 and HTTP/1.0 are spoken here.")
+            self._refuse(400, "The parts of the request line must have one space between them.")
+        self._at = raw.index(b"\r\n\r\n", self._head_at) + 4 - len(self._begun)
+
+    def _follow(self, chunks: Chunks) -> None:
+        """Look at the lines of a chunked body that have come, too."""
+        try:
+            self._at = chunks.feed(self._data, self._at)
+        except WireError as error:
+            self._refuse(error.status, error.message)
 
     def on_body(self, data: bytes) -> None:
         self._progressed = True
+        if self._chunks is None:
+            self._at += len(data)
         self._count_body(len(data))
         self._sink.body_read(data)
 
@@ -195,5 +217,11 @@ class RequestReader:
 
     def on_message_complete(self) -> None:
         self._progressed = True
-        if not self._body_follows_upgrade:
-            self._sink.request_read()
+        if self._body_follows_upgrade:
+            return
+        chunks, self._chunks = self._chunks, None
+        if chunks is not None:
+            self._follow(chunks)
+            if not chunks.whole:
+                self._refuse(400, _BAD_SYNTAX)
+        self._sink.request_read()
