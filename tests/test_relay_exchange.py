@@ -9,8 +9,12 @@ from twisted.internet.error import ConnectionRefusedError as Refused
 from twisted.logger import LogEvent
 
 from vllmproxy.errors import AuthError, Forbidden, StoreDown
+from vllmproxy.http1.client import ClientConnection
+from vllmproxy.http1.message import ResponseHead
+from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.credentials import Credential
 from vllmproxy.keys.gate import ANONYMOUS
+from vllmproxy.testing import MemoryTransport
 
 GET = b"GET /vllm/v1/models HTTP/1.1\r\nHost: proxy\r\n\r\n"
 POST = b"POST /vllm/v1/chat/completions HTTP/1.1\r\nHost: proxy\r\nContent-Length: 5\r\n\r\n"
@@ -153,6 +157,74 @@ def test_no_answer(name: str, request_bytes: bytes, logged_errors: list[LogEvent
         assert secret not in house.client.sent
     assert (house.record.ended, house.record.status) == ("upstream_failed", status)
     assert all(wire.ending == "abort" or wire.lost for wire in house.wires)
+
+
+@pytest.mark.parametrize("where", ["connect", "made", "send"])
+@pytest.mark.parametrize("admitted", ["at once", "later"])
+def test_a_fault_of_ours_on_the_way_to_the_upstream(
+    where: str, admitted: str, monkeypatch: pytest.MonkeyPatch, logged_errors: list[LogEvent]
+) -> None:
+    house = House()
+    house.gate.hold = admitted == "later"
+
+    def fails(*_: object) -> None:
+        raise ValueError("gpu1:8000 is odd")
+
+    if where == "connect":
+        monkeypatch.setattr(house.endpoint, "connect", fails)
+    elif where == "made":
+        monkeypatch.setattr(MemoryTransport, "registerProducer", fails)
+    else:
+        monkeypatch.setattr(ClientConnection, "_write", fails)
+    house.client.receive(POST + b"hello")
+    if admitted == "later":
+        house.gate.waiting[0].callback(ANONYMOUS)
+    house.turn()
+    assert house.client.sent.startswith(b"HTTP/1.1 502 ")
+    assert b"gpu1" not in house.client.sent
+    assert (house.record.ended, house.record.status) == ("upstream_failed", 502)
+    assert all(wire.lost for wire in house.wires)
+    assert house.agent.is_idle
+    assert len(logged_errors) == 1
+    logged_errors.clear()
+
+
+def test_a_fault_of_ours_on_a_connection_that_is_used_again(
+    monkeypatch: pytest.MonkeyPatch, logged_errors: list[LogEvent]
+) -> None:
+    house = House()
+    house.client.receive(GET)
+    house.wires[0].receive(OK)
+    house.client.take()
+    with monkeypatch.context() as patch:
+        patch.delattr(ClientConnection, "_write")
+        house.client.receive(GET)
+    assert house.client.take().startswith(b"HTTP/1.1 502 ")
+    house.client.receive(GET)
+    house.wires[1].receive(OK)
+    assert house.client.sent.startswith(b"HTTP/1.1 200 ")
+    house.turn()
+    assert house.wires[0].lost
+    assert len(logged_errors) == 1
+    logged_errors.clear()
+
+
+@pytest.mark.parametrize(("where", "sent"), [("head", b"HTTP/1.1 500 "), ("body", b"")])
+def test_a_fault_of_ours_with_the_answer(
+    where: str, sent: bytes, monkeypatch: pytest.MonkeyPatch, logged_errors: list[LogEvent]
+) -> None:
+    house = House()
+    monkeypatch.delattr(Stream, "set_producer") if where == "body" else monkeypatch.delattr(ResponseHead, "get")
+    house.client.receive(GET)
+    house.wires[0].receive(STREAM + b"5\r\nhello\r\n")
+    house.turn()
+    assert house.client.sent[:13] == sent
+    assert house.client.lost == (where == "body")
+    assert house.wires[0].lost
+    assert house.record.ended == "upstream_failed"
+    assert house.observer.in_flight == 0
+    assert len(logged_errors) == 1
+    logged_errors.clear()
 
 
 def test_an_answer_that_is_late() -> None:

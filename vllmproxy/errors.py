@@ -140,7 +140,7 @@ class UpstreamUnreachable(ApiError):
 
 
 class UpstreamFailed(ApiError):
-    """vLLM took the request and gave no usable answer."""
+    """vLLM gave no usable answer, or could not be asked; it may have taken the request."""
 
     status = 502
     type = "upstream_error"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, fail, maybeDeferred
 from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.internet.interfaces import IAddress, IReactorTime, IStreamClientEndpoint
 from twisted.internet.protocol import Factory
@@ -27,6 +27,10 @@ _CONNECT_ERRORS = (ConnectError, DNSLookupError, HandshakeFailed, OSError)
 
 class ConnectFailed(Exception):
     """No connection to the upstream could be made: nothing was sent."""
+
+
+class SetUpFailed(ConnectFailed):
+    """No connection could be made, and that is a fault of the proxy's: the log has it. Nothing was sent."""
 
 
 class _ConnectionFactory(Factory):
@@ -107,7 +111,8 @@ class UpstreamAgent:
         """Send a request. ``uri`` begins with the origin; ``headers`` are :class:`OutgoingHeaders`.
 
         Fails with :class:`ConnectFailed`, :class:`~vllmproxy.http1.answer.AnswerLost` or
-        :class:`~vllmproxy.http1.message.BadAnswer`. Cancelling resets the connection.
+        :class:`~vllmproxy.http1.message.BadAnswer`, and with whatever else goes wrong; it raises nothing. Cancelling
+        resets the connection.
         """
         assert headers is not None
         assert uri.startswith(self._origin)
@@ -124,7 +129,7 @@ class UpstreamAgent:
         connection = self._take()
         if connection is None:
             return self._send_on_new(request)
-        sent: Deferred[Any] = connection.send(request)
+        sent: Deferred[Any] = _send(connection, request)
         return sent.addErrback(self._again, request)
 
     def _take(self) -> ClientConnection | None:
@@ -156,7 +161,7 @@ class UpstreamAgent:
             attempt.errback(Failure(CancelledError()) if cancelled else reason)
 
         attempt: Deferred[ClientConnection] = Deferred(cancel)
-        connecting: Deferred[Any] = self._endpoint.connect(self._factory)
+        connecting: Deferred[Any] = maybeDeferred(self._endpoint.connect, self._factory)
         connecting.addCallback(ClientConnection.shaken)
         connecting.addCallbacks(attempt.callback, failed)
         return attempt
@@ -166,7 +171,7 @@ class UpstreamAgent:
             self._reachable = True
             _log.info("{origin} can be reached again", origin=self._name)
         self._busy.add(connection)
-        return connection.send(request)
+        return _send(connection, request)
 
     def _not_connected(self, reason: Failure) -> Failure:
         if reason.check(*_CONNECT_ERRORS):
@@ -174,7 +179,10 @@ class UpstreamAgent:
                 self._reachable = False
                 _log.warn("{origin} cannot be reached: {reason}", origin=self._name, reason=reason.getErrorMessage())
             return Failure(ConnectFailed())
-        return reason
+        if reason.check(CancelledError):
+            return reason
+        _log.failure("Setting up a connection to {origin} failed", reason, origin=self._name)
+        return Failure(SetUpFailed())
 
     def _again(self, reason: Failure, request: Request) -> Any:
         if reason.check(NotExecuted) and is_replayable(request.body):
@@ -211,3 +219,13 @@ class UpstreamAgent:
         for connection in [*self._idle, *self._busy]:
             connection.abort()
         self._idle.clear()
+
+
+def _send(connection: ClientConnection, request: Request) -> "Deferred[IResponse]":
+    """Send, or fail and leave no connection behind that waits for nobody."""
+    try:
+        return connection.send(request)
+    except Exception:  # nothing is awaited here
+        reason = Failure()
+        connection.abort()
+        return fail(reason)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from socket import socket
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, fail
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import (
     IConsumer,
@@ -63,6 +63,7 @@ class ClientConnection(Protocol):
     ) -> None:
         self._deadlines = deadlines
         self._queued = 0
+        self._broken: Failure | None = None
         self._shook = False
         self._shaking: Deferred[ClientConnection] | None = None
         self._released = released
@@ -88,6 +89,13 @@ class ClientConnection(Protocol):
     # sending
 
     def connectionMade(self) -> None:
+        # Twisted tells nobody who waits for the connection of what is raised here.
+        try:
+            self._set_up()
+        except Exception:  # nothing is awaited here
+            self._broken = Failure()
+
+    def _set_up(self) -> None:
         transport: Any = self.transport
         self._plain = is_plain(transport)
         self._secure = isinstance(transport, TLSMemoryBIOProtocol)
@@ -102,7 +110,10 @@ class ClientConnection(Protocol):
         transport.registerProducer(self, True)
 
     def shaken(self) -> "Deferred[ClientConnection]":
-        """Fire with this connection once the TLS handshake is done; at once where there is none."""
+        """Fire with this connection when it can be used: after the TLS handshake where there is one."""
+        if self._broken is not None:
+            self.abort()
+            return fail(self._broken)
         ready: Deferred[ClientConnection] = Deferred(lambda _: self.abort())
         if self._secure and not self._shook:
             self._shaking = ready

@@ -93,7 +93,7 @@ class Exchange:
             self.feed(Event.ADMITTED, caller)
         else:
             caller.addCallbacks(self._identified, self._not_admitted)
-            caller.addErrback(_unexpected)
+            caller.addErrback(self._broke)
 
     def _identified(self, caller: Caller) -> None:
         self.feed(Event.ADMITTED, caller)
@@ -157,7 +157,7 @@ class Exchange:
             self._reserved(reserved)
         else:
             reserved.addCallbacks(self._got_reservation, self._not_admitted)
-            reserved.addErrback(_unexpected)
+            reserved.addErrback(self._broke)
 
     def _got_reservation(self, reservation: Reservation) -> None:
         if self._state is State.ADMITTING:
@@ -199,7 +199,7 @@ class Exchange:
         sending = server.client.request(stream.head.method, url, headers=headers, data=self._body)
         self._sending = sending
         sending.addCallbacks(self._got_answer, self._got_none)
-        sending.addErrback(_unexpected)
+        sending.addErrback(self._broke)
 
     def _got_answer(self, answer: Answer) -> None:
         self.feed(Event.ANSWERED, answer)
@@ -359,6 +359,22 @@ class Exchange:
         self._stream.abort()
         self._settle(why, error)
 
+    def _broke(self, reason: Failure) -> None:
+        """What must not fail did: say so where that can still be said, and break off where it cannot."""
+        if reason.check(CancelledError):
+            return
+        _log.failure("An exchange failed", reason)
+        if self._state is State.OVER:
+            return
+        self._cancel()
+        if self._answer is not None:
+            self._answer.connection.abort()
+        if self._stream.status:
+            self._stream.abort()
+            self._settle("upstream_failed", Internal.type)
+        else:
+            self._explain(Internal("The proxy failed at this request. Its log says why."), "upstream_failed")
+
     def _cut_revoked(self) -> None:
         self._cut("refused", "revoked")
 
@@ -415,11 +431,6 @@ class Exchange:
                 action(self, *args)
             except ApiError as error:  # only what admits a request raises one: it does not pass
                 self._explain(error, "refused")
-
-
-def _unexpected(reason: Failure) -> None:
-    if reason.check(CancelledError) is None:
-        _log.failure("An exchange failed", reason)
 
 
 _TABLE: dict[tuple[State, Event], Callable[..., None]] = {

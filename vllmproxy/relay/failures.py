@@ -3,8 +3,8 @@
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from vllmproxy.errors import ApiError, Internal, UpstreamFailed, UpstreamTimeout, UpstreamUnreachable
-from vllmproxy.http1.agent import ConnectFailed
+from vllmproxy.errors import ApiError, UpstreamFailed, UpstreamTimeout, UpstreamUnreachable
+from vllmproxy.http1.agent import ConnectFailed, SetUpFailed
 from vllmproxy.http1.answer import AnswerLost, UpstreamStalled
 from vllmproxy.http1.message import BadAnswer
 
@@ -16,6 +16,8 @@ def error_of(reason: Failure) -> ApiError:
     error = reason.value
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, SetUpFailed):
+        return UpstreamFailed("A connection to vLLM could not be set up. Nothing was sent; the proxy's log says why.")
     if isinstance(error, ConnectFailed):
         return UpstreamUnreachable("vLLM cannot be reached just now. Nothing was sent; try again.")
     if isinstance(error, BadAnswer):
@@ -26,4 +28,4 @@ def error_of(reason: Failure) -> ApiError:
     if isinstance(error, AnswerLost):
         return UpstreamFailed("vLLM closed the connection before it answered. It may have done the work.")
     _log.failure("Sending a request failed", reason)
-    return Internal("The proxy failed to send the request. Its log says why.")
+    return UpstreamFailed("The request could not be sent to vLLM. The proxy's log says why.")
