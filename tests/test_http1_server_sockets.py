@@ -10,9 +10,11 @@ import pytest
 import pytest_twisted
 from _site import Filler, send, site, until
 from twisted.internet import reactor as installed_reactor
+from twisted.internet.error import ConnectionDone
 from twisted.internet.task import deferLater
 
 from vllmproxy.http1.server import HOLD
+from vllmproxy.http1.sockets import raw_socket
 
 reactor: Any = installed_reactor
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -186,3 +188,26 @@ async def test_a_tunnel_that_was_half_closed_behind_a_slow_reader_goes_on() -> N
         await send(sock, b"still here")
         await until(lambda: receiver.body == b"still here")
         sock.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_tunnels_last_words_before_a_reset_arrive() -> None:
+    """The reset is found by writing, before they were read."""
+    async with site() as server:
+        sock = server.connect()
+        stream = await server.ask(sock, WEBSOCKET)
+        receiver: Any = stream.receiver
+        stream.start_tunnel(b"S", b"")
+        ours = raw_socket(stream.channel.transport)
+        assert ours is not None
+        sock.send(b"last words")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+        end = time.monotonic() + 20
+        while ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != 7:  # TCP_CLOSE
+            assert time.monotonic() < end
+        stream.write_raw(b"x")
+        await until(lambda: stream.over)
+        assert receiver.body == b"last words"
+        assert receiver.events == ["client_gone"]
+        assert not receiver.reasons[0].check(ConnectionDone)

@@ -38,6 +38,7 @@ from vllmproxy.http1.sockets import (
     is_plain,
     queued_bytes,
     raw_socket,
+    remains,
     write_now,
 )
 
@@ -213,8 +214,11 @@ class ClientConnection(Protocol):
     # the transport's producer: whoever feeds this connection
 
     def stopProducing(self) -> None:
-        """The connection is being lost and its socket is still there: see how far the request came."""
+        """The connection is being lost and its socket is still there: see how far the request came, and read on."""
         self._verdict.pronounce()
+        if self._plain and not self._paused:
+            for data in remains(self.transport):
+                self.dataReceived(data)
 
     def pauseProducing(self) -> None:
         self._congested = True

@@ -13,7 +13,16 @@ from zope.interface import implementer
 from vllmproxy.deadlines import Deadlines
 from vllmproxy.http1.message import RequestHead, WireError
 from vllmproxy.http1.requests import RequestReader
-from vllmproxy.http1.sockets import hang_up, has_ended, is_closing, is_plain, queued_bytes, raw_socket, write_now
+from vllmproxy.http1.sockets import (
+    hang_up,
+    has_ended,
+    is_closing,
+    is_plain,
+    queued_bytes,
+    raw_socket,
+    remains,
+    write_now,
+)
 from vllmproxy.http1.stream import Stream
 
 if TYPE_CHECKING:
@@ -134,7 +143,10 @@ class ServerChannel(Protocol):
             self._start_next()
 
     def stopProducing(self) -> None:
-        """The connection is gone; ``connectionLost`` follows."""
+        """The connection is being lost and its socket is still there; ``connectionLost`` follows."""
+        if self._mode == "tunnel" and self._plain and self._reading:
+            for data in remains(self.transport):
+                self._tunnelled(data)
 
     # the reader's side (vllmproxy.http1.requests.RequestSink)
 

@@ -3,6 +3,7 @@
 import socket
 import struct
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from fcntl import ioctl
 from termios import TIOCOUTQ
@@ -39,7 +40,11 @@ def write_now(transport: Any, data: bytes) -> None:
         except BlockingIOError:
             sent = 0
         except OSError:
-            sent = 0  # the queue meets the same error and reports the loss in the reactor's own way
+            sent = 0
+            # Writing what is queued meets an error, too, and reports the loss in the reactor's own way. Reading would
+            # meet none, but an end that looks like the peer's FIN: the kernel tells of a reset only once.
+            if not transport._writeDisconnected:
+                transport.stopReading()
         if sent == len(data):
             return
         if sent:
@@ -96,6 +101,19 @@ def has_ended(sock: socket.socket | None) -> bool:
     except OSError:
         return True
     return True
+
+
+def remains(transport: Any) -> Iterator[bytes]:
+    """Read what the kernel still holds of a plain connection that is being lost: what came before a reset stays there,
+    and who finds the reset by writing has not read it yet. At most 1 MiB."""
+    for _ in range(16):
+        try:
+            data = transport.socket.recv(65_536)
+        except OSError:
+            return
+        if not data:
+            return
+        yield data
 
 
 def queued_bytes(transport: Any) -> int:
