@@ -73,6 +73,7 @@ def test_defaults() -> None:
         tunnel_idle_timeout=600.0,
         upstream_idle_timeout=2.5,
         write_timeout=60.0,
+        workers=1,
         max_connections=None,
         max_connections_per_client=0,
         max_requests=0,

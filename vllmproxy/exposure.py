@@ -10,9 +10,13 @@ from collections.abc import Sequence
 from attrs import frozen
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.interfaces import IAddress
+from twisted.logger import Logger
 
+from vllmproxy.failing import CannotStart
 from vllmproxy.keys.masterkey import weakness
-from vllmproxy.settings import Secret
+from vllmproxy.settings import Secret, Settings
+
+_log = Logger()
 
 
 @frozen(kw_only=True)
@@ -57,6 +61,15 @@ def judge(addresses: Sequence[IAddress], *, master_key: Secret | None, open: boo
     if local:
         return Verdict(warnings=(f"This will do for trying out on loopback only: {reason}.",))
     return Verdict(refusal=f"{where} can be reached from other machines, and {reason}")
+
+
+def judge_start(addresses: Sequence[IAddress], settings: Settings) -> None:
+    """Judge what a process is about to do; warn of it in the log, or raise :class:`CannotStart`."""
+    verdict = judge(addresses, master_key=settings.master_key, open=settings.open)
+    if verdict.refusal is not None:
+        raise CannotStart(verdict.refusal)
+    for warning in verdict.warnings:
+        _log.warn("{warning}", warning=warning)
 
 
 def _without_key(local: bool, where: str, open: bool) -> Verdict:

@@ -19,7 +19,7 @@ BACKLOG = 1024
 
 
 #: What a description can be wrong with, and the files that it names.
-_ERRORS = (OSError, ValueError, TypeError, KeyError, IndexError, VerifyError, SSL.Error, crypto.Error)
+ERRORS = (OSError, ValueError, TypeError, KeyError, IndexError, VerifyError, SSL.Error, crypto.Error)
 
 
 @frozen
@@ -68,7 +68,7 @@ def renew_certificates(listeners: Sequence[Listener]) -> list[str]:
         if listener.certificate is not None:
             try:
                 listener.certificate.renew()
-            except _ERRORS as error:
+            except ERRORS as error:
                 problems.append(f"the certificate of {listener.description} stays the old one: {error}")
     return problems
 
@@ -83,7 +83,7 @@ def _listen(reactor: Any, description: str, factory: Factory) -> Listener:
             listening = maybeDeferred(certificate.listen, reactor, factory)
         else:
             listening = serverFromString(reactor, full).listen(factory)
-    except _ERRORS as error:
+    except ERRORS as error:
         raise CannotListen(f"cannot listen on {description}: {error}") from None
     # Twisted's own server endpoints bind before they return; so does StreamServerEndpointService rely on it.
     results: list[Any] = []

@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
@@ -19,20 +19,25 @@ class Notifier:
     """Sends what ``NOTIFY_SOCKET`` is to hear, and turns the watchdog off as long as the reactor turns.
 
     :param environ: ``NOTIFY_SOCKET``, a path or, after ``@``, an abstract name; ``WATCHDOG_USEC``, ``WATCHDOG_PID``.
+    :param is_well: whether the watchdog is to be fed just now.
+    :ivar watchdog: the seconds that may pass at most between two feeds; 0: none are asked for.
     """
 
-    def __init__(self, environ: Mapping[str, str], clock: IReactorTime) -> None:
+    def __init__(
+        self, environ: Mapping[str, str], clock: IReactorTime, is_well: Callable[[], bool] = lambda: True
+    ) -> None:
         address = environ.get("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address
-        self._feeding = LoopingCall(self._send, "WATCHDOG=1")
+        self._is_well = is_well
+        self._feeding = LoopingCall(self._feed)
         self._feeding.clock = clock
-        self._interval = _half_of_watchdog(environ)
+        self.watchdog = _watchdog(environ)
 
     def ready(self) -> None:
         """It accepts; from here on the watchdog is fed."""
         self._send("READY=1")
-        if self._interval and not self._feeding.running:
-            self._feeding.start(self._interval)
+        if self.watchdog and not self._feeding.running:
+            self._feeding.start(self.watchdog / 2)  # as sd_watchdog_enabled(3) advises
 
     def reloading(self) -> None:
         """It reads its settings again; :meth:`ready` ends that."""
@@ -43,10 +48,17 @@ class Notifier:
         """It is going to end."""
         self._send("STOPPING=1")
 
+    def listening_no_more(self) -> None:
+        """It takes no new connections; systemd does not care."""
+
     def close(self) -> None:
         """Feed the watchdog no more."""
         if self._feeding.running:
             self._feeding.stop()
+
+    def _feed(self) -> None:
+        if self._is_well():
+            self._send("WATCHDOG=1")
 
     def _send(self, message: str) -> None:
         if not self._address:
@@ -59,10 +71,8 @@ class Notifier:
             _log.warn("systemd cannot be told {message!r}: {error}", message=message, error=str(error))
 
 
-def _half_of_watchdog(environ: Mapping[str, str]) -> float:
-    """Return the seconds between two feeds: half of what may pass at most, as sd_watchdog_enabled(3) advises; 0: none
-    are asked for."""
+def _watchdog(environ: Mapping[str, str]) -> float:
     if environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return 0
     usec = environ.get("WATCHDOG_USEC", "")
-    return int(usec) / 2e6 if usec.isascii() and usec.isdigit() else 0
+    return int(usec) / 1e6 if usec.isascii() and usec.isdigit() else 0

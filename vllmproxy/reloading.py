@@ -7,7 +7,8 @@ from attrs import evolve, fields_dict
 from twisted.internet.interfaces import IAddress
 from twisted.logger import Logger
 
-from vllmproxy.exposure import judge
+from vllmproxy.exposure import judge_start
+from vllmproxy.failing import CannotStart
 from vllmproxy.http1.message import Limits
 from vllmproxy.keys.masterkey import MasterKey
 from vllmproxy.relay.headers import TrustedProxies
@@ -31,17 +32,9 @@ def reload(proxy: "Proxy", old: Settings, load: Callable[[], Settings], listenin
         must not be open, all stay as they are.
     :param listening: the addresses that it can be reached at.
     """
-    try:
-        new = _in_force(old, load())
-    except SettingsError as error:
-        _log.error("Reloading: the settings stay as they are: {reason}", reason=str(error))
+    new = read_again(old, load, listening)
+    if new is None:
         return old
-    verdict = judge(listening, master_key=new.master_key, open=new.open)
-    if verdict.refusal is not None:
-        _log.error("Reloading: the settings stay as they are: {reason}", reason=verdict.refusal)
-        return old
-    for warning in verdict.warnings:
-        _log.warn("{warning}", warning=warning)
     changed = [name for name in _NAMES if getattr(old, name) != getattr(new, name)]
     for change in dict.fromkeys(change for name in changed for change in _CHANGES[name]):
         change(proxy, new)
@@ -50,15 +43,27 @@ def reload(proxy: "Proxy", old: Settings, load: Callable[[], Settings], listenin
     return new
 
 
-def _in_force(old: Settings, new: Settings) -> Settings:
-    """Return ``new``, as far as it can be without a restart; say what has to wait for one."""
-    if old.simulate or new.simulate:  # where the simulator stands for an upstream, that has its address and its key
-        new = evolve(new, upstream=old.upstream, master_key=new.master_key or old.master_key)
-    waiting = [name for name in RESTART_ONLY if getattr(old, name) != getattr(new, name)]
+def read_again(old: Settings, load: Callable[[], Settings], listening: Sequence[IAddress]) -> Settings | None:
+    """Read the settings again, see :func:`reload`; ``None``, and a line in the log, where they stay as they are."""
+    try:
+        read = load()
+        new = in_force(old, read)
+        judge_start(listening, new)
+    except (SettingsError, CannotStart) as error:
+        _log.error("Reloading: the settings stay as they are: {reason}", reason=str(error))
+        return None
+    waiting = [name for name in RESTART_ONLY if getattr(new, name) != getattr(read, name)]
     if waiting:
         names = ", ".join(_NAMES[name] for name in waiting)
         _log.warn("Reloading: this takes effect only after a restart: {names}", names=names)
-    return evolve(new, **{name: getattr(old, name) for name in waiting})
+    return new
+
+
+def in_force(old: Settings, new: Settings) -> Settings:
+    """Return ``new``, as far as it can be without a restart."""
+    if old.simulate or new.simulate:  # where the simulator stands for an upstream, that has its address and its key
+        new = evolve(new, upstream=old.upstream, master_key=new.master_key or old.master_key)
+    return evolve(new, **{name: getattr(old, name) for name in RESTART_ONLY})
 
 
 def limits_of(settings: Settings) -> Limits:

@@ -1,12 +1,8 @@
 """Puts the rooms together into the service that twistd runs. Decides nothing else."""
 
-import atexit
 import os
-import signal
-import sys
 from collections.abc import Callable
 from functools import partial
-from types import FrameType
 from typing import Any
 
 from twisted.application.service import Service
@@ -18,7 +14,8 @@ from vllmproxy import __version__
 from vllmproxy.api.app import Api
 from vllmproxy.api.branch import ApiBranch
 from vllmproxy.draining import Draining
-from vllmproxy.exposure import judge
+from vllmproxy.exposure import judge_start
+from vllmproxy.failing import CannotStart, complain, end_with_failure, refusal
 from vllmproxy.garbage import settle_in
 from vllmproxy.http1.factory import ServerFactory
 from vllmproxy.http1.hangup import HangupWatcher
@@ -48,6 +45,7 @@ from vllmproxy.relay.revocation import Revocation
 from vllmproxy.relay.targets import is_under_prefix
 from vllmproxy.reloading import limits_of, reload, timeouts_of
 from vllmproxy.settings import Settings, SettingsError
+from vllmproxy.signals import Signals
 from vllmproxy.simulated import base_url, key_file, start_simulator, what_to_try
 from vllmproxy.store.interface import CannotOpenStore
 from vllmproxy.store.limits_memory import MemoryLimiter
@@ -55,22 +53,26 @@ from vllmproxy.store.opening import make_store
 from vllmproxy.upstreams.probe import Probe
 from vllmproxy.upstreams.server import Server, make_server
 from vllmproxy.usage.bookkeeper import Bookkeeper
+from vllmproxy.workers.ports import inherit
+from vllmproxy.workers.worker import Worker
 
 _log = Logger()
 
 
-class CannotStart(Exception):
-    """The proxy cannot do its work; the text says why and what to do."""
-
-
 class Proxy:
-    """Everything that is running, wired."""
+    """Everything that is running, wired.
 
-    def __init__(self, settings: Settings, reactor: Any, is_stopping: Callable[[], bool]) -> None:
+    :param worker: what this process is one of, if there are several.
+    """
+
+    def __init__(
+        self, settings: Settings, reactor: Any, is_stopping: Callable[[], bool], worker: Worker | None = None
+    ) -> None:
         assert settings.upstream is not None
         most = _connections(settings)
         self._reactor = reactor
         self._is_stopping = is_stopping
+        self._worker = worker
         self.store = make_store(settings.store, reactor=reactor, state_directory=settings.state_directory)
         self.access_log = _open_access_log(settings.access_log, reactor)
         self._metrics = MetricsObserver(known_routes=KNOWN_ROUTES)
@@ -124,6 +126,8 @@ class Proxy:
             client_of=trusted.client_of_peer,
         )
         self._metrics.add(OccupancyCollector(self._occupancy))
+        if worker is not None:
+            worker.shows(self._metrics.families)
 
     def _occupancy(self) -> Occupancy:
         factory, line = self.factory, self.relay.line
@@ -156,12 +160,13 @@ class Proxy:
             self.gate,
             self.store,
             self._reactor,
-            metrics_text=self._metrics.text,
+            metrics_text=self._metrics.text if self._worker is None else self._worker.metrics,
             open_metrics=settings.open_metrics,
             version=__version__,
             is_well=self._is_well,
             is_stopping=self._is_stopping,
             priced=settings.prices is not None,
+            workers=None if self._worker is None else self._worker.count,
         )
 
     def _is_well(self) -> Deferred[bool]:
@@ -212,9 +217,14 @@ class Proxy:
 
 
 class ProxyService(Service):
-    """The proxy under twistd: it listens, opens its store, then accepts; or the process ends with status 1."""
+    """The proxy in its process: it listens, opens its store, then accepts; or the process ends with status 1.
 
-    def __init__(self, settings: Settings, load: Callable[[], Settings], reactor: Any) -> None:
+    :param worker: has the listeners, and hears what systemd else does; ``None`` where there is one process only.
+    """
+
+    def __init__(
+        self, settings: Settings, load: Callable[[], Settings], reactor: Any, worker: Worker | None = None
+    ) -> None:
         self._settings = settings
         self._load = load
         self._reactor = reactor
@@ -226,19 +236,16 @@ class ProxyService(Service):
         self._accepting = False
         self._reloads_later = False
         self._draining = Draining(reactor, self._take_no_more)
-        self._signalled = False
-        self._notifier = Notifier(os.environ, reactor)
+        self._worker = worker
+        self._notifier = Notifier(os.environ, reactor) if worker is None else worker
+        self._signals = Signals(reactor, lambda: bool(self.running), reload=self.reload, hurry=self.hurry)
 
     def privilegedStartService(self) -> None:
         """Bind, while the process may still bind low ports. A process that cannot do its work does not start."""
         try:
             self._bind()
         except (CannotStart, CannotListen, SettingsError, OSError, ValueError) as error:
-            _complain(str(error))
-            # twistd cleans up behind an exception, tells a waiting parent, and lets it end the process with status 1;
-            # what it would print has been said already, and better.
-            sys.excepthook = lambda *_: None
-            raise CannotStart(str(error)) from None
+            raise refusal(error) from None
 
     def _bind(self) -> None:
         settings = self._settings
@@ -248,19 +255,19 @@ class ProxyService(Service):
             except OSError as error:
                 where = f"{str(settings.state_directory)!r}: {error.strerror}"
                 raise CannotStart(f"--state-directory: cannot write in {where}; name another directory") from None
-        proxy = Proxy(settings, self._reactor, lambda: self._draining.has_begun)
-        self._listeners = listen(self._reactor, settings.listen, proxy.factory)
-        verdict = judge(self._addresses(), master_key=settings.master_key, open=settings.open)
-        if verdict.refusal is not None:
-            raise CannotStart(verdict.refusal)
-        for warning in verdict.warnings:
-            _log.warn("{warning}", warning=warning)
+        proxy = Proxy(settings, self._reactor, lambda: self._draining.has_begun, self._worker)
+        if self._worker is None:
+            self._listeners = listen(self._reactor, settings.listen, proxy.factory)
+            judge_start(self._addresses(), settings)
+        else:
+            turns = partial(self._worker.turns, proxy.factory.channels.__len__)
+            self._listeners = inherit(self._reactor, settings.listen, self._worker.sockets, proxy.factory, turns)
         self._settings, self._proxy = settings, proxy
 
     def _addresses(self) -> list[IAddress]:
         return [listener.port.getHost() for listener in self._listeners]
 
-    def _reload(self) -> None:
+    def reload(self) -> None:
         """After SIGHUP, as systemd and logrotate send it."""
         proxy = self._proxy
         if proxy is None:
@@ -284,15 +291,14 @@ class ProxyService(Service):
         super().startService()  # type: ignore[no-untyped-call]  # Twisted is half typed
         if self._proxy is None:
             self.privilegedStartService()
-        signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._reload))
+        if self._worker is None:
+            self._signals.hear_reloads()
         self._reactor.callWhenRunning(self._open)
 
     def _open(self) -> None:
         assert self._proxy is not None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            usual = signal.getsignal(number)  # the reactor's, by now, unless whoever started us has it ignored
-            if callable(usual):
-                signal.signal(number, partial(self._asked_to_stop, usual))
+        if self._worker is None:
+            self._signals.hear_stops()
         self._opening = Deferred.fromCoroutine(self._proxy.open())
         self._opening.addCallbacks(self._opened, self._not_opened)
 
@@ -303,33 +309,26 @@ class ProxyService(Service):
         self._notifier.ready()
         assert self._settings.upstream is not None
         urls = [base_url(listener.port.getHost(), listener.description) for listener in self._listeners]
-        for url in urls:
-            _log.info("Listening on {url}, for {upstream}", url=url, upstream=self._settings.upstream.name)
+        if self._worker is None:
+            for url in urls:
+                _log.info("Listening on {url}, for {upstream}", url=url, upstream=self._settings.upstream.name)
         if self._settings.simulate:
             text = what_to_try(urls[0], key_file(self._settings) if self._made_key else None)
             os.write(1, text.encode())  # not print: twistd would make log lines of it
         if self._reloads_later:
-            self._reload()
+            self.reload()
 
     def _not_opened(self, reason: Any) -> None:
         if not self.running:
             return
         if reason.check(CannotOpenStore) is None:
             _log.failure("Opening the store failed", reason)
-        _complain(reason.getErrorMessage())
-        # A reactor that was stopped returns as if all were well, and twistd would exit with 0.
-        atexit.register(_exit_with_failure)
-        self._reactor.stop()
+        complain(reason.getErrorMessage())
+        end_with_failure(self._reactor)
 
-    def _asked_to_stop(
-        self, usual: Callable[[int, FrameType | None], object], number: int, frame: FrameType | None
-    ) -> None:
-        """Take a signal: the first one stops the reactor, the next ones do not wait for that."""
-        if self.running and not self._signalled:
-            self._signalled = True
-            usual(number, frame)
-        else:
-            self._reactor.callFromThread(self._draining.hurry)
+    def hurry(self) -> None:
+        """Wait for nothing that is under way."""
+        self._draining.hurry()
 
     def _take_no_more(self) -> Deferred[Any]:
         assert self._proxy is not None
@@ -337,7 +336,8 @@ class ProxyService(Service):
 
     def _stop_listening(self) -> Deferred[Any]:
         listeners, self._listeners = self._listeners, []
-        return gatherResults([maybeDeferred(listener.port.stopListening) for listener in listeners])
+        stopping = gatherResults([maybeDeferred(listener.port.stopListening) for listener in listeners])
+        return stopping.addCallback(lambda _: self._notifier.listening_no_more())
 
     async def _stop(self) -> None:
         self._notifier.stopping()
@@ -348,7 +348,7 @@ class ProxyService(Service):
             await self._proxy.close()
         if self._simulator is not None:
             await maybeDeferred(self._simulator.stopListening)
-        self._notifier.close()
+        await maybeDeferred(self._notifier.close)
 
     def stopService(self) -> Deferred[None]:
         """Stop as the settings say, then let go of everything. The reactor turns on until that is done."""
@@ -379,20 +379,3 @@ def _open_access_log(target: str, reactor: Any) -> JsonLines:
         return open_access_log(target, reactor)
     except OSError as error:
         raise CannotStart(f"--access-log: {target!r} cannot be written ({error.strerror}); name another file") from None
-
-
-def _complain(message: str) -> None:
-    """Say why the process ends: to whoever started it, wherever the log goes; in the log where nobody is left."""
-    if os.path.sameopenfile(2, os.open(os.devnull, os.O_WRONLY)):
-        _log.critical("{message}", message=message)
-    os.write(2, f"vllmproxy: {message}\n".encode())
-
-
-def _exit_with_failure() -> None:
-    sys.stdout.flush()
-    os._exit(1)
-
-
-def build_service(settings: Settings, load: Callable[[], Settings], reactor: Any) -> ProxyService:
-    """Return the service for ``settings``; ``load`` reads them again."""
-    return ProxyService(settings, load, reactor)

@@ -17,6 +17,7 @@ from attrs import field, frozen
 
 from vllmproxy.keys.policy import Route
 from vllmproxy.settings_table import AUTHORITIES, DIRECTORY, FLAG, PRICES, SECRET, TABLE, Row
+from vllmproxy.store.address import REDIS_SCHEMES
 from vllmproxy.upstreams.authorities import Authorities
 from vllmproxy.upstreams.upstream import Upstream
 from vllmproxy.usage.prices import Prices
@@ -50,6 +51,7 @@ class Settings:
 
     :ivar upstream: ``None`` exactly when ``simulate`` is set.
     :ivar listen: at least one Twisted endpoint description.
+    :ivar workers: processes; where there are more than one, the store is a Redis.
     :ivar store: ``memory:``, ``sqlite:PATH`` or a Redis URL; not in the ``repr``, for it may hold a password.
     :ivar access_log: a file's name, ``-`` for standard output.
     :ivar head_timeout: for a whole request head, from its first byte; ``idle_timeout``: between requests.
@@ -68,6 +70,7 @@ class Settings:
     upstream_key: Secret | None
     upstream_ca: Authorities | None
     listen: tuple[str, ...]
+    workers: int
     store: str = field(repr=False)
     state_directory: Path
     master_key: Secret | None
@@ -157,7 +160,25 @@ def load(options: Mapping[str, object], environ: Mapping[str, str], read_file: R
     if "state_directory" not in values:
         values["state_directory"] = _default_state_directory(environ)
     values.setdefault("store", f"sqlite:{values['state_directory']}/vllmproxy.sqlite")
-    return Settings(**values)
+    settings = Settings(**values)
+    if settings.workers > 1 and (said := found["workers"]) is not None:
+        _check_workers(settings, said.place)
+    return settings
+
+
+def _check_workers(settings: Settings, place: str) -> None:
+    """Refuse what works in one process only."""
+    kind = settings.store.partition(":")[0]
+    if kind not in REDIS_SCHEMES:
+        raise SettingsError(
+            f"{place}: {settings.workers} processes need a store that they share, and {kind}: is one process's; "
+            "name a Redis (--store redis://HOST), or leave it at 1"
+        )
+    if settings.simulate:
+        raise SettingsError(
+            f"{place}: --simulate is for trying out, in one process; leave it at 1, or start twistd vllmsim and "
+            "name it with --upstream"
+        )
 
 
 def _config(path: Path, read_file: ReadFile) -> dict[str, Any]:

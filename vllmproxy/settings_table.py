@@ -14,6 +14,9 @@ from vllmproxy.keys.policy import Route, parse_route
 from vllmproxy.store.address import REDIS_SCHEMES, parse_redis_url
 from vllmproxy.upstreams.upstream import Upstream
 
+#: So that a slip of the finger does not start a million processes.
+MOST_WORKERS = 256
+
 _ENDPOINT_TYPES = ("tcp", "tcp6", "unix", "ssl", "tls", "systemd")
 
 
@@ -117,6 +120,13 @@ def _count_or_zero(text: str) -> int:
     return 0 if text == "0" else _count(text)
 
 
+def _workers(text: str) -> int:
+    count = _count(text)
+    if count > MOST_WORKERS:
+        raise ValueError(f"{text} processes are more than {MOST_WORKERS}; choose one for each core")
+    return count
+
+
 def _outage(text: str) -> str:
     if text not in {"closed", "local"}:
         raise ValueError(f"{text!r} is not known; write closed or local")
@@ -156,6 +166,7 @@ OUTAGE = Kind((str,), "closed or local", _outage)
 SHARE = Kind((int, float), "a number", _share)
 ROUTE_SECONDS = Kind((str,), "a string or a list of strings", _route_seconds)
 COUNT = Kind((int,), "a whole number", _count)
+WORKERS = Kind((int,), "a whole number", _workers)
 AUTHORITIES = Kind((str,), "a string (the file's name)", _filled)
 COUNT_OR_ZERO = Kind((int,), "a whole number", _count_or_zero)
 PRICES = Kind((str,), "a string (the file's name)", _filled)
@@ -216,6 +227,12 @@ _ROWS = (
         ("VLLMPROXY_LISTEN",),
         default="tcp:4000:interface=127.0.0.1",
         repeatable=True,
+    ),
+    Row(
+        "workers",
+        WORKERS,
+        "Processes that share the listeners, one for each core; more than 1 need Redis.",
+        default="1",
     ),
     Row(
         "store",

@@ -9,7 +9,8 @@ from twisted.python.usage import Options as UsageOptions
 from twisted.python.usage import UsageError
 
 from vllmproxy import __version__
-from vllmproxy.settings import Settings, SettingsError, load
+from vllmproxy.said import Said, read_now
+from vllmproxy.settings import Settings, SettingsError
 from vllmproxy.settings_table import FLAG, TABLE, Row
 
 _EXAMPLES = """
@@ -25,10 +26,12 @@ An option counts before the environment, the environment before the file.
 
 
 class Options(UsageOptions):
-    """The command line. After parsing, ``settings`` holds what everything else is built from."""
+    """The command line. After parsing, ``settings`` holds what everything else is built from, and ``said`` what they
+    were built from."""
 
     longdesc = "A transparent gateway in front of vLLM."
     settings: Settings
+    said: Said
 
     def opt_config(self, path: str) -> None:
         """TOML FILE with settings under the names of these options."""
@@ -56,13 +59,17 @@ class Options(UsageOptions):
     def postOptions(self) -> None:
         """Make ``settings``. Raises ``UsageError`` with one sentence."""
         try:
-            self.settings = self.load()
+            self.said, self.settings = self.read()
         except SettingsError as error:
             raise UsageError(str(error)) from None
 
     def load(self) -> Settings:
         """Make settings out of these options, and the environment and the files of now. Raises ``SettingsError``."""
-        return load(self, os.environ)
+        return self.read()[1]
+
+    def read(self) -> tuple[Said, Settings]:
+        """Return the settings as :meth:`load` does, and what they were made of."""
+        return read_now(self, os.environ)
 
     def getUsage(self, width: int | None = None) -> str:
         """Return the options' explanations and a few examples."""
@@ -107,7 +114,13 @@ def makeService(options: Options) -> IService:
     """Build the service for the settings, in the reactor that twistd has installed by now."""
     from twisted.internet import reactor  # noqa: PLC0415 (earlier would install the default reactor)
 
-    from vllmproxy.service import build_service  # noqa: PLC0415 (--help and --version need none of it)
+    service: IService
+    if options.settings.workers > 1:  # what is not needed is not imported: --help and --version need neither
+        from vllmproxy.workers.parent import Parent  # noqa: PLC0415
 
-    service: IService = build_service(options.settings, options.load, reactor)
+        service = Parent(options.said, options.settings, options.read, reactor)
+    else:
+        from vllmproxy.service import ProxyService  # noqa: PLC0415
+
+        service = ProxyService(options.settings, options.load, reactor)
     return service

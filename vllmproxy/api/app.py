@@ -16,7 +16,7 @@ from vllmproxy.api.errors import answer_error, answer_json, error_of
 from vllmproxy.api.health import HealthApi
 from vllmproxy.api.keys import KeyApi
 from vllmproxy.api.keyviews import KeyViewApi
-from vllmproxy.api.metrics import MetricsApi
+from vllmproxy.api.metrics import MetricsApi, MetricsText
 from vllmproxy.api.usage import UsageApi
 from vllmproxy.errors import BadRequest
 from vllmproxy.keys.gate import Gate
@@ -27,10 +27,11 @@ class Api:
     """Puts the rooms of the API together.
 
     :param clock: ``seconds()`` is the time of day, seconds since the epoch.
-    :param metrics_text: returns the content type and the body of ``/metrics``.
+    :param metrics_text: returns the content type and the body of ``/metrics``, or what fires with them.
     :param open_metrics: show the metrics to everybody.
     :param is_well: tells whether vLLM answers.
     :param priced: there are prices, so that budgets of money can be kept.
+    :param workers: how many processes are at work, and of how many; ``None`` where there is this one only.
     :ivar routes: the paths that it answers, variable parts in angle brackets.
     """
 
@@ -40,12 +41,13 @@ class Api:
         store: Store,
         clock: IReactorTime,
         *,
-        metrics_text: Callable[[], tuple[bytes, bytes]],
+        metrics_text: MetricsText,
         open_metrics: bool,
         version: str,
         is_well: Callable[[], Awaitable[bool]],
         is_stopping: Callable[[], bool] = lambda: False,
         priced: bool = False,
+        workers: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
         self._clock = clock
         self._version = version
@@ -57,7 +59,7 @@ class Api:
         KeyViewApi(gate, store, clock).register(app)
         UsageApi(gate, store, clock).register(app)
         AuditApi(gate, store).register(app)
-        HealthApi(store, version, is_well, is_stopping).register(app)
+        HealthApi(store, version, is_well, is_stopping, workers).register(app)
         MetricsApi(gate, metrics_text, open_metrics).register(app)
         app.handle_errors(Exception)(_explain)
         self.routes = frozenset(str(rule.rule) for rule in app.url_map.iter_rules())

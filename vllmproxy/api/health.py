@@ -14,6 +14,7 @@ class HealthApi:
 
     :param is_well: tells whether vLLM answers.
     :param is_stopping: tells whether requests should go elsewhere, because this process is going to end.
+    :param workers: tells how many processes are at work, and of how many; ``None`` where there is this one only.
     """
 
     def __init__(
@@ -22,11 +23,13 @@ class HealthApi:
         version: str,
         is_well: Callable[[], Awaitable[bool]],
         is_stopping: Callable[[], bool],
+        workers: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
         self._store = store
         self._version = version
         self._is_well = is_well
         self._is_stopping = is_stopping
+        self._workers = workers
 
     def register(self, app: Klein) -> None:
         """Add the routes to ``app``."""
@@ -47,10 +50,13 @@ class HealthApi:
         except StoreUnavailable:
             store = False
         stopping = self._is_stopping()
-        state = {
+        state: dict[str, object] = {
             "status": "stopping" if stopping else "healthy" if store and upstream else "unhealthy",
             "db": "connected" if store else "not connected",
             "upstream": "reachable" if upstream else "unreachable",
             "version": self._version,
         }
+        if self._workers is not None:
+            ready, count = self._workers()
+            state["workers"] = {"ready": ready, "of": count}
         return answer_json(request, state, 200 if store and upstream and not stopping else 503)

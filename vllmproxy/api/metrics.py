@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from klein import Klein
+from twisted.internet.defer import Deferred
 from twisted.web.iweb import IRequest
 
 from vllmproxy.api.caller import caller_of, is_local
@@ -10,15 +11,17 @@ from vllmproxy.api.errors import answer
 from vllmproxy.errors import Forbidden
 from vllmproxy.keys.gate import Gate
 
+MetricsText = Callable[[], tuple[bytes, bytes] | Deferred[tuple[bytes, bytes]]]
+
 
 class MetricsApi:
     """The handler.
 
-    :param text: returns the content type and the body.
+    :param text: returns the content type and the body, or what fires with them.
     :param is_open: let everybody read them (``--open-metrics``), not only this machine and the master key.
     """
 
-    def __init__(self, gate: Gate, text: Callable[[], tuple[bytes, bytes]], is_open: bool) -> None:
+    def __init__(self, gate: Gate, text: MetricsText, is_open: bool) -> None:
         self._gate = gate
         self._text = text
         self._is_open = is_open
@@ -34,5 +37,6 @@ class MetricsApi:
                 "The proxy's own metrics are for the master key and for this machine itself; "
                 "start with --open-metrics to show them to everybody. vLLM's are at /vllm/metrics."
             )
-        content_type, body = self._text()
+        made = self._text()
+        content_type, body = await made if isinstance(made, Deferred) else made
         return answer(request, content_type, body)

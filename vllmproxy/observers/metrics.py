@@ -54,6 +54,10 @@ class MetricsObserver(Collector):
         """Return the content type and the body of ``GET /metrics``."""
         return CONTENT_TYPE_LATEST.encode(), generate_latest(self._registry)
 
+    def families(self) -> list[Metric]:
+        """Return what :meth:`text` is made of."""
+        return list(self._registry.collect())
+
     def started(self) -> None:
         """Count one more request in flight."""
         self._in_flight += 1

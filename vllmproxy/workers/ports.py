@@ -1,0 +1,102 @@
+"""Accepting from sockets that other processes accept from, too."""
+
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from twisted.internet import tcp, unix
+from twisted.internet.protocol import Factory
+from twisted.protocols.tls import TLSMemoryBIOFactory
+
+from vllmproxy.certificates import Certificate
+from vllmproxy.listening import ERRORS, CannotListen, Listener
+from vllmproxy.workers.loads import Turns
+
+#: Seconds for which a worker leaves new connections to another.
+_MOMENT: Final = 0.002
+
+
+class _Shared:
+    """Takes as many connections as it is its turn for, and leaves the others."""
+
+    turns: Turns
+    reactor: Any
+    _take = 1
+
+    @property
+    def numberAccepts(self) -> int:
+        return self._take
+
+    @numberAccepts.setter
+    def numberAccepts(self, _: int) -> None:
+        """Twisted raises it under load."""
+
+    def doRead(self) -> None:
+        port: Any = super()
+        self._take = self.turns.take()
+        if self._take:
+            port.doRead()
+        else:
+            port.stopReading()
+            self.reactor.callLater(_MOMENT, self._go_on)
+
+    def _go_on(self) -> None:
+        port: Any = self
+        if port.connected and not port.disconnecting:
+            port.startReading()
+
+
+class _TCPPort(_Shared, tcp.Port):
+    pass
+
+
+class _UNIXPort(_Shared, unix.Port):
+    """The path, its mode and the queue are the business of whoever made the socket, not of each who ends."""
+
+    def startListening(self) -> None:
+        port: Any = self  # Twisted is half typed
+        tcp._reservedFD.reserve()
+        port._shouldShutdown = False
+        port.factory.doStart()
+        port.socket, port._preexistingSocket = port._preexistingSocket, None
+        port.connected = True
+        port.fileno = port.socket.fileno
+        port.startReading()
+
+    def connectionLost(self, reason: Any) -> None:
+        tcp.Port.connectionLost(self, reason)
+
+
+def inherit(
+    reactor: Any,
+    descriptions: Sequence[str],
+    descriptors: Sequence[int],
+    factory: Factory,
+    turns: Callable[[], Turns],
+) -> list[Listener]:
+    """Take over listening sockets, and accept nothing yet, as :func:`~vllmproxy.listening.listen` does.
+
+    :param descriptors: of the sockets, in the order of ``descriptions``.
+    :param turns: makes what tells one of them how many connections to take.
+    :raises CannotListen: a certificate cannot be used.
+    """
+    return [_inherit(reactor, *each, factory, turns()) for each in zip(descriptions, descriptors, strict=True)]
+
+
+def _inherit(reactor: Any, description: str, descriptor: int, factory: Factory, turns: Turns) -> Listener:
+    certificate = None
+    wrapped: Any = factory
+    if description.startswith(("ssl:", "tls:")):
+        try:
+            certificate = Certificate(f"ssl{description[3:]}")
+        except ERRORS as error:
+            raise CannotListen(f"cannot listen on {description}: {error}") from None
+        wrapped = TLSMemoryBIOFactory(certificate, False, factory)
+    with socket.socket(fileno=descriptor) as sock:  # Twisted's is a copy
+        where = () if sock.family == socket.AF_UNIX else (sock.family,)
+        kind: Any = _TCPPort if where else _UNIXPort
+        port = kind._fromListeningDescriptor(reactor, descriptor, *where, wrapped)
+    port.turns = turns
+    port.startListening()
+    port.stopReading()
+    return Listener(description, port, certificate)
