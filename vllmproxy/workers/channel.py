@@ -77,6 +77,7 @@ class Channel(Int32StringReceiver):
 
     def connectionLost(self, reason: Failure | None = None) -> None:
         """Whoever waits for an answer does not get one."""
+        self.connected = 0
         asked, self._asked = self._asked, {}
         for each in asked.values():
             each.errback(ChannelLost())

@@ -14,7 +14,7 @@ _AWAY: Final = 2**32 - 1
 #: As many more connections than another may one have before it lets that go first.
 SLACK: Final = 8
 #: As many are taken at once where that one does not move.
-MANY: Final = 16
+MANY: Final = 4
 
 
 class Loads:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from prometheus_client import PlatformCollector, ProcessCollector
@@ -154,8 +155,9 @@ class Parent(Service):
             seat.accepts()
         elif kind == "log":
             level, namespace, text = body
-            log = Logger(namespace)
-            log.emit(LogLevel.levelWithName(level), "worker {number}: {text}", number=seat.number, text=text)
+            system = {} if namespace else {"log_system": "-"}
+            emit = partial(Logger(namespace or __name__).emit, LogLevel.levelWithName(level))
+            emit("worker {number}: {text}", number=seat.number, text=text, **system)
         elif kind == "metrics":
             seat.beat(body)
             return self._metrics(seat)
@@ -202,8 +204,8 @@ class Parent(Service):
         self._unkillable = sum(not seat.look() for seat in self._seats) > 0
 
     def _is_well(self) -> bool:
-        """Whether systemd may leave the workers to the parent."""
-        return not self._unkillable
+        """Whether systemd may leave the workers to the parent: it looks at them, and ends those that are stuck."""
+        return not self._unkillable and self._reactor.seconds() - self._looked < STUCK
 
     # metrics
 

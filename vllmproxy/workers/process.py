@@ -79,7 +79,7 @@ class WorkerProcess(ProcessProtocol):
     def kill(self, number: signal.Signals) -> None:
         """Send it a signal."""
         with suppress(ProcessExitedAlready):
-            self.transport.signalProcess(number.name.removeprefix("SIG"))  # type: ignore[union-attr]
+            self.transport.signalProcess(int(number))  # type: ignore[union-attr]
 
     def connectionMade(self) -> None:
         """It has begun: give it its task."""

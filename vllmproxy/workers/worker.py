@@ -79,7 +79,7 @@ class Worker:
             text = f"{text}\n{failure.getTraceback()}"
         level = event.get("log_level", LogLevel.info)
         namespace = event.get("log_namespace", _LEGACY)
-        self.channel.tell("log", [level.name, "-" if namespace == _LEGACY else namespace, text])
+        self.channel.tell("log", [level.name, "" if namespace == _LEGACY else namespace, text])
 
     # what the API asks
 

@@ -1,0 +1,253 @@
+"""Starting, reloading and stopping a proxy of two workers: as one process does it, whichever of them is meant."""
+
+import os
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trustme
+from _asking import ask, until
+from _raw import Wire, connect, request
+from _redis import RedisServer
+from _service import MASTER_KEY, START_SECONDS, Twistd, free_port
+from _workers import both_again, is_alive, one_on_each, start_workers, workers
+from test_restarts import ACTIVATE
+
+MODELS = request(b"GET", b"/vllm/v1/models")
+SHORT = request(b"GET", b"/vllm/x", b"X-Vllmsim: bytes; length=20; chunk=1; delay=0.1; chunked=1")
+LONG = request(b"GET", b"/vllm/x", b"X-Vllmsim: bytes; length=40000; chunk=1; delay=0.1; chunked=1")
+TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)
+OTHER_KEY = "sk-another-master-0123456789"
+
+
+@pytest.fixture
+def services() -> Iterator[list[Twistd]]:
+    """Stopped at the end of the test, if they still run."""
+    started: list[Twistd] = []
+    yield started
+    for service in started:
+        pids = workers(service) if is_alive(service.process.pid) else []
+        service.stop(signal.SIGKILL)
+        until(lambda pids=pids: not any(map(is_alive, pids)))  # type: ignore[misc]
+        assert "Unhandled" not in service.log
+
+
+def begun(service: Twistd, stream: bytes) -> dict[int, Wire]:
+    """Ask each worker for a stream, and return when some of it has come."""
+    wires = one_on_each(service, connect)
+    for wire in wires.values():
+        wire.send(stream)
+        assert wire.head().status == 200
+        wire.chunk()
+    return wires
+
+
+def test_a_stop_lets_the_streams_of_all_end(
+    tmp_path: Path, sim: Twistd, redis: RedisServer, services: list[Twistd]
+) -> None:
+    service = start_workers(tmp_path, sim.url, redis, "--drain-delay", "1", "--drain-timeout", "60")
+    services.append(service)
+    wires, asked = begun(service, SHORT), one_on_each(service, connect)
+    pids = workers(service)
+    service.process.send_signal(signal.SIGTERM)
+    for wire in asked.values():
+        until(lambda wire=wire: _readiness(wire) == 503)  # type: ignore[misc]
+    assert ask(service, "GET", "/vllm/v1/models", key=MASTER_KEY).status == 200
+    until(lambda: _refuses(service))
+    for wire in wires.values():
+        assert len(b"".join(iter(wire.chunk, b""))) == 19
+    assert service.process.wait(START_SECONDS) in TERMINATED
+    assert not any(map(is_alive, pids))
+    assert "ended" not in service.log  # none was missed
+    assert [record["ended"] for record in service.access_records if record["route"] == "/x"] == ["done", "done"]
+    assert not list((tmp_path / "state" / "usage").iterdir())
+
+
+def _readiness(wire: Wire) -> int:
+    wire.send(b"GET /health/readiness HTTP/1.1\r\nHost: h\r\n\r\n")
+    return wire.message().status
+
+
+def _refuses(service: Twistd) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", service.port), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_a_second_signal_ends_all_of_them_at_once(
+    tmp_path: Path, sim: Twistd, redis: RedisServer, services: list[Twistd]
+) -> None:
+    service = start_workers(tmp_path, sim.url, redis, "--drain-timeout", "600")
+    services.append(service)
+    wires = begun(service, LONG)
+    for pid in (service.process.pid, *workers(service)):
+        os.kill(pid, signal.SIGINT)  # as a terminal does it
+    until(lambda: service.log.count("Stopping: what is under way") == 2)
+    for wire in wires.values():
+        wire.chunk()
+    service.process.send_signal(signal.SIGINT)
+    assert service.process.wait(START_SECONDS) in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert [wire.rest()[1] for wire in wires.values()] == ["reset", "reset"]
+
+
+def test_without_their_parent_they_go(tmp_path: Path, sim: Twistd, redis: RedisServer, services: list[Twistd]) -> None:
+    service = start_workers(tmp_path, sim.url, redis, "--drain-timeout", "60")
+    services.append(service)
+    pids, wires = workers(service), begun(service, SHORT)
+    service.stop(signal.SIGKILL)
+    for wire in wires.values():
+        assert len(b"".join(iter(wire.chunk, b""))) == 19
+    until(lambda: not any(map(is_alive, pids)))
+    assert _refuses(service)
+
+
+def test_a_reload_is_for_all_and_for_those_to_come(
+    tmp_path: Path, sim: Twistd, redis: RedisServer, services: list[Twistd]
+) -> None:
+    (tmp_path / "key").write_text(MASTER_KEY)
+    config = tmp_path / "vllmproxy.toml"
+    config.write_text("master-key-file = 'key'\nmax-target = 9000\n")
+    env = {"VLLMPROXY_MASTER_KEY": ""}
+    service = start_workers(tmp_path, sim.url, redis, "--config", str(config), "--drain-timeout", "1", env=env)
+    services.append(service)
+    (tmp_path / "access.jsonl").rename(tmp_path / "access.jsonl.1")
+    (tmp_path / "key").write_text(OTHER_KEY)
+    _reload(service, "worker 1: Reloading: master-key-file changed", "worker 2: Reloading: master-key-file changed")
+    assert _statuses(service) == [(401, 200)] * 2
+    until(lambda: len(service.access_records) >= 4)
+    config.write_text("max-target = 'many'\n")
+    said = _reload(service, "the settings stay as they are", "worker 1: Reloading: no", "worker 2: Reloading: no")
+    assert said.count("max-target in ") == 1
+    (killed, _), *_ = one_on_each(service, connect).items()
+    os.kill(killed, signal.SIGKILL)
+    both_again(service, killed)
+    assert _statuses(service) == [(401, 200)] * 2
+    config.write_text("master-key-file = 'key'\nworkers = 3\n")
+    said = _reload(service, "worker 1: Reloading: max-target", "worker 2: Reloading: max-target")
+    assert "only after a restart: workers" not in said  # the command line says 2
+
+
+def _reload(service: Twistd, *lines: str) -> str:
+    before = len(service.log)
+    service.process.send_signal(signal.SIGHUP)
+    until(lambda: all(line in service.log[before:] for line in lines))
+    return service.log[before:]
+
+
+def _statuses(service: Twistd) -> list[tuple[int, int]]:
+    """What each worker answers to the former master key, and to the other one."""
+    statuses = []
+    for wire in one_on_each(service, connect).values():
+        with wire:
+            wire.send(MODELS)
+            former = wire.message().status
+            wire.send(request(b"GET", b"/vllm/v1/models", key=b"Authorization: Bearer " + OTHER_KEY.encode()))
+            statuses.append((former, wire.message().status))
+    return statuses
+
+
+def test_one_that_is_stuck_is_ended_and_systemd_hears_of_nothing(
+    tmp_path: Path, sim: Twistd, redis: RedisServer, services: list[Twistd]
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(START_SECONDS)
+        env = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "4000000"}
+        service = start_workers(tmp_path, sim.url, redis, "--drain-timeout", "1", env=env)
+        services.append(service)
+        assert manager.recv(100) == b"READY=1"
+        stuck = workers(service)[0]
+        os.kill(stuck, signal.SIGSTOP)
+        until(lambda: "has not moved for" in service.log, START_SECONDS)
+        os.kill(stuck, signal.SIGCONT)
+        both_again(service, stuck)
+        assert "ended by SIGABRT; another is started" in service.log
+        assert "Fatal Python error: Aborted" in service.log  # and where it stood
+        service.process.send_signal(signal.SIGHUP)
+        service.stop()
+        heard = [manager.recv(100).partition(b"\n")[0]]
+        while heard[-1] != b"STOPPING=1":
+            heard.append(manager.recv(100).partition(b"\n")[0])
+        assert heard.count(b"WATCHDOG=1") >= 2
+
+
+def test_all_kinds_of_listeners(tmp_path: Path, sim: Twistd, redis: RedisServer, services: list[Twistd]) -> None:
+    authority = trustme.CA()
+    pem = tmp_path / "server.pem"
+    pem.write_bytes(authority.issue_cert("localhost").private_key_and_cert_chain_pem.bytes())
+    trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority.configure_trust(trust)
+    port, path = free_port(), tmp_path / "http.sock"
+    tls = f"ssl:{port}:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
+    service = start_workers(tmp_path, sim.url, redis, "--listen", tls, "--listen", f"unix:{path}:mode=600")
+    services.append(service)
+
+    def answers() -> None:
+        with Wire(socket.socket(socket.AF_UNIX)) as wire:
+            wire.sock.connect(str(path))
+            wire.send(MODELS)
+            assert wire.message().status == 200
+        plain = socket.create_connection(("127.0.0.1", port), timeout=30)
+        with Wire(trust.wrap_socket(plain, server_hostname="localhost")) as wire:
+            wire.send(MODELS)
+            assert wire.message().status == 200
+
+    for _ in range(3):
+        answers()
+    for pid in workers(service):
+        os.kill(pid, signal.SIGTERM)
+        both_again(service, pid)
+        answers()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert service.stop() in TERMINATED
+    assert not path.exists()
+
+
+def test_a_socket_of_systemd_s(tmp_path: Path, sim: Twistd, redis: RedisServer) -> None:
+    twistd = [sys.executable, str(Path(sys.executable).with_name("twistd")), "--nodaemon", "--pidfile="]
+    options = ["--upstream", sim.url, "--listen", "systemd:domain=INET:name=http", "--workers", "2"]
+    options += ["--store", redis.url, "--access-log", "access.jsonl", "--state-directory", str(tmp_path)]
+    with socket.create_server(("127.0.0.1", 0)) as listener, open(tmp_path / "out", "wb") as out:
+        (tmp_path / "err").touch()
+        process = subprocess.Popen(
+            [sys.executable, "-c", ACTIVATE, str(listener.fileno()), *twistd, "vllmproxy", *options],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "VLLMPROXY_MASTER_KEY": MASTER_KEY},
+            stdout=out,
+            stderr=out,
+            pass_fds=(listener.fileno(),),
+        )
+        service = Twistd(process, listener.getsockname()[1], tmp_path)
+        for _ in range(2):
+            assert ask(service, "GET", "/vllm/v1/models", key=MASTER_KEY).status == 200
+        assert service.stop() in TERMINATED
+        with socket.create_connection(listener.getsockname(), timeout=30):  # it listens still
+            listener.accept()[0].close()
+
+
+def test_as_a_daemon(tmp_path: Path, sim: Twistd, redis: RedisServer) -> None:
+    port = free_port()
+    options = ["--upstream", sim.url, "--listen", f"tcp:{port}:interface=127.0.0.1", "--workers", "2"]
+    options += ["--store", redis.url, "--access-log", "access.jsonl", "--state-directory", "state"]
+    command = [str(Path(sys.executable).with_name("twistd")), "--pidfile=pid", "--logfile=log", "vllmproxy", *options]
+    env = {"PATH": os.environ["PATH"], "VLLMPROXY_MASTER_KEY": MASTER_KEY}
+    subprocess.run(command, cwd=tmp_path, env=env, check=True, timeout=60)
+    pid, log = int((tmp_path / "pid").read_text()), tmp_path / "log"
+    try:
+        until(lambda: "with 2 workers" in log.read_text(), START_SECONDS)
+        with Wire(socket.create_connection(("127.0.0.1", port), timeout=30)) as wire:
+            wire.send(MODELS)
+            assert wire.message().status == 200
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        until(lambda: not is_alive(pid), START_SECONDS)
+    assert "worker 2: Stopping: what is under way" in log.read_text()
+    assert not (tmp_path / "pid").exists()
