@@ -154,13 +154,14 @@ def _statuses(service: Twistd) -> list[tuple[int, int]]:
     return statuses
 
 
+@pytest.mark.slow
 def test_one_that_is_stuck_is_ended_and_systemd_hears_of_nothing(
     tmp_path: Path, sim: Twistd, redis: RedisServer, services: list[Twistd]
 ) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(START_SECONDS)
-        env = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "4000000"}
+        env = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "8000000"}
         service = start_workers(tmp_path, sim.url, redis, "--drain-timeout", "1", env=env)
         services.append(service)
         assert manager.recv(100) == b"READY=1"

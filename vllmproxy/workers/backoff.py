@@ -13,15 +13,13 @@ class Backoff:
     """At once, unless it keeps dying young: then after 1 s, 2 s, 4 s … 30 s."""
 
     def __init__(self) -> None:
-        self._died_young = 0
+        self._next = 0.0
 
     def died(self, age: float) -> float:
         """Return the seconds to wait for.
 
         :param age: the seconds that it lived for.
         """
-        if age >= YOUNG:
-            self._died_young = 0
-            return 0.0
-        self._died_young += 1
-        return 0.0 if self._died_young == 1 else min(FIRST * 2 ** (self._died_young - 2), LONGEST)
+        delay = 0.0 if age >= YOUNG else self._next
+        self._next = min(2 * delay, LONGEST) if delay else FIRST
+        return delay
