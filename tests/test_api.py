@@ -1,7 +1,7 @@
 """The whole API over a real socket, with Twisted's own server in front of it."""
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from twisted.web.iweb import IResponse
 
 from vllmproxy.api import errors as api_errors
 from vllmproxy.api.app import Api
+from vllmproxy.api.metrics import MetricsText
 from vllmproxy.errors import Internal
 from vllmproxy.keys.cache import KeyCache
 from vllmproxy.keys.gate import Gate
@@ -67,7 +68,15 @@ class FragileStore(MemoryStore):
 
 
 class House:
-    def __init__(self, store: Any = None, *, auth: bool = True, open_metrics: bool = False) -> None:
+    def __init__(
+        self,
+        store: Any = None,
+        *,
+        auth: bool = True,
+        open_metrics: bool = False,
+        metrics_text: MetricsText = lambda: (b"text/plain; version=0.0.4", b"numbers 1\n"),
+        workers: Callable[[], tuple[int, int]] | None = None,
+    ) -> None:
         self.clock = Clock()
         self.clock.advance(NOW)
         self.store = store or FragileStore()
@@ -78,10 +87,11 @@ class House:
             self.gate,
             self.store,
             self.clock,
-            metrics_text=lambda: (b"text/plain; version=0.0.4", b"numbers 1\n"),
+            metrics_text=metrics_text,
             open_metrics=open_metrics,
             version="1.2.3",
             is_well=self.is_well,
+            workers=workers,
         )
         self.client = HTTPClient(Agent(reactor))
 
@@ -383,6 +393,21 @@ async def test_health(house: House) -> None:
     ready = await house.ask("GET", "/health/readiness", key=None)
     assert (ready.status, ready.json["status"], ready.json["db"]) == (503, "unhealthy", "not connected")
     assert (await house.ask("GET", "/health/liveness", key=None)).status == 200
+
+
+@pytest_twisted.ensureDeferred
+async def test_one_of_several_workers_says_how_many_there_are_and_waits_for_their_metrics() -> None:
+    metrics: Deferred[tuple[bytes, bytes]] = Deferred()
+    crew = House(workers=lambda: (1, 2), metrics_text=lambda: metrics)
+    await crew.open()
+    try:
+        ready = await crew.ask("GET", "/health/readiness", key=None)
+        assert (ready.status, ready.json["workers"]) == (200, {"ready": 1, "of": 2})
+        asking = Deferred.fromCoroutine(crew.ask("GET", "/metrics", key=None))
+        reactor.callLater(0, metrics.callback, (b"text/plain", b"all of them\n"))
+        assert (await asking).body == b"all of them\n"
+    finally:
+        await crew.close()
 
 
 @pytest_twisted.ensureDeferred

@@ -69,6 +69,15 @@ def test_a_pipe_is_given_whole_lines_of_atomic_length() -> None:
     sink.close()
 
 
+def test_a_socket_is_given_whole_lines_of_atomic_length() -> None:
+    read, descriptor = _socket()
+    sink = LogDescriptor(descriptor)
+    assert sink.write((b"x" * 99 + b"\n") * 1000) == 32_700
+    assert sink.write(b"y" * 40_000 + b"\n") == 32_768
+    assert len(read()) == 65_468
+    sink.close()
+
+
 def test_a_reader_that_is_gone_is_an_error_and_no_signal() -> None:
     reader, descriptor = os.pipe()
     os.close(reader)

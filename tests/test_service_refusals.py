@@ -135,6 +135,33 @@ def test_an_access_log_that_cannot_be_written(tmp_path: Path) -> None:
     assert "no/such" in refused(tmp_path, *UPSTREAM, "--access-log", f"{tmp_path}/no/such/access.jsonl")
 
 
+# with workers
+
+
+def test_a_store_that_workers_cannot_share(tmp_path: Path) -> None:
+    line = refused(tmp_path, *UPSTREAM, "--workers", "2", "--store", "memory:")
+    assert "--workers: 2 processes need a store that they share, and memory: is one process's" in line
+
+
+def test_workers_that_cannot_start_say_so_once(tmp_path: Path) -> None:
+    port = free_port()
+    store = ("--workers", "2", "--store", f"redis://127.0.0.1:{port}/0")
+    line = refused(tmp_path / "a", *UPSTREAM, *store)
+    assert f"127.0.0.1:{port}" in line
+    assert "refused" in line
+    assert "no/such" in refused(tmp_path / "b", *UPSTREAM, *store, "--access-log", f"{tmp_path}/no/such/access.jsonl")
+
+
+def test_a_busy_port_and_auth_that_is_off_are_the_parent_s_business(tmp_path: Path) -> None:
+    store = ("--workers", "2", "--store", f"redis://127.0.0.1:{free_port()}/0")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refused(tmp_path / "a", *UPSTREAM, *store, "--listen", f"tcp:{port}:interface=127.0.0.1", listen=False)
+    assert "in use" in line
+    line = refused(tmp_path / "b", *UPSTREAM, *store, "--listen", f"tcp:{port}", env={}, listen=False)
+    assert "--master-key-file" in line
+
+
 # who can reach it
 
 

@@ -449,3 +449,33 @@ def test_authorities_are_read_out_of_their_file() -> None:
         files["/ca.pem"] = bad
         with pytest.raises(SettingsError, match=f"--upstream-ca: '/ca.pem': .*{says}"):
             load({"upstream": URL, "upstream-ca": "/ca.pem"}, HOME, read)
+
+
+# workers
+
+
+@pytest.mark.parametrize(
+    "store", ["redis://h", "rediss://u:p@h:1/2", "unix:///run/redis.sock", "redis+sentinel://a,b/main"]
+)
+def test_workers_with_a_store_that_they_share(store: str) -> None:
+    assert settings({**BASE, "workers": "3", "store": store}).workers == 3
+
+
+@pytest.mark.parametrize("store", [None, "memory:", "sqlite:keys.sqlite", "sqlite:/p:a/ss"])
+def test_workers_with_another_store(store: str | None) -> None:
+    options = {} if store is None else {"store": store}
+    kind = "memory:" if store == "memory:" else "sqlite:"
+    with pytest.raises(SettingsError, match=f"^--workers: 2 processes need .* {kind} is one process's; .*redis://"):
+        settings({**BASE, "workers": "2", **options})
+    assert settings({**BASE, "workers": "1", **options}).workers == 1
+
+
+def test_workers_and_a_simulator() -> None:
+    with pytest.raises(SettingsError, match=r"^workers in '/c.toml': --simulate is for trying out, in one process"):
+        load({"simulate": True, "store": "redis://h", "config": "/c.toml"}, HOME, files({"/c.toml": "workers = 2"}))
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "257", ""])
+def test_a_number_of_workers_that_is_none(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"^--workers: [^\n]+; [^\n]+$"):
+        settings({**BASE, "workers": text, "store": "redis://h"})

@@ -17,6 +17,8 @@ import select
 import socket
 import stat
 
+#: Linux takes as much for a UNIX socket in one piece (unix_stream_sendmsg): all of it or nothing.
+_PIECE = 32 << 10
 _NEW_FILE_MODE = 0o640
 _OUR_OWN = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
@@ -24,8 +26,9 @@ _OUR_OWN = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTT
 class LogDescriptor:
     """Writes to a descriptor, which it owns, as much as goes at once.
 
-    Pieces to anything but a regular file or a socket are whole lines of at most PIPE_BUF bytes together, where
-    one line is no longer: those the kernel does not mix with what other processes write.
+    Pieces to anything but a regular file are whole lines of at most PIPE_BUF bytes together, or of 32 KiB to a socket,
+    where one line is no longer: those the kernel does not mix with what other processes write. Nor does it where they
+    append to a file.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -37,7 +40,7 @@ class LogDescriptor:
         Raises ``BlockingIOError`` if nothing can be written now, another ``OSError`` if it cannot be at all.
         """
         if self._socket is not None:
-            return self._socket.send(data, socket.MSG_DONTWAIT)
+            return self._socket.send(_whole_lines(data, _PIECE), socket.MSG_DONTWAIT)
         if self._regular:
             return os.write(self._descriptor, data)
         if not self._poll.poll(0):
