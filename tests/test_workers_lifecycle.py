@@ -212,12 +212,17 @@ def test_all_kinds_of_listeners(tmp_path: Path, sim: Twistd, redis: RedisServer,
     assert not path.exists()
 
 
-def test_a_socket_of_systemd_s(tmp_path: Path, sim: Twistd, redis: RedisServer) -> None:
+@pytest.mark.parametrize(("domain", "count"), [("INET", 2), ("UNIX", 2), ("UNIX", 1)])
+def test_a_socket_of_systemd_s(tmp_path: Path, sim: Twistd, redis: RedisServer, domain: str, count: int) -> None:
+    path = tmp_path / "http.sock"
     twistd = [sys.executable, str(Path(sys.executable).with_name("twistd")), "--nodaemon", "--pidfile="]
-    options = ["--upstream", sim.url, "--listen", "systemd:domain=INET:name=http", "--workers", "2"]
+    options = ["--upstream", sim.url, "--listen", f"systemd:domain={domain}:name=http", "--workers", str(count)]
     options += ["--store", redis.url, "--access-log", "access.jsonl", "--state-directory", str(tmp_path)]
-    with socket.create_server(("127.0.0.1", 0)) as listener, open(tmp_path / "out", "wb") as out:
-        (tmp_path / "err").touch()
+    with socket.socket(getattr(socket, f"AF_{domain}")) as listener, open(tmp_path / "out", "wb") as out:
+        listener.bind(str(path) if domain == "UNIX" else ("127.0.0.1", 0))
+        listener.listen(1024)
+        if domain == "UNIX":
+            path.chmod(0o600)
         process = subprocess.Popen(
             [sys.executable, "-c", ACTIVATE, str(listener.fileno()), *twistd, "vllmproxy", *options],
             cwd=tmp_path,
@@ -226,12 +231,20 @@ def test_a_socket_of_systemd_s(tmp_path: Path, sim: Twistd, redis: RedisServer) 
             stderr=out,
             pass_fds=(listener.fileno(),),
         )
-        service = Twistd(process, listener.getsockname()[1], tmp_path)
+        (tmp_path / "err").touch()
+        service = Twistd(process, 0, tmp_path)
         for _ in range(2):
-            assert ask(service, "GET", "/vllm/v1/models", key=MASTER_KEY).status == 200
+            with Wire(socket.socket(listener.family)) as wire:
+                wire.sock.settimeout(START_SECONDS)
+                wire.sock.connect(listener.getsockname())
+                wire.send(MODELS)
+                assert wire.message().status == 200, service.log
         assert service.stop() in TERMINATED
-        with socket.create_connection(listener.getsockname(), timeout=30):  # it listens still
+        assert "Traceback" not in service.log
+        with socket.socket(listener.family) as client:  # it listens still, as before
+            client.connect(listener.getsockname())
             listener.accept()[0].close()
+        assert domain == "INET" or stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_as_a_daemon(tmp_path: Path, sim: Twistd, redis: RedisServer) -> None:

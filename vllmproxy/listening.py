@@ -1,18 +1,20 @@
 """Opening the listeners: all of them, or a sentence that says why not."""
 
+import socket
 from collections.abc import Sequence
 from typing import Any
 
 from attrs import frozen
 from OpenSSL import SSL, crypto
-from twisted.internet.defer import Deferred, maybeDeferred
-from twisted.internet.endpoints import serverFromString
+from twisted.internet.defer import Deferred, maybeDeferred, succeed
+from twisted.internet.endpoints import AdoptedStreamServerEndpoint, serverFromString
 from twisted.internet.error import CannotListenError, VerifyError
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.protocol import Factory
 from twisted.python.failure import Failure
 
 from vllmproxy.certificates import Certificate
+from vllmproxy.inherited import InheritedUNIXPort
 
 #: How many connections the kernel keeps for us while we are busy; Twisted's 50 drops them under a burst.
 BACKLOG = 1024
@@ -82,7 +84,7 @@ def _listen(reactor: Any, description: str, factory: Factory) -> Listener:
             certificate = Certificate(full)
             listening = maybeDeferred(certificate.listen, reactor, factory)
         else:
-            listening = serverFromString(reactor, full).listen(factory)
+            listening = _open(reactor, serverFromString(reactor, full), factory)
     except ERRORS as error:
         raise CannotListen(f"cannot listen on {description}: {error}") from None
     # Twisted's own server endpoints bind before they return; so does StreamServerEndpointService rely on it.
@@ -99,6 +101,18 @@ def _listen(reactor: Any, description: str, factory: Factory) -> Listener:
         raise CannotListen(f"cannot listen on {description}: {reason}")
     result.stopReading()
     return Listener(description, result, certificate)
+
+
+def _open(reactor: Any, endpoint: Any, factory: Factory) -> Deferred[Any]:
+    if isinstance(endpoint, AdoptedStreamServerEndpoint) and endpoint.addressFamily == socket.AF_UNIX:
+        with socket.socket(fileno=endpoint.fileno) as inherited:  # the port has a copy of it
+            inherited.setblocking(False)
+            port: Any = InheritedUNIXPort
+            made = port._fromListeningDescriptor(reactor, inherited.fileno(), factory)
+        made.startListening()
+        return succeed(made)
+    opening: Deferred[Any] = endpoint.listen(factory)
+    return opening
 
 
 def _with_backlog(description: str) -> str:

@@ -4,11 +4,12 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from twisted.internet import tcp, unix
+from twisted.internet import tcp
 from twisted.internet.protocol import Factory
 from twisted.protocols.tls import TLSMemoryBIOFactory
 
 from vllmproxy.certificates import Certificate
+from vllmproxy.inherited import InheritedUNIXPort
 from vllmproxy.listening import ERRORS, CannotListen, Listener
 from vllmproxy.workers.loads import Turns
 
@@ -50,21 +51,8 @@ class _TCPPort(_Shared, tcp.Port):
     pass
 
 
-class _UNIXPort(_Shared, unix.Port):
-    """The path, its mode and the queue are the business of whoever made the socket, not of each who ends."""
-
-    def startListening(self) -> None:
-        port: Any = self  # Twisted is half typed
-        tcp._reservedFD.reserve()
-        port._shouldShutdown = False
-        port.factory.doStart()
-        port.socket, port._preexistingSocket = port._preexistingSocket, None
-        port.connected = True
-        port.fileno = port.socket.fileno
-        port.startReading()
-
-    def connectionLost(self, reason: Any) -> None:
-        tcp.Port.connectionLost(self, reason)
+class _UNIXPort(_Shared, InheritedUNIXPort):
+    pass
 
 
 def inherit(
