@@ -101,6 +101,8 @@ class ClientConnection(Protocol):
         self._plain = is_plain(transport)
         self._secure = isinstance(transport, TLSMemoryBIOProtocol)
         self._sock = raw_socket(transport)
+        if self._plain:
+            transport.protocol = self  # and not the wrapper that Twisted's endpoints put between
         if self._secure:
             # Not on the class: Twisted's endpoints wrap a plain connection's protocol, and their wrapper provides only
             # the last of the interfaces it looks for, so that half-close would be lost.

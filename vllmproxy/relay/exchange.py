@@ -86,14 +86,13 @@ class Exchange:
                 self._queue()
                 return
             caller = self._relay.gate.identify(read_credential(stream.head.fields))
+            if isinstance(caller, Caller):
+                self._admitted(caller)
+            else:
+                caller.addCallbacks(self._identified, self._not_admitted)
+                caller.addErrback(self._broke)
         except ApiError as error:
-            self.feed(Event.REFUSED, error)
-            return
-        if isinstance(caller, Caller):
-            self.feed(Event.ADMITTED, caller)
-        else:
-            caller.addCallbacks(self._identified, self._not_admitted)
-            caller.addErrback(self._broke)
+            self._refused(error)
 
     def _identified(self, caller: Caller) -> None:
         self.feed(Event.ADMITTED, caller)

@@ -2,6 +2,7 @@
 
 import math
 from datetime import UTC, datetime
+from os import urandom
 
 from attrs import frozen
 from twisted.internet.defer import Deferred, DeferredList
@@ -16,7 +17,6 @@ from vllmproxy.keys.key import VirtualKey
 from vllmproxy.limits.interface import Limiter
 from vllmproxy.limits.values import BUDGETS, Ask, Denied, Granted, Rule
 from vllmproxy.relay.demand import NO_DEMAND, Demand, rules_of
-from vllmproxy.relay.headers import fresh_id
 from vllmproxy.store.interface import StoreUnavailable
 
 _log = Logger()
@@ -116,16 +116,16 @@ class Quotas:
         rules = rules_of(key, demand, self._clock.seconds())
         if not rules:
             return None
-        ask = Ask(key.token, fresh_id().decode("ascii"), rules)
+        ask = Ask(key.token, urandom(16).hex(), rules)
         decision = self._limiter.reserve(ask)
-        if isinstance(decision, Deferred):
-            return decision.addCallbacks(self._decided, _cannot_count, callbackArgs=(ask, key, demand))
-        return self._decided(decision, ask, key, demand)
+        if isinstance(decision, Granted | Denied):
+            return self._decided(decision, ask, key, demand)
+        return decision.addCallbacks(self._decided, _cannot_count, callbackArgs=(ask, key, demand))
 
     def _decided(self, decision: Granted | Denied, ask: Ask, key: VirtualKey, demand: Demand) -> Reservation:
         if isinstance(decision, Denied):
             raise self._refusal(decision, ask, key)
-        if any(rule.kind == "max_parallel_requests" for rule in ask.rules):
+        if key.max_parallel_requests is not None:
             self._leases.setdefault(ask.key, set()).add(ask.request_id)
             if not self._renewing.running:
                 self._renewing.start(RENEWAL, now=False)
@@ -162,7 +162,10 @@ class Quotas:
             held.discard(ask.request_id)
             if not held:
                 del self._leases[ask.key]
-        costs = tuple(_cost(rule, forwarded, tokens) for rule in ask.rules)
+        if forwarded:
+            costs = tuple([tokens if rule.kind == "tokens" else None for rule in ask.rules])
+        else:
+            costs = (0,) * len(ask.rules)
         self._tell(_Debt(ask.key, ask.request_id, costs, self._clock.seconds() + WINDOW))
 
     def _refusal(self, denied: Denied, ask: Ask, key: VirtualKey) -> ApiError:
@@ -185,11 +188,14 @@ class Quotas:
         settled = self._limiter.settle(debt.key, debt.request_id, debt.costs)
         if settled is not None:
             self._telling.add(settled)
-            settled.addErrback(self._not_told, debt)
-            settled.addBoth(lambda _: self._telling.discard(settled))
+            settled.addCallbacks(self._is_told, self._not_told, callbackArgs=(settled,), errbackArgs=(settled, debt))
 
-    def _not_told(self, reason: Failure, debt: "_Debt") -> None:
+    def _is_told(self, _: None, settled: Deferred[None]) -> None:
+        self._telling.discard(settled)
+
+    def _not_told(self, reason: Failure, settled: Deferred[None], debt: "_Debt") -> None:
         """The store is away: tell it again soon, as long as it matters. Only the first time counts."""
+        self._telling.discard(settled)
         if reason.check(StoreUnavailable) is None:
             _log.failure("Settling a reservation failed", reason)
         elif not self._closed and len(self._debts) < _MOST_DEBTS and debt.until > self._clock.seconds():
@@ -221,12 +227,6 @@ class Quotas:
             if loop.running:
                 loop.stop()
         await DeferredList(list(self._telling))
-
-
-def _cost(rule: Rule, forwarded: bool, tokens: int | None) -> int | None:
-    if not forwarded:
-        return 0
-    return tokens if rule.kind == "tokens" else None
 
 
 def _rate_limited(denied: Denied, rule: Rule, token: str) -> RateLimited:
