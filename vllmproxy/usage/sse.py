@@ -9,7 +9,8 @@ from vllmproxy.usage.tokens import Usage, member, model_from, usage_from, with_p
 LONGEST_LINE = 1 << 20
 
 _KEY = b'"usage"'
-_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+#: A report of usage; in a JSON string the quotes of this key would be escaped.
+USAGE = re.compile(rb'"usage"\s*:\s*\{')
 _CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{')
 _COMMENT = b":"
 
@@ -54,6 +55,11 @@ class SseReader:
                 self._skipping = True
                 self._tail.clear()
 
+    @property
+    def is_between(self) -> bool:
+        """Whether the stream stands between two events, the first of which has come."""
+        return self._begun and self._data is None and not self._tail and not self._skipping
+
     def finish(self) -> tuple[str | None, Usage | None]:
         """Return the model and the usage; one that no event reported is ``"counted"``, if anything was."""
         if self._data is not None:
@@ -86,8 +92,8 @@ class SseReader:
             self._more.clear()
         if not self._begun:
             self._begin(data)
-        # In a JSON string the quotes of this key would be escaped. A null usage is on every chunk of some.
-        if _KEY in data and _USAGE.search(data):
+        # A null usage is on every chunk of some.
+        if _KEY in data and USAGE.search(data):
             self._report = data
             self.counted += _CHOICE.search(data) is not None
         elif b'"choices"' in data or b'"delta"' in data:

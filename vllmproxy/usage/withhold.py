@@ -61,6 +61,11 @@ class Withholder:
             self._let_go(out)
         return b"".join(out)
 
+    @property
+    def is_between(self) -> bool:
+        """Whether the stream stands between two events, and nothing waits."""
+        return not (self._rest or self._waiting or self._long)
+
     def finish(self) -> bytes:
         """Return what is left at the end of the stream, or where it was cut off."""
         out: list[bytes] = []
