@@ -1,18 +1,19 @@
 """What one request used, as it is written down and added to the sums exactly once."""
 
 from datetime import UTC, datetime
+from json.encoder import encode_basestring_ascii
 from operator import attrgetter
 from typing import Any, Literal, Self, get_args
 
 import attrs
-from attrs import frozen
+from attrs import define
 
 #: Where the token counts come from: vLLM said them; they were counted from events or estimated; the answer may have
 #: used some and nobody could read how many; there was nothing to count (``GET /metrics``).
 Quality = Literal["reported", "estimated", "unknown", "none"]
 
 
-@frozen(kw_only=True)
+@define(kw_only=True)  # not frozen, which takes three times as long to make: there are two for each request
 class UsageEvent:
     """One request's use.
 
@@ -60,13 +61,41 @@ class UsageEvent:
         """Whether there is an account to keep: neither the master key nor nobody has one."""
         return self.key not in ("", "master")
 
-    def as_json(self) -> dict[str, Any]:
-        """Return what :meth:`of_json` reads; what is as by default is left out."""
-        return {name: value for name, value in zip(_NAMES, _values(self), strict=True) if value != _DEFAULTS.get(name)}
+    def as_json(self) -> str:
+        """Return the JSON object that :meth:`of_json` reads; what is as by default is left out.
+
+        It is written by hand because that takes a fraction of the time of :func:`json.dumps`, twice for each request.
+        """
+        text = f'{{"time":{self.time!r},"key":{encode_basestring_ascii(self.key)}'
+        if self.model:
+            text += f',"model":{encode_basestring_ascii(self.model)}'
+        if self.end_user:
+            text += f',"end_user":{encode_basestring_ascii(self.end_user)}'
+        if self.requests != 1:
+            text += f',"requests":{self.requests}'
+        if self.prompt_tokens:
+            text += f',"prompt_tokens":{self.prompt_tokens}'
+        if self.completion_tokens:
+            text += f',"completion_tokens":{self.completion_tokens}'
+        if self.cached_tokens:
+            text += f',"cached_tokens":{self.cached_tokens}'
+        if self.audio_ms:
+            text += f',"audio_ms":{self.audio_ms}'
+        if self.spend:
+            text += f',"spend":{self.spend}'
+        if self.quality != "none":
+            text += f',"quality":"{self.quality}"'
+        if self.period:
+            text += f',"period":{self.period}'
+        if self.held:
+            text += f',"held":{self.held}'
+        if self.held_tokens:
+            text += f',"held_tokens":{self.held_tokens}'
+        return text + "}"
 
     @classmethod
     def of_json(cls, fields: dict[str, Any]) -> Self:
-        """Return the event that :meth:`as_json` made ``fields`` of.
+        """Return the event whose :meth:`as_json` says ``fields``.
 
         :raises TypeError: they are not an event's, or one of them is not what it can be.
         """
@@ -82,10 +111,8 @@ class UsageEvent:
 
 
 _NAMES = tuple(a.name for a in attrs.fields(UsageEvent))
-_values = attrgetter(*_NAMES)
 _texts = attrgetter("key", "model", "end_user", "quality")
 _numbers = attrgetter(*(name for name in _NAMES if name not in ("time", "key", "model", "end_user", "quality")))
 _MOST = 1 << 53
 #: The last moment that a calendar of four digits knows.
 _END_OF_TIME = 253_402_300_799
-_DEFAULTS = {a.name: a.default for a in attrs.fields(UsageEvent) if a.default is not attrs.NOTHING}

@@ -15,10 +15,11 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import define
 from twisted.logger import Logger
 
 from vllmproxy.usage.event import UsageEvent
@@ -28,7 +29,7 @@ _log = Logger()
 _SUFFIX = ".journal"
 
 
-@frozen
+@define  # not frozen, as the event
 class Numbered:
     """An event with its number, and where the line after it begins."""
 
@@ -65,7 +66,7 @@ class Journal:
         try:
             fcntl.flock(journal._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             journal.writer = name
-            journal._append({"writer": name})
+            journal._append(f'{{"writer":"{name}"}}')
             begun.rename(path)
         except OSError:
             begun.unlink(missing_ok=True)
@@ -95,12 +96,12 @@ class Journal:
 
     def begin(self, id: str, expected: UsageEvent) -> None:
         """Write down that a request begins. Raises ``OSError``: then it must not."""
-        self._append(["+", id, expected.as_json()])
+        self._append(f'["+",{encode_basestring_ascii(id)},{expected.as_json()}]')
         self.open[id] = expected
 
     def end(self, id: str, event: UsageEvent) -> Numbered:
         """Write down what a request used. Raises ``OSError``: then it is counted as expected when this is adopted."""
-        self._append(["-", id, event.as_json()])
+        self._append(f'["-",{encode_basestring_ascii(id)},{event.as_json()}]')
         self.open.pop(id, None)
         self.written += 1
         return Numbered(self.written, event, self.size)
@@ -129,8 +130,8 @@ class Journal:
         self.path.unlink(missing_ok=True)
         self.close()
 
-    def _append(self, line: Any) -> None:
-        text = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+    def _append(self, line: str) -> None:
+        text = line.encode("ascii") + b"\n"
         written = os.write(self._descriptor, text)
         if written != len(text):  # a full disk took a part: the next line must not continue it
             os.ftruncate(self._descriptor, self.size)
