@@ -1,19 +1,23 @@
 """What one request owes: reserved, written down, and settled once, whatever becomes of it."""
 
-from attrs import evolve, frozen
+from typing import Final
 
-from vllmproxy.keys.key import VirtualKey
+from attrs import define
+
 from vllmproxy.observers.record import Ended
 from vllmproxy.relay.admission import Admission
 from vllmproxy.relay.passing import Passing
 from vllmproxy.relay.quotas import Quotas, Reservation
 from vllmproxy.usage.bookkeeper import Bookkeeper, Entry
-from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.event import Quality, UsageEvent
 from vllmproxy.usage.prices import Prices
-from vllmproxy.usage.tokens import Usage
+
+#: Tokens of prompt and answer, those that were cached, milliseconds of audio, and where that comes from.
+_Used = tuple[int, int, int, int, Quality]
+_NOTHING: Final[_Used] = (0, 0, 0, 0, "none")
 
 
-@frozen
+@define
 class Outcome:
     """How a request went, as far as that decides what it costs.
 
@@ -46,9 +50,7 @@ class Bill:
         *,
         admission: Admission,
     ) -> None:
-        self._demand = admission.demand
-        self._prompt = admission.guessed_prompt
-        self._tells_usage = admission.tells_usage
+        self._admission = admission
         self._quotas = quotas
         self._prices = prices
         self._reservation = reservation
@@ -64,7 +66,7 @@ class Bill:
         """Give back what was reserved and not used, and write down what was."""
         event = self._event(outcome)
         if self._reservation is not None:
-            tokens = None if event.quality == "unknown" else event.tokens
+            tokens = None if event.quality == "unknown" else event.prompt_tokens + event.completion_tokens
             self._quotas.settle(self._reservation, forwarded=outcome.forwarded, tokens=tokens)
         if self._entry is not None:
             self._entry.end(event)
@@ -72,55 +74,61 @@ class Bill:
     def _event(self, outcome: Outcome) -> UsageEvent:
         answer, expected = outcome.answer, self._expected
         model = expected.model if answer is None or answer.model is None else answer.model
-        event = evolve(expected, prompt_tokens=0, completion_tokens=0, spend=0, quality="none", model=model)
-        if not outcome.forwarded:
-            return evolve(event, requests=0, held=0, held_tokens=0)  # the limiter gives back what it held
-        if outcome.status >= 400:
-            return event
-        if answer is not None and answer.usage is not None:
-            return self._priced(self._of_usage(event, answer.usage))
-        return self._without_usage(event, outcome)
+        prompt, completion, cached, audio_ms, quality = self._used(outcome)
+        was_forwarded = outcome.forwarded
+        return UsageEvent(
+            time=expected.time,
+            key=expected.key,
+            model=model,
+            end_user=expected.end_user,
+            requests=1 if was_forwarded else 0,
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            cached_tokens=cached,
+            audio_ms=audio_ms,
+            spend=0 if self._prices is None else self._cost(self._prices, model, prompt, completion, cached, audio_ms),
+            quality=quality,
+            period=expected.period,
+            # Of what was never forwarded, the limiter gives back what it held.
+            held=expected.held if was_forwarded else 0,
+            held_tokens=expected.held_tokens if was_forwarded else 0,
+        )
 
-    def _of_usage(self, event: UsageEvent, usage: Usage) -> UsageEvent:
+    def _used(self, outcome: Outcome) -> _Used:
+        if not outcome.forwarded or outcome.status >= 400:
+            return _NOTHING
+        if outcome.answer is None or outcome.answer.usage is None:
+            return self._without_usage(outcome)
+        usage = outcome.answer.usage
         prompt, completion = usage.prompt_tokens, usage.completion_tokens or 0
         if usage.source == "counted":
             if prompt is None:
-                prompt = self._expected.prompt_tokens or self._prompt
+                prompt = self._expected.prompt_tokens or self._admission.guessed_prompt
             completion = self._of_events(completion)
-        return evolve(
-            event,
-            prompt_tokens=prompt or 0,
-            completion_tokens=completion,
-            cached_tokens=usage.cached_prompt_tokens or 0,
-            audio_ms=round((usage.audio_seconds or 0) * 1000),
-            quality="reported" if usage.source == "reported" else "estimated",
-        )
+        audio_ms = 0 if usage.audio_seconds is None else round(usage.audio_seconds * 1000)
+        quality: Quality = "reported" if usage.source == "reported" else "estimated"
+        return prompt or 0, completion, usage.cached_prompt_tokens or 0, audio_ms, quality
 
     def _of_events(self, events: int) -> int:
         """Return how many tokens so many events hold, at most. Of what goes on without its client, all."""
-        demand = self._demand
+        demand = self._admission.demand
         if demand.is_detached:
             return max(events, demand.output_tokens)
         tokens = events * demand.interval
         return max(events, min(tokens, demand.output_tokens)) if demand.is_bounded else tokens
 
-    def _without_usage(self, event: UsageEvent, outcome: Outcome) -> UsageEvent:
+    def _without_usage(self, outcome: Outcome) -> _Used:
         """Nothing was said. What was expected is charged: the answer was compressed, binary or cut off, or it is to be
         fetched later (``background`` responses). Of one that never began, the prompt."""
         expected = self._expected
         if not expected.tokens:
-            return evolve(event, quality="unknown") if self._tells_usage else event
-        output = expected.completion_tokens if outcome.status or self._demand.is_detached else 0
-        return self._priced(
-            evolve(event, prompt_tokens=expected.prompt_tokens, completion_tokens=output, quality="estimated")
-        )
+            return (0, 0, 0, 0, "unknown") if self._admission.tells_usage else _NOTHING
+        is_charged = outcome.status or self._admission.demand.is_detached
+        return expected.prompt_tokens, expected.completion_tokens if is_charged else 0, 0, 0, "estimated"
 
-    def _priced(self, event: UsageEvent) -> UsageEvent:
-        if self._prices is None:
-            return event
-        counts = (event.prompt_tokens, event.completion_tokens, event.cached_tokens, event.audio_ms)
-        costs = (self._prices.cost(model, *counts) for model in (event.model, self._expected.model) if model)
-        return evolve(event, spend=next((cost for cost in costs if cost is not None), 0))
+    def _cost(self, prices: Prices, model: str, *counts: int) -> int:
+        costs = (prices.cost(name, *counts) for name in (model, self._expected.model) if name)
+        return next((cost for cost in costs if cost is not None), 0)
 
 
 def open_bill(
@@ -134,26 +142,23 @@ def open_bill(
 ) -> Bill:
     """Begin the bill of a request that is about to be forwarded. Raises
     :class:`~vllmproxy.usage.bookkeeper.CannotWriteDown`."""
-    demand, key = admission.demand, admission.caller.key
+    demand, caller = admission.demand, admission.caller
     expected = UsageEvent(
         time=time,
-        key=admission.caller.key_id or "",
+        key=caller.key_id or "",
         model=demand.model or "",
         end_user=admission.end_user or "",
         prompt_tokens=demand.prompt_tokens,
         completion_tokens=demand.output_tokens,
         spend=demand.spend,
         quality="estimated" if demand.tokens else "unknown",
-        period=_period(key, reservation, time),
-        held=0 if reservation is None else reservation.held("budget"),
-        held_tokens=0 if reservation is None else reservation.held("budget_tokens"),
     )
+    period = None if reservation is None else reservation.period
+    if reservation is not None and period is not None:  # it was asked about a budget
+        expected.period = period
+        expected.held = reservation.held("budget")
+        expected.held_tokens = reservation.held("budget_tokens")
+    elif caller.key is not None:
+        expected.period = caller.key.budget.period(time)[0]
     entry = books.begin(expected) if admission.uses_tokens else None
     return Bill(quotas, prices, reservation, entry, expected, admission=admission)
-
-
-def _period(key: VirtualKey | None, reservation: Reservation | None, time: float) -> int:
-    """Return the period that the key's account is charged in: the one that was asked about, if any was."""
-    if reservation is not None and reservation.period is not None:
-        return reservation.period
-    return 0 if key is None else key.budget.period(time)[0]
