@@ -20,7 +20,7 @@ from _workers import both_again, is_alive, one_on_each, start_workers, workers
 from test_restarts import ACTIVATE
 
 MODELS = request(b"GET", b"/vllm/v1/models")
-SHORT = request(b"GET", b"/vllm/x", b"X-Vllmsim: bytes; length=20; chunk=1; delay=0.1; chunked=1")
+SHORT = request(b"GET", b"/vllm/x", b"X-Vllmsim: bytes; length=10; chunk=1; delay=0.1; chunked=1")
 LONG = request(b"GET", b"/vllm/x", b"X-Vllmsim: bytes; length=40000; chunk=1; delay=0.1; chunked=1")
 TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 OTHER_KEY = "sk-another-master-0123456789"
@@ -34,7 +34,7 @@ def services() -> Iterator[list[Twistd]]:
     for service in started:
         pids = workers(service) if is_alive(service.process.pid) else []
         service.stop(signal.SIGKILL)
-        until(lambda pids=pids: not any(map(is_alive, pids)))  # type: ignore[misc]
+        until(lambda pids=pids: not any(map(is_alive, pids)), START_SECONDS)  # type: ignore[misc]
         assert "Unhandled" not in service.log
 
 
@@ -56,12 +56,14 @@ def test_a_stop_lets_the_streams_of_all_end(
     wires, asked = begun(service, SHORT), one_on_each(service, connect)
     pids = workers(service)
     service.process.send_signal(signal.SIGTERM)
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)  # as systemd does it, to all
     for wire in asked.values():
         until(lambda wire=wire: _readiness(wire) == 503)  # type: ignore[misc]
     assert ask(service, "GET", "/vllm/v1/models", key=MASTER_KEY).status == 200
-    until(lambda: _refuses(service))
+    until(lambda: _refuses(service), START_SECONDS)
     for wire in wires.values():
-        assert len(b"".join(iter(wire.chunk, b""))) == 19
+        assert len(b"".join(iter(wire.chunk, b""))) == 9
     assert service.process.wait(START_SECONDS) in TERMINATED
     assert not any(map(is_alive, pids))
     assert "ended" not in service.log  # none was missed
@@ -90,7 +92,7 @@ def test_a_second_signal_ends_all_of_them_at_once(
     wires = begun(service, LONG)
     for pid in (service.process.pid, *workers(service)):
         os.kill(pid, signal.SIGINT)  # as a terminal does it
-    until(lambda: service.log.count("Stopping: what is under way") == 2)
+    until(lambda: service.log.count("Stopping: what is under way") == 2, START_SECONDS)
     for wire in wires.values():
         wire.chunk()
     service.process.send_signal(signal.SIGINT)
@@ -104,8 +106,8 @@ def test_without_their_parent_they_go(tmp_path: Path, sim: Twistd, redis: RedisS
     pids, wires = workers(service), begun(service, SHORT)
     service.stop(signal.SIGKILL)
     for wire in wires.values():
-        assert len(b"".join(iter(wire.chunk, b""))) == 19
-    until(lambda: not any(map(is_alive, pids)))
+        assert len(b"".join(iter(wire.chunk, b""))) == 9
+    until(lambda: not any(map(is_alive, pids)), START_SECONDS)
     assert _refuses(service)
 
 
@@ -138,7 +140,7 @@ def test_a_reload_is_for_all_and_for_those_to_come(
 def _reload(service: Twistd, *lines: str) -> str:
     before = len(service.log)
     service.process.send_signal(signal.SIGHUP)
-    until(lambda: all(line in service.log[before:] for line in lines))
+    until(lambda: all(line in service.log[before:] for line in lines), START_SECONDS)
     return service.log[before:]
 
 
@@ -212,7 +214,7 @@ def test_all_kinds_of_listeners(tmp_path: Path, sim: Twistd, redis: RedisServer,
     assert not path.exists()
 
 
-@pytest.mark.parametrize(("domain", "count"), [("INET", 2), ("UNIX", 2), ("UNIX", 1)])
+@pytest.mark.parametrize(("domain", "count"), [("INET", 2), ("UNIX", 1)])
 def test_a_socket_of_systemd_s(tmp_path: Path, sim: Twistd, redis: RedisServer, domain: str, count: int) -> None:
     path = tmp_path / "http.sock"
     twistd = [sys.executable, str(Path(sys.executable).with_name("twistd")), "--nodaemon", "--pidfile="]
@@ -247,6 +249,7 @@ def test_a_socket_of_systemd_s(tmp_path: Path, sim: Twistd, redis: RedisServer, 
         assert domain == "INET" or stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+@pytest.mark.slow
 def test_as_a_daemon(tmp_path: Path, sim: Twistd, redis: RedisServer) -> None:
     port = free_port()
     options = ["--upstream", sim.url, "--listen", f"tcp:{port}:interface=127.0.0.1", "--workers", "2"]

@@ -118,10 +118,11 @@ class Worker:
         if self._beating.running:
             self._beating.stop()
         telling = self.channel.ask("beat", self._shown(), within=(_PATIENCE, self._reactor))
-        return telling.addErrback(lambda failure: failure.trap(ChannelLost, TimeoutError) and None)
+        return telling.addErrback(_nobody_hears)
 
-    def _beat(self) -> None:
-        self.channel.tell("beat", self._shown())
+    def _beat(self) -> Deferred[Any]:
+        """The next one waits until this one was heard, so that they do not pile up."""
+        return self.channel.ask("beat", self._shown()).addErrback(_nobody_hears)
 
     # what the parent says
 
@@ -156,6 +157,10 @@ class Worker:
 
 def _encoded(texts: list[str]) -> tuple[bytes, bytes]:
     return texts[0].encode(), texts[1].encode()
+
+
+def _nobody_hears(failure: Any) -> None:
+    failure.trap(ChannelLost, TimeoutError)
 
 
 def _unanswered(failure: Any) -> Any:
