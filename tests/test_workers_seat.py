@@ -44,9 +44,12 @@ class House:
         self.clock = Clock()
         self.processes: list[Process] = []
         self.states: list[State] = []
+        self.fault: OSError | None = None
         self.seat = Seat(1, self.clock, self._launch, lambda seat: self.states.append(seat.state), LIMIT)
 
     def _launch(self, seat: Seat) -> Process:
+        if self.fault is not None:
+            raise self.fault
         self.processes.append(Process())
         return self.processes[-1]
 
@@ -111,6 +114,19 @@ def test_one_that_keeps_dying_is_started_less_and_less_often(house: House) -> No
     house.live(YOUNG)
     house.seat.ended(KILLED)
     assert house.clock.getDelayedCalls()[0].getTime() == house.clock.seconds()
+
+
+def test_one_that_cannot_even_be_started_is_tried_again(house: House, logged_errors: list[LogEvent]) -> None:
+    house.fault = OSError(12, "Cannot allocate memory")
+    house.seat.ended(KILLED)
+    house.clock.advance(0)
+    house.clock.advance(0)
+    assert "Cannot allocate memory" in logged_errors[-1]["how"]
+    assert house.seat.look()
+    house.fault = None
+    house.clock.advance(1)
+    assert house.seat.state is State.STARTING
+    assert len(house.processes) == 2
 
 
 def test_the_longest_wait_is_kept_to() -> None:

@@ -231,7 +231,8 @@ _ROWS = (
     Row(
         "workers",
         WORKERS,
-        "Processes that share the listeners, one for each core; more than 1 need Redis.",
+        "Processes that share the listeners, one for each core; more than 1 need a Redis as their store.",
+        ("VLLMPROXY_WORKERS",),
         default="1",
     ),
     Row(

@@ -53,11 +53,12 @@ class WorkerProcess(ProcessProtocol):
         complained: Callable[[str], object],
         ended: Callable[[Ending], object],
     ) -> None:
-        self.channel = Channel(handler)
+        self.channel = Channel(handler, self._heard_all)
         self._task = task
         self._complained = complained
         self._ended = ended
         self._line = b""
+        self._ending: Ending | None = None
         ours, theirs = socket.socketpair()
         with ours, theirs:
             ours.setblocking(False)
@@ -97,13 +98,18 @@ class WorkerProcess(ProcessProtocol):
         """It is no more."""
         if self._line:
             self.errReceived(b"\n")
-        if self.channel.transport is not None:
-            self.channel.transport.loseConnection()
         value: Any = reason.value
         if value.signal is None:
-            self._ended(Ending(value.exitCode, f"with status {value.exitCode}"))
+            self._ending = Ending(value.exitCode, f"with status {value.exitCode}")
         else:
-            self._ended(Ending(None, f"by {signal.Signals(value.signal).name}"))
+            self._ending = Ending(None, f"by {signal.Signals(value.signal).name}")
+        if not self.channel.connected:
+            self._heard_all()
+
+    def _heard_all(self) -> None:
+        """Nothing more comes on the channel, which may be so before or after its end."""
+        if self._ending is not None:
+            self._ended(self._ending)
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -55,7 +55,7 @@ class Running(Protocol):
 class Seat:
     """The machine; its table is at the end of this file.
 
-    :param launch: starts a process for the seat.
+    :param launch: starts a process for the seat. Raises ``OSError``.
     :param changed: called when the state is another.
     :param limit: seconds that it may show no sign of life.
     :ivar number: from 1.
@@ -155,7 +155,10 @@ class Seat:
         self._started = self._heard = self._clock.seconds()
         self._has_beaten, self._aborted = False, None
         self.shown = []
-        self._process = self._launch(self)
+        try:
+            self._process = self._launch(self)
+        except OSError as error:  # no memory, say
+            self._clock.callLater(0, self.ended, Ending(None, f"before it began: {error}"))
 
     def _ready(self) -> None:
         self.state = State.READY

@@ -1,10 +1,12 @@
 """A worker's side of the channel: what it hears from its parent, tells it, and asks it."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, Final, Protocol
 
 from prometheus_client.core import Metric
 from twisted.internet.defer import Deferred, TimeoutError
+from twisted.internet.error import ReactorNotRunning
 from twisted.internet.task import LoopingCall
 from twisted.logger import LogEvent, Logger, LogLevel, formatEvent
 
@@ -147,7 +149,11 @@ class Worker:
         """Stop as the settings say. Idempotent."""
         if not self._stops:
             self._stops = True
-            self._reactor.callWhenRunning(self._reactor.stop)
+            self._reactor.callWhenRunning(self._stop_reactor)
+
+    def _stop_reactor(self) -> None:
+        with suppress(ReactorNotRunning):  # it stops already
+            self._reactor.stop()
 
     def _orphaned(self) -> None:
         if not self._stops:
