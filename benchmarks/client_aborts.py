@@ -5,7 +5,8 @@
 The streams are of five sorts, as many of each: clients that read events and then reset, half-close (FIN) or close;
 such as never read anything, and reset; and such as stop reading a large answer, and reset when everything before them
 is full. They leave one after the other while the others go on, and in another round all in the same moment. Printed
-is the time from leaving until the upstream's connection ends, which this process takes on both sides by one clock.
+is the time from leaving until the upstream's connection ends, which this process takes on both sides by one clock, and
+how long the proxy computed meanwhile, or waited for a processor that had other work to do.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from _running import HOST, allow_many_files, free_port, proxy_before, quantile
@@ -162,6 +164,12 @@ async def begin_all(count: int, port: int) -> list[Client]:
     return clients
 
 
+def processor_of(pid: int) -> tuple[float, float]:
+    """Return for how many milliseconds a process has computed, and waited for a processor."""
+    computed, waited, _ = Path(f"/proc/{pid}/schedstat").read_text().split()
+    return int(computed) / 1e6, int(waited) / 1e6
+
+
 def report(what: str, clients: list[Client]) -> None:
     """Say how long it took, in all and by the way of leaving."""
     took: dict[str, list[float]] = defaultdict(list)
@@ -179,18 +187,21 @@ async def run(count: int, pause: float) -> None:
     """Two rounds: one after the other, and all at once."""
     upstream = free_port()
     server = await asyncio.get_running_loop().create_server(Upstream, HOST, upstream, backlog=4096)
-    with proxy_before(upstream) as (_, port):
+    with proxy_before(upstream) as (proxy, port):
         for what, between in [(f"one each {pause * 1000:g} ms", pause), ("all at once", 0.0)]:
             Upstream.all.clear()
             Upstream.ended.clear()
             clients = await begin_all(count, port)
+            before = processor_of(proxy.pid)
             leaving = random.Random(0).sample(clients, count)
             for client in leaving:
                 client.leave()
                 if between:
                     await asyncio.sleep(between)
             await until(lambda: Upstream.ended.keys() >= Upstream.all.keys())
+            computed, waited = (now - then for now, then in zip(processor_of(proxy.pid), before, strict=True))
             report(f"{count} streams, clients leave {what}", clients)
+            print(f"    the proxy computed {computed:.0f} ms, and waited {waited:.0f} ms for a processor")
             await asyncio.gather(*(client.end() for client in clients))
     server.close()
 

@@ -136,3 +136,15 @@ async def test_what_a_reader_that_paused_left_is_not_read() -> None:
         await until(lambda: bool(pending.receiver.events))
         assert pending.receiver.body == b""
         assert pending.receiver.events == ["answer_failed"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_upstream_hears_at_once_that_its_request_is_taken_back() -> None:
+    """Before anything else that is to be done in this turn of the reactor."""
+    async with upstream() as server:
+        pending = await server.ask()
+        pending.asked.cancel()
+        assert select.select([server.sock], [], [], 20)[0]
+        with pytest.raises(ConnectionResetError):
+            server.sock.recv(1)
+        assert server.agent.is_idle

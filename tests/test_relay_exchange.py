@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from _memory import OK, House
+from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionRefusedError as Refused
 from twisted.logger import LogEvent
 
@@ -276,6 +277,27 @@ def test_a_client_that_goes_takes_its_request_along(how: str, when: str) -> None
         house.gate.waiting[0].callback(ANONYMOUS)
         assert not house.wires
         assert len(house.observer.records) == 1
+
+
+def test_many_that_leave_at_once_are_told_of_before_they_are_settled(logged_errors: list[LogEvent]) -> None:
+    house = House()
+    clients = [house.connect() for _ in range(3)]
+    for client in clients:
+        client.receive(GET)
+    for wire in house.wires:
+        wire.receive(STREAM + b"5\r\nhello\r\n")
+    for client in clients[:2]:
+        client.reset_from_peer()
+    assert [wire.ending for wire in house.wires] == ["abort", "abort", ""]
+    assert not house.observer.records
+    house.observer.finished = lambda _: 1 / 0  # type: ignore[assignment, method-assign]
+    house.turn()
+    assert len(logged_errors) == 2
+    logged_errors.clear()
+    del house.observer.finished
+    clients[2].reset_from_peer()
+    Deferred.fromCoroutine(house.relay.close())  # which waits for no turn
+    assert [record.ended for record in house.observer.records] == ["client_gone"]
 
 
 def test_a_broken_upload_is_one_request_and_one_record() -> None:

@@ -84,6 +84,9 @@ def test_every_event_in_every_state(state: State, event: Event) -> None:
         for _ in range(LOOKS if (state, event) == (State.TUNNELLING, Event.LATE) else 1):
             exchange.feed(event, *ARGUMENTS.get(event, ()))
     assert (exchange._state is not state) is (known and event is not Event.PIECE)
+    if (state, event) == (State.ANSWERING, Event.CLIENT_GONE):
+        assert house.wires[0].ending == "abort"
+        house.turn()
     goes_on = (Event.ADMITTED, Event.PIECE, Event.HELD, Event.PLACED, Event.RESERVED, Event.ANSWERED)
     ends = known and event not in goes_on
     assert len(house.observer.records) == before + ends

@@ -39,6 +39,7 @@ from vllmproxy.http1.sockets import (
     queued_bytes,
     raw_socket,
     remains,
+    reset_now,
     write_now,
 )
 
@@ -218,7 +219,7 @@ class ClientConnection(Protocol):
     def stopProducing(self) -> None:
         """The connection is being lost and its socket is still there: see how far the request came, and read on."""
         self._verdict.pronounce()
-        if self._plain and not self._paused:
+        if self._plain and not (self._closed or self._paused):
             for data in remains(self.transport):
                 self.dataReceived(data)
 
@@ -296,7 +297,10 @@ class ClientConnection(Protocol):
         self._verdict.stop()
         self._gone(self)
         self._stop_body()
-        self.transport.abortConnection()  # type: ignore[union-attr]
+        if self._plain:
+            reset_now(self.transport)
+        else:
+            self.transport.abortConnection()  # type: ignore[union-attr]
 
     def _stop_body(self) -> None:
         if not self._body_sent:

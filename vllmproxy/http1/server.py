@@ -21,6 +21,7 @@ from vllmproxy.http1.sockets import (
     queued_bytes,
     raw_socket,
     remains,
+    reset_now,
     write_now,
 )
 from vllmproxy.http1.stream import Stream
@@ -112,7 +113,7 @@ class ServerChannel(Protocol):
             self._half_closed = True
             self._active.receiver.tunnel_half_closed()
         elif self._active is not None:
-            self.abort()
+            self._hung_up()
         else:
             self.lose()
 
@@ -324,8 +325,12 @@ class ServerChannel(Protocol):
             self._unwatch()
 
     def _hung_up(self) -> None:
-        """The client is gone behind bytes that nobody reads. (In a tunnel a close is found behind those bytes.)"""
-        self.abort()
+        """The client is gone, maybe behind bytes that nobody reads (in a tunnel a close is found behind those)."""
+        if self._plain:
+            self._unwatch()
+            reset_now(self.transport)
+        else:
+            self.abort()
 
     def _unwatch(self) -> None:
         if self._fd >= 0:

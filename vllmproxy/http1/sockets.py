@@ -12,6 +12,8 @@ from typing import Any
 from attrs import frozen
 from twisted.internet import tcp, unix
 from twisted.internet.abstract import FileDescriptor
+from twisted.internet.error import ConnectionAborted
+from twisted.python.failure import Failure
 
 #: The exact classes whose ``socket`` carries our bytes as they are. A TLS transport exposes the raw socket
 #: too, and writing there would put plaintext on the wire: subclasses and wrappers do not count.
@@ -50,6 +52,13 @@ def write_now(transport: Any, data: bytes) -> None:
         if sent:
             data = data[sent:]
     transport.write(data)
+
+
+def reset_now(transport: Any) -> None:
+    """Reset a plain connection before anything else happens; its protocol hears of that from within. By itself,
+    ``abortConnection`` leaves it to the reactor's next turn, behind all that is yet to be done in this one."""
+    transport.abortConnection()
+    transport.connectionLost(Failure(ConnectionAborted()))
 
 
 def raw_socket(transport: Any) -> socket.socket | None:

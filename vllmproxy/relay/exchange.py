@@ -326,8 +326,13 @@ class Exchange:
     def _client_gone(self) -> None:
         answer = self._answer
         self._cancel()
-        if answer is not None:
+        if answer is None:
+            self._settle("client_gone")
+        else:
             answer.connection.abort()
+            self._relay.soon(self._left)
+
+    def _left(self) -> None:
         self._settle("client_gone")
 
     def pauseProducing(self) -> None:

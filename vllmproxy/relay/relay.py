@@ -1,5 +1,7 @@
 """The branch of the resource tree under ``/vllm``: makes an exchange of each request."""
 
+from collections.abc import Callable
+
 from attrs import define, field
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -55,6 +57,7 @@ class Relay:
     _held_by: dict[str | None, int] = field(factory=dict)
     _running: dict[str, set[Exchange]] = field(factory=dict)
     _former: list[Server] = field(factory=list)
+    _soon: list[Callable[[], None]] = field(factory=list)
 
     def __attrs_post_init__(self) -> None:
         self.waits = Waits(self.clock, self.timeouts)
@@ -124,9 +127,24 @@ class Relay:
         """Give back all of a reservation whose request was never forwarded."""
         self.quotas.settle(reservation, forwarded=False)
 
+    def soon(self, act: Callable[[], None]) -> None:
+        """Act in the next turn of the reactor: when many clients leave in one, vLLM hears of all of them first."""
+        if not self._soon:
+            self.clock.callLater(0, self._act)
+        self._soon.append(act)
+
+    def _act(self) -> None:
+        acts, self._soon = self._soon, []
+        for act in acts:
+            try:
+                act()
+            except Exception:  # nothing is awaited here; one exchange's fault must not keep the others waiting
+                _log.failure("Ending an exchange failed")
+
     async def close(self) -> None:
         """End the waits and the connections to vLLM, and settle what is left."""
         self.waits.close()
+        self._act()
         for server in (*self._former, self.server):
             server.agent.close()
         await self.quotas.close()
