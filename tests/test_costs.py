@@ -1,0 +1,169 @@
+"""What a request and an event cost, in calls of Python functions: no clock, so that no noise can trip it.
+
+A budget is a little above what was counted when it was written down. Who needs more says why with the new figure; who
+needs less lowers it.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from _memory import House
+from twisted.internet.defer import Deferred, succeed
+
+from vllmproxy.keys.cache import KeyCache
+from vllmproxy.keys.gate import Gate
+from vllmproxy.keys.key import VirtualKey, hash_key
+from vllmproxy.keys.masterkey import MasterKey
+from vllmproxy.keys.routes import KNOWN_ROUTES
+from vllmproxy.observers.fanout import FanOut
+from vllmproxy.observers.jsonlines import JsonLines
+from vllmproxy.observers.metrics import MetricsObserver
+from vllmproxy.relay.quotas import Quotas
+from vllmproxy.store.limits_redis import RedisLimiter
+from vllmproxy.store.link import Wire
+from vllmproxy.testing import MemoryTransport
+from vllmproxy.usage.bookkeeper import Bookkeeper
+
+#: Calls for one small POST, with everything off and on (a key, three limits in Redis, exact usage, the journal, the
+#: access log, metrics), and for one event of a stream.
+BUDGETS = {"post off": 250, "post on": 480, "event off": 17, "event on": 20}
+
+KEY = "sk-0123456789abcdef"
+BODY = b'{"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 16%b}'
+ANSWER = (
+    b'{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"m","choices":[{"index":0,"message":{"role":'
+    b'"assistant","content":"hello there"},"finish_reason":"stop"}],"usage":{"prompt_tokens":5,"total_tokens":7,'
+    b'"completion_tokens":2}}'
+)
+EVENT = (
+    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":'
+    b'{"content":"hello"},"logprobs":null,"finish_reason":null}]}\n\n'
+)
+USAGE = (
+    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m","choices":[],"usage":'
+    b'{"prompt_tokens":5,"total_tokens":105,"completion_tokens":100}}\n\n'
+)
+HEAD = b"HTTP/1.1 200 OK\r\ndate: Thu, 26 Nov 2026 08:00:00 GMT\r\nserver: uvicorn\r\n"
+WHOLE = HEAD + b"content-length: %d\r\ncontent-type: application/json\r\n\r\n%b" % (len(ANSWER), ANSWER)
+STREAM = HEAD + b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+
+#: What Redis answers a reservation of three limits, and a settlement.
+GRANTED = b"*3\r\n:1\r\n:1700000000000000\r\n*7\r\n:1\r\n:99999999\r\n:999999999970\r\n:99999\r\n:1\r\n:30\r\n:1\r\n"
+SETTLED = b"*2\r\n:1\r\n:1700000000000000\r\n"
+
+
+def request(*, streams: bool) -> bytes:
+    body = BODY % (b', "stream": true, "stream_options": {"include_usage": false}' if streams else b"")
+    return (
+        b"POST /vllm/v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:4000\r\nUser-Agent: bench\r\nAccept: */*\r\n"
+        b"Authorization: Bearer %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+    ) % (KEY.encode(), len(body), body)
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class Link:
+    """A connection to Redis that is always there."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.ready = wire
+
+    def get(self) -> Deferred[Wire]:
+        return succeed(self.ready)
+
+
+class Bench:
+    """A proxy in memory, and what answers it.
+
+    :param everything: with a key, limits, exact usage, the journal; else a caller whom nobody asks for anything.
+    """
+
+    def __init__(self, directory: Path, *, everything: bool) -> None:
+        self._house = house = House(usage="exact" if everything else "auto")
+        self._sink = os.open(os.devnull, os.O_WRONLY)
+        log = JsonLines(lambda lines: os.write(self._sink, lines), house.clock)
+        house.relay.observer = FanOut([log, MetricsObserver(known_routes=KNOWN_ROUTES)])
+        self._redis: MemoryTransport | None = None
+        if everything:
+            self._add_everything(directory)
+
+    def _add_everything(self, directory: Path) -> None:
+        house, token = self._house, hash_key(KEY)
+        cache = KeyCache(house.clock, ttl=1e9)
+        limits = {"rpm_limit": 10**8, "tpm_limit": 10**12, "max_parallel_requests": 10**5}
+        cache.put(token, VirtualKey(token=token, key_name="sk-...cdef", **limits))
+        house.relay.gate = Gate(house.store, cache, MasterKey("sk-master-0123456789"), house.clock)
+        wire = Wire()
+        self._redis = MemoryTransport(house.clock)
+        self._redis.connect(wire)
+        link: Any = Link(wire)
+        house.relay.quotas = Quotas(RedisLimiter(link, house.clock), house.clock)
+        house.relay.books = Bookkeeper(house.store, house.clock, directory)
+        house.relay.books.open()
+
+    def ask(self, asked: bytes, *answers: bytes) -> None:
+        """Have one request pass."""
+        self._house.client.receive(asked)
+        self._hear(GRANTED)
+        for answer in answers:
+            self._house.wires[0].receive(answer)
+        self._hear(SETTLED)
+        assert self._house.client.take().startswith(b"HTTP/1.1 200 OK\r\n")
+
+    def _hear(self, reply: bytes) -> None:
+        if self._redis is not None:
+            assert self._redis.take()
+            self._redis.receive(reply)
+
+    def close(self) -> None:
+        os.close(self._sink)
+
+
+def calls_of(work: Callable[[], None]) -> int:
+    """Return how many Python functions ``work`` calls, once it has been done before."""
+    count = 0
+
+    def seen(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    for _ in range(3):
+        work()
+    before = sys.getprofile()
+    sys.setprofile(seen)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@pytest.fixture(params=["off", "on"])
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Bench]]:
+    made = Bench(tmp_path, everything=request.param == "on")
+    yield request.param, made
+    made.close()
+
+
+def test_a_small_post(bench: tuple[str, Bench]) -> None:
+    name, made = bench
+    asked = request(streams=False)
+    assert 100 < calls_of(lambda: made.ask(asked, WHOLE)) <= BUDGETS[f"post {name}"]
+
+
+def test_an_event(bench: tuple[str, Bench]) -> None:
+    name, made = bench
+    asked = request(streams=True)
+    end = chunk(USAGE) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+
+    def stream(events: int) -> int:
+        return calls_of(lambda: made.ask(asked, STREAM, *[chunk(EVENT)] * events, end))
+
+    assert 5 < (stream(110) - stream(10)) / 100 <= BUDGETS[f"event {name}"]
