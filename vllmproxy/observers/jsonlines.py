@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import lru_cache
-from json.encoder import encode_basestring_ascii
-from operator import attrgetter
+from json.encoder import encode_basestring_ascii as _quoted
 from typing import Final
 
-from attrs import fields
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
@@ -24,31 +22,48 @@ RETRY_SECONDS: Final = 0.01
 #: What a reader that stalls can make us keep, in bytes; lines beyond it are dropped.
 BUFFER_BYTES: Final = 8 << 20
 
-_NAMES = tuple(field.name for field in fields(RequestRecord) if field.name != "time")
-_KEYS = tuple(f',"{name}":' for name in _NAMES)
-_values = attrgetter(*_NAMES)
-
 
 def line_of(record: RequestRecord) -> bytes:
     """Return ``record`` as a line of JSON: ``time`` in RFC 3339 UTC, seconds to the µs, no ``None``.
 
-    It is written by hand because that takes half the time of :func:`json.dumps`, on each request.
+    It is written by hand because that takes a quarter of the time of :func:`json.dumps`, on each request. All beyond
+    ASCII is escaped: no control character, no C1 escape to a terminal, no lone surrogate.
     """
     seconds, milliseconds = divmod(int(record.time * 1000), 1000)
-    text = f'{{"time":"{_second(seconds)}.{milliseconds:03}Z"'
-    for key, value in zip(_KEYS, _values(record), strict=True):
-        if value is None:
-            continue
-        if isinstance(value, str):
-            # All beyond ASCII is escaped: no control character, no C1 escape to a terminal, no lone surrogate.
-            text += key + encode_basestring_ascii(value)
-        elif isinstance(value, float):
-            text += key + repr(round(value, 6))
-        elif isinstance(value, bool):
-            text += key + ("true" if value else "false")
-        else:
-            text += key + str(value)  # an int
-    return text.encode("ascii") + b"}\n"
+    text = (
+        f'{{"time":"{_second(seconds)}.{milliseconds:03}Z","request_id":{_quoted(record.request_id)}'
+        f',"method":{_quoted(record.method)},"route":{_quoted(record.route)},"client":{_quoted(record.client)}'
+    )
+    if record.key_id is not None:
+        text += f',"key_id":{_quoted(record.key_id)}'
+    if record.key_alias is not None:
+        text += f',"key_alias":{_quoted(record.key_alias)}'
+    if record.end_user is not None:
+        text += f',"end_user":{_quoted(record.end_user)}'
+    if record.model is not None:
+        text += f',"model":{_quoted(record.model)}'
+    text += f',"status":{record.status},"bytes_in":{record.bytes_in},"bytes_out":{record.bytes_out}'
+    if record.time_to_first_byte is not None:
+        text += f',"time_to_first_byte":{round(record.time_to_first_byte, 6)}'
+    if record.streamed is not None:
+        text += ',"streamed":true' if record.streamed else ',"streamed":false'
+    text += f',"duration":{round(record.duration, 6)}{_tokens(record)},"ended":"{record.ended}"'
+    if record.error is not None:
+        text += f',"error":{_quoted(record.error)}'
+    return f"{text}}}\n".encode("ascii")
+
+
+def _tokens(record: RequestRecord) -> str:
+    text = ""
+    if record.prompt_tokens is not None:
+        text += f',"prompt_tokens":{record.prompt_tokens}'
+    if record.completion_tokens is not None:
+        text += f',"completion_tokens":{record.completion_tokens}'
+    if record.total_tokens is not None:
+        text += f',"total_tokens":{record.total_tokens}'
+    if record.tokens_estimated is not None:
+        text += ',"tokens_estimated":true' if record.tokens_estimated else ',"tokens_estimated":false'
+    return text
 
 
 @lru_cache(maxsize=16)
