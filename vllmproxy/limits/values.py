@@ -1,9 +1,9 @@
 """What is asked of the limits and what they answer."""
 
+from operator import attrgetter
 from typing import Final, Literal
 
-from attrs import Attribute, field, frozen
-from attrs.validators import ge, le
+from attrs import define, field, frozen
 
 Kind = Literal["requests", "tokens", "max_parallel_requests", "budget", "budget_tokens"]
 
@@ -16,6 +16,10 @@ MAX_AMOUNT: Final = 2**40
 #: Seconds after which to try again when all places of ``max_parallel_requests`` are taken: nobody knows when one
 #: of those requests ends.
 BUSY_RETRY_AFTER: Final = 1.0
+
+
+#: What tells one limit of a key from another.
+_limit_of: Final = attrgetter("kind", "scope")
 
 
 class DuplicateRequest(Exception):
@@ -37,8 +41,8 @@ class Rule:
 
     kind: Kind
     scope: str
-    limit: int = field(validator=[ge(0), le(MAX_AMOUNT)])
-    cost: int = field(validator=[ge(0), le(MAX_AMOUNT)])
+    limit: int
+    cost: int
     period: int = 0
     least: int | None = None
 
@@ -52,13 +56,15 @@ class Rule:
         return self.cost if self.least is None else min(self.cost, max(left, self.needed))
 
     def __attrs_post_init__(self) -> None:
+        if not (0 <= self.limit <= MAX_AMOUNT and 0 <= self.cost <= MAX_AMOUNT):
+            raise ValueError(f"a limit and a cost must be from 0 to {MAX_AMOUNT}")
         if self.kind == "max_parallel_requests" and self.cost != 1:
             raise ValueError("a request takes one place of max_parallel_requests")
         if self.kind in BUDGETS and self.scope:
             raise ValueError("a budget is for the whole key")
 
 
-@frozen
+@define  # not frozen, which takes longer to make: there is one for each request, and of what it is granted
 class Ask:
     """All that one request takes, of one key's limits.
 
@@ -69,15 +75,14 @@ class Ask:
 
     key: str
     request_id: str
-    rules: tuple[Rule, ...] = field()
+    rules: tuple[Rule, ...]
 
-    @rules.validator
-    def _each_once(self, _: "Attribute[tuple[Rule, ...]]", rules: tuple[Rule, ...]) -> None:
-        if len({(rule.kind, rule.scope) for rule in rules}) != len(rules):
+    def __attrs_post_init__(self) -> None:
+        if len(set(map(_limit_of, self.rules))) != len(self.rules):
             raise ValueError("two rules of one ask are for the same limit")
 
 
-@frozen
+@define  # as above
 class Granted:
     """All was taken.
 

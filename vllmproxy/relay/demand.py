@@ -1,8 +1,9 @@
 """What a request is expected to use, and what of its key's limits it takes for that. Pure."""
 
+from functools import lru_cache
 from typing import Final
 
-from attrs import frozen
+from attrs import define
 
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.limits.values import MAX_AMOUNT, Kind, Rule
@@ -20,7 +21,7 @@ _READING: Final = frozenset({"embeddings", "embed", "pooling", "classify", "scor
 _COUNTING: Final = frozenset({"tokenize", "detokenize", "count_tokens", "render", "derender"})
 
 
-@frozen(kw_only=True)
+@define(kw_only=True)  # not frozen, which takes three times as long to make: there is one for each request
 class Demand:
     """What one request is expected to use.
 
@@ -89,18 +90,20 @@ def rules_of(key: VirtualKey, demand: Demand, now: float) -> tuple[Rule, ...]:
     """Return what ``demand`` takes of each of the key's limits at ``now`` (epoch seconds)."""
     rules = []
     if key.rpm_limit is not None:
-        rules.append(Rule("requests", "", key.rpm_limit, 1))
+        rules.append(_rule_for_one("requests", "", key.rpm_limit))
     if key.tpm_limit is not None:
         rules.append(_rule("tokens", "", key.tpm_limit, demand, demand.tokens))
-    for name in demand.names:
+    for name in demand.names if key.model_rpm_limit or key.model_tpm_limit else ():
         rpm, tpm = key.model_rpm_limit.get(name), key.model_tpm_limit.get(name)
         if rpm is not None:
-            rules.append(Rule("requests", name, rpm, 1))
+            rules.append(_rule_for_one("requests", name, rpm))
         if tpm is not None:
             rules.append(_rule("tokens", name, tpm, demand, demand.tokens))
     if key.max_parallel_requests is not None:
-        rules.append(Rule("max_parallel_requests", "", key.max_parallel_requests, 1))
+        rules.append(_rule_for_one("max_parallel_requests", "", key.max_parallel_requests))
     budget = key.budget
+    if not budget.is_limited:
+        return tuple(rules)
     period, _ = budget.period(now)
     if budget.is_priced:
         limit = MAX_AMOUNT if budget.money is None else budget.money
@@ -108,6 +111,12 @@ def rules_of(key: VirtualKey, demand: Demand, now: float) -> tuple[Rule, ...]:
     if budget.tokens is not None:
         rules.append(_rule("budget_tokens", "", budget.tokens, demand, demand.tokens, period=period))
     return tuple(rules)
+
+
+@lru_cache(maxsize=1024)
+def _rule_for_one(kind: Kind, scope: str, limit: int) -> Rule:
+    """Return the rule for one request: the same each time."""
+    return Rule(kind, scope, limit, 1)
 
 
 def _rule(kind: Kind, scope: str, limit: int, demand: Demand, expected: int, *, period: int = 0) -> Rule:
