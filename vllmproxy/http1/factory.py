@@ -60,6 +60,7 @@ class ServerFactory(Factory):
         per_client: int = 0,
         client_of: Callable[[IAddress | None], str] = lambda _: "",
     ) -> None:
+        self.clock = clock
         self.handle = handler
         self.render = render
         self.hangups = hangups

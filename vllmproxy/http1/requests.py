@@ -32,7 +32,7 @@ class RequestReader:
     """Parses requests with llhttp, and refuses what llhttp or :mod:`vllmproxy.http1.rules` refuse.
 
     :ivar error: set once, when the bytes are no HTTP that may be served; nothing is parsed afterwards.
-    :ivar in_head: some of a head has come, not all of it; ``was_in_head``: the same before what was fed last.
+    :ivar in_head: some of a head has come, not all of it.
     :ivar early: what came behind a WebSocket handshake; ``None`` where there is none. Nothing is parsed until
         :meth:`resume` says that the connection stayed HTTP.
     """
@@ -43,7 +43,6 @@ class RequestReader:
         self._parser: Any = httptools.HttpRequestParser(self)
         self.error: WireError | None = None
         self.in_head = False
-        self.was_in_head = False
         self.early: bytes | None = None
         self._head: RequestHead | None = None
         self._head_bytes = 0
@@ -68,7 +67,6 @@ class RequestReader:
         if self.error is not None:
             return
         size, self._progressed = len(data), False
-        self.was_in_head = self.in_head
         while data:
             self._data, self._at = data, 0
             try:
@@ -87,6 +85,12 @@ class RequestReader:
         self._silent = 0 if self._progressed else self._silent + size
         if self._silent > self._limits.head:
             self.error = WireError(431, "A header line, a chunk extension or a trailer is too large.")
+
+    @property
+    def body_left(self) -> int:
+        """How many bytes are still to come of a body whose length is known; 0 where there is none, or it is not."""
+        head = self._head
+        return 0 if head is None or head.content_length is None else head.content_length - self._body_bytes
 
     def resume(self) -> None:
         """The connection stays HTTP although a WebSocket was asked for: parse what came behind the handshake."""
@@ -135,6 +139,7 @@ class RequestReader:
         self._progressed = True
         self._head_bytes = 0
         self._body_bytes = 0
+        self._head = None
         self._begun.clear()
         self._head_at = self._at
         if self._data[self._at] in b"\r\n":  # which may stand before a request (RFC 9112 §2.2)

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.interfaces import IAddress, IHalfCloseableProtocol, IPushProducer
+from twisted.internet.interfaces import IAddress, IDelayedCall, IHalfCloseableProtocol, IPushProducer
 from twisted.internet.protocol import Protocol
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 
 #: Bytes of a body kept while its handler does not want it yet (the key is being looked up, say).
 HOLD = 65_536
+#: Requests of a connection that may be queued behind each other before what follows them is left unparsed, and how many
+#: are begun in one turn of the reactor: others wait for theirs.
+QUEUE = 16
+_TURN = 8
+#: Bytes that are parsed at a time: hundreds of requests fit into one read.
+_SLICE = 8192
 #: How much of an unwanted body is read and thrown away so that the answer before it survives (RFC 9112 §9.6).
 LINGER_BYTES = 4 * 1024 * 1024
 
@@ -55,6 +61,9 @@ class ServerChannel(Protocol):
         self._active: Stream | None = None
         self._queue: deque[Stream] = deque()
         self._starting = False
+        self._resting: IDelayedCall | None = None
+        self._unparsed = b""
+        self._times_head = False
         self._times_body = False
         self._lingered = 0
         self._body_before = 0
@@ -85,7 +94,8 @@ class ServerChannel(Protocol):
 
     def dataReceived(self, data: bytes) -> None:
         if self._mode == "http":
-            self._reader.feed(data)
+            self._unparsed += data
+            self._parse()
             self._settle()
         elif self._mode == "tunnel":
             self._tunnelled(data)
@@ -98,6 +108,9 @@ class ServerChannel(Protocol):
         self._mode = "closed"
         self._unwatch()
         self._queue.clear()
+        if self._resting is not None:
+            self._resting.cancel()
+            self._resting = None
         active, self._active = self._active, None
         self._reader.close()
         if active is not None:
@@ -154,6 +167,7 @@ class ServerChannel(Protocol):
     def request_begun(self, head: RequestHead) -> None:
         if self._waiting is not None:
             self._wait_for(None)
+        self._times_head = False
         self._used = True
         self._incoming = Stream(head, self)
         self._queue.append(self._incoming)
@@ -171,10 +185,19 @@ class ServerChannel(Protocol):
 
     # one request after the other
 
+    def _parse(self) -> None:
+        """Parse what has come, as long as there is not much of it to be done already."""
+        data, at, reader = self._unparsed, 0, self._reader
+        while at < len(data) and len(self._queue) < QUEUE and reader.error is None:
+            end = at + max(_SLICE, reader.body_left)
+            reader.feed(data[at:end])
+            at = end
+        self._unparsed = data[at:] if reader.error is None else b""
+
     def _settle(self) -> None:
         """Act on what one read brought: hand on bodies, start requests, refuse what broke."""
-        reader = self._reader
-        if reader.in_head and not reader.was_in_head and self._is_unused():
+        if self._reader.in_head and not self._times_head and self._is_unused():
+            self._times_head = True
             self._wait_for(self.factory.head_deadlines)
         if self._active is not None:
             if self._reader.error is not None and not self._active.complete:
@@ -187,18 +210,31 @@ class ServerChannel(Protocol):
             self.drain()
 
     def _start_next(self) -> None:
-        if self._starting:
+        if self._starting or self._resting is not None:
             return
         self._starting = True
+        begun = 0
         while self._active is None and not self.congested and self._mode == "http":
+            if self._unparsed and not self._queue:
+                self._parse()
             stream = self._queue[0] if self._queue else None
             if stream is None or (self._reader.error is not None and not stream.complete):
                 if self._reader.error is not None:
                     self._answer_broken(self._reader.error, stream.head if stream else None)
                 break
+            if begun == _TURN:
+                self._resting = self.factory.clock.callLater(0, self._rested)
+                break
+            begun += 1
             self._active = self._queue.popleft()
             self.factory.handle(self._active)
         self._starting = False
+
+    def _rested(self) -> None:
+        """Others have had their turn."""
+        self._resting = None
+        self._start_next()
+        self._went_on()
 
     def finished(self, stream: Stream) -> None:
         """The active answer is written: go on, or close where the connection cannot be used again."""
@@ -212,8 +248,13 @@ class ServerChannel(Protocol):
         if stream.head.websocket:  # the upstream did not switch: what follows is plain HTTP again
             self._reader.resume()
         self._start_next()
+        self._went_on()
+
+    def _went_on(self) -> None:
+        """One answer is written, and the next one begun if there is a request for it."""
         if self._is_unused():
-            self._wait_for(self.factory.head_deadlines if self._reader.in_head else self.factory.idle_deadlines)
+            self._times_head = self._reader.in_head
+            self._wait_for(self.factory.head_deadlines if self._times_head else self.factory.idle_deadlines)
         self.update_reading()
         if self.factory.draining:
             self.drain()
@@ -221,7 +262,7 @@ class ServerChannel(Protocol):
     @property
     def is_last(self) -> bool:
         """Whether the answer that begins now is the last one here, because the server is stopping."""
-        return self.factory.draining and not self._queue and not self._reader.in_head
+        return self.factory.draining and not self._is_behind and not self._reader.in_head
 
     def drain(self) -> None:
         """The server is stopping: close if no request is under way, nor on its way as far as can be seen."""
@@ -242,7 +283,12 @@ class ServerChannel(Protocol):
 
     def _is_unused(self) -> bool:
         """Whether there is no request here but one whose head is still coming."""
-        return self._active is None and not self._queue and self._mode == "http"
+        return self._active is None and not self._is_behind and self._mode == "http"
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether there is more here to be done after the active request."""
+        return bool(self._queue or self._unparsed)
 
     def _wait_for(self, deadlines: "Deadlines[ServerChannel] | None") -> None:
         """Wait for a head, or idly; ``None``: neither, as a request is here or the end is near."""
@@ -283,9 +329,9 @@ class ServerChannel(Protocol):
         if self._reader.early is not None:
             wanted = False
         elif stream is None:
-            wanted = not self._queue
+            wanted = not self._is_behind
         elif stream.complete or self._mode == "tunnel":
-            wanted = not self._queue and not stream.paused
+            wanted = not self._is_behind and not stream.paused
         else:
             wanted = not stream.paused and (stream.flowing or stream.held_bytes < HOLD)
         if wanted != self._reading:
@@ -339,7 +385,8 @@ class ServerChannel(Protocol):
     def start_tunnel(self) -> None:
         """Pass raw bytes from here on, the client's early ones first."""
         self._mode = "tunnel"
-        early = self._reader.take_early()
+        early = self._reader.take_early() + self._unparsed
+        self._unparsed = b""
         if early:
             self._tunnelled(early)
         self.update_reading()
