@@ -89,13 +89,22 @@ class Bench:
 
     async def _tried(self, measure: str, number: int, running: Running, once: Once) -> dict[str, float] | None:
         """Return what one round gave; one that fails is told of and tried again, twice."""
-        for _ in range(3):
+        reasons: list[str] = []
+        while len(reasons) < 3:
             gc.collect()
             try:
-                return await once(running)
+                figures = await once(running)
             except (BadAnswer, OSError) as error:  # OSError: the process has ended
-                self.leave_out(measure, running.name, f"round {number} failed ({_first_line(error)})")
-            await asyncio.sleep(1)
+                reasons.append(_first_line(error))
+                print(f"{measure}, round {number}, {running.name}: {reasons[-1]}", flush=True)
+                await asyncio.sleep(1)
+            else:
+                if reasons:
+                    self.leave_out(
+                        measure, running.name, f"round {number} was good at try {len(reasons) + 1}, {reasons[-1]}"
+                    )
+                return figures
+        self.leave_out(measure, running.name, f"round {number} failed three times, {reasons[-1]}")
         return None
 
     def without(self, *names: str) -> dict[str, Running]:

@@ -61,7 +61,10 @@ async def _run_paced(
     if not await crowd.wait(limit):
         raise BadAnswer(f"{left} of {streams} streams had not ended after {limit:.0f} s")
     used = meter.end()
-    return Outcome(sum(call.events for call in crowd.calls), used, [])
+    found = sum(call.events for call in crowd.calls)
+    if found != streams * events:
+        raise BadAnswer(f"{found} events came of {streams * events}")
+    return Outcome(found, used, [])
 
 
 async def burst(bench: Bench) -> None:
