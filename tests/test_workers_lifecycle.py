@@ -214,8 +214,11 @@ def test_all_kinds_of_listeners(tmp_path: Path, sim: Twistd, redis: RedisServer,
     assert not path.exists()
 
 
-@pytest.mark.parametrize(("domain", "count"), [("INET", 2), ("UNIX", 1)])
-def test_a_socket_of_systemd_s(tmp_path: Path, sim: Twistd, redis: RedisServer, domain: str, count: int) -> None:
+@pytest.mark.parametrize("kind", [("INET", 2), ("UNIX", 1)], ids=["INET, two", "UNIX, one"])
+def test_a_socket_of_systemd_s(
+    tmp_path: Path, sim: Twistd, redis: RedisServer, services: list[Twistd], kind: tuple[str, int]
+) -> None:
+    domain, count = kind
     path = tmp_path / "http.sock"
     twistd = [sys.executable, str(Path(sys.executable).with_name("twistd")), "--nodaemon", "--pidfile="]
     options = ["--upstream", sim.url, "--listen", f"systemd:domain={domain}:name=http", "--workers", str(count)]
@@ -235,6 +238,7 @@ def test_a_socket_of_systemd_s(tmp_path: Path, sim: Twistd, redis: RedisServer, 
         )
         (tmp_path / "err").touch()
         service = Twistd(process, 0, tmp_path)
+        services.append(service)
         for _ in range(2):
             with Wire(socket.socket(listener.family)) as wire:
                 wire.sock.settimeout(START_SECONDS)
