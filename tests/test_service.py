@@ -4,6 +4,7 @@ import http.client
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from _asking import ask, until
 from _redis import redis_server
 from _service import MASTER_KEY, START_SECONDS, Twistd, free_port, run, start, start_proxy, start_simulator
@@ -119,6 +121,40 @@ def test_a_socket_from_systemd(tmp_path: Path, sim: Twistd, keep: Keep, which: s
         assert ask(service, "GET", MODELS, key=MASTER_KEY).status == 200  # connected before there was a proxy
     assert ask(service, "GET", MODELS, key=MASTER_KEY).status == 200
     assert ask(service, "GET", MODELS).status == 401
+
+
+def test_a_socket_from_systemd_with_a_certificate_of_ours(tmp_path: Path, sim: Twistd, keep: Keep) -> None:
+    pem, trust = tmp_path / "a:b.pem", ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+    def issue() -> None:
+        authority = trustme.CA()
+        authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(pem))
+        authority.configure_trust(trust)
+
+    def status() -> int:
+        connection = http.client.HTTPSConnection("localhost", port, timeout=30, context=trust)
+        try:
+            connection.request("GET", MODELS, headers=AUTH)
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+    issue()
+    quoted = str(pem).replace(":", "\\:")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        endpoint = f"systemd:domain=INET:name=http:privateKey={quoted}:certKey={quoted}"
+        process = plain_twistd(tmp_path, "vllmproxy", "--upstream", sim.url, "--listen", endpoint, fd=listener.fileno())
+        service = keep(Twistd(process, port, tmp_path))
+        assert status() == 200
+        assert f"Listening on https://127.0.0.1:{port}" in service.log
+        trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        issue()
+        with pytest.raises(ssl.SSLCertVerificationError):
+            status()
+        process.send_signal(signal.SIGHUP)
+        until(lambda: "no setting changed" in service.log)
+        assert status() == 200
 
 
 def test_a_socket_from_systemd_that_others_reach_needs_a_master_key(tmp_path: Path, sim: Twistd) -> None:

@@ -1,49 +1,61 @@
 """The certificate of a TLS listener, which can be exchanged while it listens."""
 
+import re
 from typing import Any
 
 from OpenSSL import SSL
 from twisted.internet.endpoints import serverFromString
-from twisted.internet.interfaces import IListeningPort, IOpenSSLServerConnectionCreator
-from twisted.internet.protocol import Factory
+from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
 from zope.interface import implementer
+
+#: What an ``ssl:`` endpoint says of its certificate.
+_ARGUMENTS = re.compile(r":((?:privateKey|certKey|extraCertChain|sslmethod|dhParameters)=(?:[^:\\]|\\.)*)")
 
 
 class _Parser:
-    """Stands where an endpoint expects a reactor, and hears what it would listen with."""
+    """Stands where an endpoint expects a reactor, and hears what it would show."""
 
     def listenSSL(self, port: int, factory: None, contextFactory: Any, **where: Any) -> None:
-        self.port, self.options, self.where = port, contextFactory, where
+        self.options = contextFactory
 
 
-def _parse(description: str) -> _Parser:
+def _parse(arguments: str) -> Any:
     parser = _Parser()
-    serverFromString(parser, description).listen(None)
+    serverFromString(parser, f"ssl:0{arguments}").listen(None)
     parser.options.getContext()  # reads on: does the key belong to the certificate?
-    return parser
+    return parser.options
+
+
+def split_endpoint(description: str) -> tuple[str, str | None]:
+    """Return the endpoint below TLS, and what is said of the certificate; ``None`` where there is no TLS.
+
+    ``ssl:`` (or ``tls:``) is ``tcp:`` with a certificate; a ``systemd:`` endpoint may have one, too.
+    """
+    kind, _, rest = description.partition(":")
+    arguments = "".join(f":{each}" for each in _ARGUMENTS.findall(description))
+    if kind in ("ssl", "tls"):
+        return _ARGUMENTS.sub("", f"tcp:{rest}"), arguments
+    if kind == "systemd" and arguments:
+        return _ARGUMENTS.sub("", description), arguments
+    return description, None
 
 
 @implementer(IOpenSSLServerConnectionCreator)
 class Certificate:
-    """What one ``ssl:`` endpoint shows its clients.
+    """What one TLS listener shows its clients.
 
-    :param description: the endpoint's. Where its files cannot be used, that raises ``OSError``, ``ValueError`` and kin,
-        or one of OpenSSL's own.
+    :param arguments: what :func:`split_endpoint` found. Where the files cannot be used, that raises ``OSError``,
+        ``ValueError`` and kin, or one of OpenSSL's own.
     """
 
-    def __init__(self, description: str) -> None:
-        self._description = description
-        self._parsed = _parse(description)
-
-    def listen(self, reactor: Any, factory: Factory) -> IListeningPort:
-        """Listen. Raises ``CannotListenError``."""
-        port: IListeningPort = reactor.listenSSL(self._parsed.port, factory, self, **self._parsed.where)
-        return port
+    def __init__(self, arguments: str) -> None:
+        self._arguments = arguments
+        self._options = _parse(arguments)
 
     def renew(self) -> None:
         """Read the files again, for connections to come. Raises as above; then the old certificate stays."""
-        self._parsed = _parse(self._description)
+        self._options = _parse(self._arguments)
 
     def serverConnectionForTLS(self, protocol: Any) -> SSL.Connection:
-        connection: SSL.Connection = self._parsed.options.serverConnectionForTLS(protocol)
+        connection: SSL.Connection = self._options.serverConnectionForTLS(protocol)
         return connection

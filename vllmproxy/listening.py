@@ -6,14 +6,15 @@ from typing import Any
 
 from attrs import frozen
 from OpenSSL import SSL, crypto
-from twisted.internet.defer import Deferred, maybeDeferred, succeed
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.endpoints import AdoptedStreamServerEndpoint, serverFromString
 from twisted.internet.error import CannotListenError, VerifyError
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.protocol import Factory
+from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 
-from vllmproxy.certificates import Certificate
+from vllmproxy.certificates import Certificate, split_endpoint
 from vllmproxy.inherited import InheritedUNIXPort
 
 #: How many connections the kernel keeps for us while we are busy; Twisted's 50 drops them under a burst.
@@ -21,14 +22,14 @@ BACKLOG = 1024
 
 
 #: What a description can be wrong with, and the files that it names.
-ERRORS = (OSError, ValueError, TypeError, KeyError, IndexError, VerifyError, SSL.Error, crypto.Error)
+_ERRORS = (OSError, ValueError, TypeError, KeyError, IndexError, VerifyError, SSL.Error, crypto.Error)
 
 
 @frozen
 class Listener:
     """An endpoint that is open.
 
-    :ivar certificate: of an ``ssl:`` one.
+    :ivar certificate: of one with TLS.
     """
 
     description: str
@@ -70,22 +71,31 @@ def renew_certificates(listeners: Sequence[Listener]) -> list[str]:
         if listener.certificate is not None:
             try:
                 listener.certificate.renew()
-            except ERRORS as error:
+            except _ERRORS as error:
                 problems.append(f"the certificate of {listener.description} stays the old one: {error}")
     return problems
 
 
-def _listen(reactor: Any, description: str, factory: Factory) -> Listener:
-    certificate = None
-    listening: Deferred[Any]
+def secured(description: str, factory: Factory) -> tuple[str, Any, Certificate | None]:
+    """Return the endpoint below TLS, if there is any, the factory for what comes from it, and the certificate shown.
+
+    :raises CannotListen: the certificate cannot be used.
+    """
+    below, arguments = split_endpoint(description)
+    if arguments is None:
+        return below, factory, None
     try:
-        full = _with_backlog(description)
-        if full.startswith("ssl:"):
-            certificate = Certificate(full)
-            listening = maybeDeferred(certificate.listen, reactor, factory)
-        else:
-            listening = _open(reactor, serverFromString(reactor, full), factory)
-    except ERRORS as error:
+        certificate = Certificate(arguments)
+    except _ERRORS as error:
+        raise CannotListen(f"cannot listen on {description}: {error}") from None
+    return below, TLSMemoryBIOFactory(certificate, False, factory), certificate
+
+
+def _listen(reactor: Any, description: str, factory: Factory) -> Listener:
+    below, wrapped, certificate = secured(description, factory)
+    try:
+        listening = _open(reactor, serverFromString(reactor, _with_backlog(below)), wrapped)
+    except _ERRORS as error:
         raise CannotListen(f"cannot listen on {description}: {error}") from None
     # Twisted's own server endpoints bind before they return; so does StreamServerEndpointService rely on it.
     results: list[Any] = []
@@ -116,9 +126,6 @@ def _open(reactor: Any, endpoint: Any, factory: Factory) -> Deferred[Any]:
 
 
 def _with_backlog(description: str) -> str:
-    kind = description.partition(":")[0]
-    if kind == "tls":
-        description = "ssl" + description[3:]
-    if kind == "systemd" or "backlog=" in description:
+    if description.startswith("systemd:") or "backlog=" in description:
         return description
     return f"{description}:backlog={BACKLOG}"

@@ -10,6 +10,7 @@ from typing import Any
 from attrs import evolve
 from twisted.internet.interfaces import IListeningPort
 
+from vllmproxy.certificates import split_endpoint
 from vllmproxy.settings import Secret, Settings, checked_secret
 from vllmproxy.simulator.config import DEFAULT_MODEL, SimulatorConfig
 from vllmproxy.simulator.server import SimulatorFactory
@@ -89,7 +90,7 @@ def base_url(address: Any, description: str = "tcp:") -> str:
 
     :param description: the endpoint that it came of.
     """
-    scheme = "https" if description.startswith(("ssl:", "tls:")) else "http"
+    scheme = "http" if split_endpoint(description)[1] is None else "https"
     host = getattr(address, "host", None)
     if host is None:
         return f"unix:{os.fsdecode(address.name)}" if getattr(address, "name", None) else "a socket"

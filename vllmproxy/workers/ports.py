@@ -6,11 +6,9 @@ from typing import Any, Final
 
 from twisted.internet import tcp
 from twisted.internet.protocol import Factory
-from twisted.protocols.tls import TLSMemoryBIOFactory
 
-from vllmproxy.certificates import Certificate
 from vllmproxy.inherited import InheritedUNIXPort
-from vllmproxy.listening import ERRORS, CannotListen, Listener
+from vllmproxy.listening import Listener, secured
 from vllmproxy.workers.loads import Turns
 
 #: Seconds for which a worker leaves new connections to another.
@@ -72,14 +70,7 @@ def inherit(
 
 
 def _inherit(reactor: Any, description: str, descriptor: int, factory: Factory, turns: Turns) -> Listener:
-    certificate = None
-    wrapped: Any = factory
-    if description.startswith(("ssl:", "tls:")):
-        try:
-            certificate = Certificate(f"ssl{description[3:]}")
-        except ERRORS as error:
-            raise CannotListen(f"cannot listen on {description}: {error}") from None
-        wrapped = TLSMemoryBIOFactory(certificate, False, factory)
+    _, wrapped, certificate = secured(description, factory)
     with socket.socket(fileno=descriptor) as sock:  # Twisted's is a copy
         where = () if sock.family == socket.AF_UNIX else (sock.family,)
         kind: Any = _TCPPort if where else _UNIXPort
