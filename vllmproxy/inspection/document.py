@@ -87,16 +87,14 @@ def read_document(body: bytes, wanted: Collection[str] | None = None) -> Documen
         raise Unreadable("the body is not a JSON object")
     begin = opening.end()
     try:
-        members, repeated, end = _read_members(text, begin, wanted)
+        members, repeated, number = _read_members(text, begin, wanted)
     except RecursionError:
         raise Unreadable("the body is nested too deeply") from None
     except (ValueError, StopIteration):
         raise Unreadable("the body is not JSON") from None
-    if _CLOSING.fullmatch(text, end) is None:
-        raise Unreadable("the body is not JSON")
     if len(text) != len(body):
         _count_in_bytes(text, members)
-    return Document(members=members, repeated=frozenset(repeated), opening=begin, empty=end == begin)
+    return Document(members=members, repeated=frozenset(repeated), opening=begin, empty=number == 0)
 
 
 def _text_of(body: bytes) -> str:
@@ -107,8 +105,8 @@ def _text_of(body: bytes) -> str:
 
 
 def _read_members(text: str, end: int, wanted: Collection[str] | None) -> tuple[dict[str, Member], set[str], int]:
-    """Return the members from ``end`` on, which count in characters, the names that are repeated, and where the last
-    value ends."""
+    """Return the members from ``end`` to the end of ``text``, which count in characters, the names that are repeated,
+    and how many members there are in all."""
     members: dict[str, Member] = {}
     repeated: set[str] = set()
     number = 0
@@ -117,10 +115,10 @@ def _read_members(text: str, end: int, wanted: Collection[str] | None) -> tuple[
         match = before.match(text, end)
         if match is not None:
             name, start = match[1], match.end()
-        elif (named := _name_with_escapes(text, end, number)) is not None:
-            name, start = named
+        elif _CLOSING.fullmatch(text, end) is not None:
+            return members, repeated, number
         else:
-            return members, repeated, end
+            name, start = _name_with_escapes(text, end, number)
         value, end = _scan(text, start)
         number += 1
         if number > MOST_MEMBERS:
@@ -132,12 +130,14 @@ def _read_members(text: str, end: int, wanted: Collection[str] | None) -> tuple[
         before = following
 
 
-def _name_with_escapes(text: str, at: int, number: int) -> tuple[str, int] | None:
-    """Return the name that comes next, the first if ``number`` is 0, and where its value begins; ``None`` if no name
-    comes."""
+def _name_with_escapes(text: str, at: int, number: int) -> tuple[str, int]:
+    """Return the name that comes next, the first if ``number`` is 0, and where its value begins.
+
+    :raises ValueError: there is no name.
+    """
     before = _BEFORE[number > 0].match(text, at)
     if before is None or not text.startswith('"', before.end()):
-        return None
+        raise ValueError
     name, at = _scan(text, before.end())
     colon = _COLON.match(text, at)
     if colon is None:

@@ -39,7 +39,8 @@ _COUNTED: Final = frozenset(
         "stream_options",
     }
 )
-_READ: Final = _KEPT | _COUNTED | {"metadata", "safety_identifier", "user"}
+_END_USERS: Final = frozenset({"metadata", "safety_identifier", "user"})
+_READ: Final = _KEPT | _COUNTED | _END_USERS
 
 #: What is no text in a prompt: images, sounds and files, in base64, in OpenAI's and Anthropic's forms.
 _OTHERS: Final = re.compile(rb'"data:[\w/+.-]*;base64,[\w+/=]{256,}"|"data"\s*:\s*"[\w+/=]{256,}"')
@@ -131,15 +132,15 @@ def _of_document(document: Document, path: str, prompt_tokens: int) -> Asked:
         model=model,
         surety=surety,
         reason=reason,
-        stream=truth_of(values.get("stream")) is True,
+        stream="stream" in values and truth_of(values["stream"]) is True,
         answers=answers,
         output_tokens=_output(values, path, answers),
         prompt_tokens=prompt_tokens,
-        interval=max(count_of(values.get("stream_interval")) or 1, 1),
-        detached=truth_of(values.get("background")) is not False,
+        interval=(count_of(values["stream_interval"]) or 1) if "stream_interval" in values else 1,
+        detached="background" in values and truth_of(values["background"]) is not False,
         unclear=_unclear(repeated) if repeated else "",
         usage=isinstance(options, dict) and truth_of(options.get("include_usage")) is True,
-        end_user=_end_user(values),
+        end_user=None if _END_USERS.isdisjoint(values) else _end_user(values),
         document=document,
     )
 

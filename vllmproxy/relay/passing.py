@@ -26,7 +26,7 @@ class Passing:
         self._reader = reader_for(head.status, content_type, encoding, metadata)
         self._events = self._reader if isinstance(self._reader, SseReader) else None
         self._withholder = None if self._events is None or not withholds else Withholder(told.fingerprint)
-        self._alike: Alike | None = Alike()  # None where no events of this stream are
+        self._alike = None if self._events is None else Alike()  # None where no events of this stream are
         self._is_between = False  # two events, and nothing of them is kept
         self.model: str | None = None
         self.usage: Usage | None = None

@@ -60,6 +60,8 @@ def reader_for(
         return None
     if content_encoding is not None and content_encoding.strip().lower() not in (b"", b"identity"):
         return None
+    if content_type == b"application/json":  # nearly all
+        return JsonReader()
     media_type = content_type.partition(b";")[0].strip().lower()
     if media_type == b"text/event-stream":
         return SseReader()
