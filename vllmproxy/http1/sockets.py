@@ -87,7 +87,7 @@ class Delivery:
 
 def delivery(sock: socket.socket | None) -> Delivery | None:
     """Return how far our bytes came, ``None`` where that is not known: not TCP, not Linux 4.6 or newer, closed."""
-    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+    if sock is None:
         return None
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _DATA_SEGMENTS_OUT.size)
