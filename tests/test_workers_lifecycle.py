@@ -175,19 +175,33 @@ def test_one_that_is_stuck_is_ended_and_systemd_hears_of_nothing(
         assert "ended by SIGABRT; another is started" in service.log
         assert "Fatal Python error: Aborted" in service.log  # and where it stood
         service.process.send_signal(signal.SIGHUP)
+        heard = _heard(manager, b"READY=1")
+        assert heard.count(b"WATCHDOG=1") >= 2  # all along
+        assert b"RELOADING=1" in heard
         service.stop()
-        heard = [manager.recv(100).partition(b"\n")[0]]
-        while heard[-1] != b"STOPPING=1":
-            heard.append(manager.recv(100).partition(b"\n")[0])
-        assert heard.count(b"WATCHDOG=1") >= 2
+        assert b"READY=1" not in _heard(manager, b"STOPPING=1")
 
 
-def test_all_kinds_of_listeners(tmp_path: Path, sim: Twistd, redis: RedisServer, services: list[Twistd]) -> None:
+def _heard(manager: socket.socket, last: bytes) -> list[bytes]:
+    """Return the first line of each message to systemd up to ``last``."""
+    heard = [manager.recv(100).partition(b"\n")[0]]
+    while heard[-1] != last:
+        heard.append(manager.recv(100).partition(b"\n")[0])
+    return heard
+
+
+def _issue(pem: Path) -> ssl.SSLContext:
+    """Write a certificate of an authority of its own, and return what trusts that."""
     authority = trustme.CA()
-    pem = tmp_path / "server.pem"
     pem.write_bytes(authority.issue_cert("localhost").private_key_and_cert_chain_pem.bytes())
     trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     authority.configure_trust(trust)
+    return trust
+
+
+def test_all_kinds_of_listeners(tmp_path: Path, sim: Twistd, redis: RedisServer, services: list[Twistd]) -> None:
+    pem = tmp_path / "server.pem"
+    trust = _issue(pem)
     port, path = free_port(), tmp_path / "http.sock"
     tls = f"ssl:{port}:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
     service = start_workers(tmp_path, sim.url, redis, "--listen", tls, "--listen", f"unix:{path}:mode=600")
@@ -203,6 +217,9 @@ def test_all_kinds_of_listeners(tmp_path: Path, sim: Twistd, redis: RedisServer,
             wire.send(MODELS)
             assert wire.message().status == 200
 
+    answers()
+    trust = _issue(pem)
+    _reload(service, "worker 1: Reloading: no", "worker 2: Reloading: no")
     for _ in range(3):
         answers()
     for pid in workers(service):
