@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve, fields
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, Logger
 
 from vllmproxy.observers import jsonlines
-from vllmproxy.observers.jsonlines import BATCH_BYTES, BATCH_SECONDS, BUFFER_BYTES, JsonLines, open_access_log
+from vllmproxy.observers.jsonlines import BATCH_BYTES, BATCH_SECONDS, BUFFER_BYTES, JsonLines, line_of, open_access_log
 from vllmproxy.observers.record import RequestRecord
 
 FULL = RequestRecord(
@@ -123,6 +124,22 @@ def test_what_is_not_known_is_left_out(log: JsonLines, writer: Writer) -> None:
         *("time", "request_id", "method", "route", "client", "status"),
         *("bytes_in", "bytes_out", "duration", "ended"),
     }
+
+
+def test_no_field_is_forgotten(log: JsonLines, writer: Writer) -> None:
+    log.finished(evolve(FULL, tokens_estimated=True, error="truncated"))
+    log.close()
+    (line,) = writer.lines()
+    assert list(line) == [field.name for field in fields(RequestRecord)]
+
+
+@given(
+    st.one_of(st.floats(0, 1e9), st.integers(0, 10**10).map(lambda tenths: tenths / 1e7), st.sampled_from([0, 1, 1e-3]))
+)
+def test_seconds_are_rounded_to_six_decimals(seconds: float) -> None:
+    line = line_of(evolve(FULL, duration=seconds, time_to_first_byte=seconds))
+    assert b'"time_to_first_byte":%r,' % round(seconds, 6) in line
+    assert b'"duration":%r,' % round(seconds, 6) in line
 
 
 @given(st.text(st.characters(exclude_categories=())), st.binary())

@@ -1,0 +1,36 @@
+"""A usage event as JSON: written by hand, it says what json.dumps would."""
+
+import json
+from typing import get_args
+
+import attrs
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllmproxy.usage.event import Quality, UsageEvent
+
+TEXTS = st.text(st.characters(exclude_categories=()), max_size=5)
+VALUES = {
+    "time": st.one_of(st.integers(0, 10**10), st.floats(0, 1e10)),
+    "quality": st.sampled_from(get_args(Quality)),
+    **dict.fromkeys(("key", "model", "end_user"), TEXTS),
+}
+EVENTS = st.builds(
+    UsageEvent, **{field.name: VALUES.get(field.name, st.integers(0, 1 << 53)) for field in attrs.fields(UsageEvent)}
+)
+
+
+@given(EVENTS)
+def test_what_is_not_as_by_default_is_written_and_read_again(event: UsageEvent) -> None:
+    defaults = {field.name: field.default for field in attrs.fields(UsageEvent)}
+    said = {name: value for name, value in attrs.asdict(event).items() if value != defaults[name]}
+    assert event.as_json() == json.dumps(said, separators=(",", ":"))
+    # json pairs up surrogates that were written one by one
+    assert attrs.asdict(UsageEvent.of_json(json.loads(event.as_json()))) == {
+        **defaults,
+        **json.loads(json.dumps(said)),
+    }
+
+
+def test_an_event_with_nothing_but_what_it_must_have() -> None:
+    assert UsageEvent(time=1.5, key="k").as_json() == '{"time":1.5,"key":"k"}'
