@@ -158,9 +158,20 @@ def test_headers_that_change_what_a_body_means_are_refused(path: str, lines: lis
     assert house.wires == []
 
 
-def test_a_compressed_body_of_a_key_without_models_passes() -> None:
-    body = gzip.compress(b'{"model":"m"}')
-    assert post(house_of(tpm_limit=10**6), body, CHAT, "Content-Encoding: gzip") == body
+@pytest.mark.parametrize("body", [b'{"model":"m"}', gzip.compress(b'{"model":"m"}')], ids=["plain", "compressed"])
+def test_a_body_that_is_said_to_be_compressed_passes_where_nothing_is_counted(body: bytes) -> None:
+    """vLLM reads what comes, whatever Content-Encoding says of it."""
+    coded = "Content-Encoding: gzip"
+    assert post(house_of(), body, CHAT, coded) == body
+    assert post(house_of(aliases={"fast": "big"}), body, CHAT, coded) == body
+    counted: list[dict[str, Any]] = [{"tpm_limit": 10**6}, {"max_budget_tokens": 10**6}]
+    for fields in counted:
+        house = house_of(**fields)
+        post(house, body, CHAT, coded)
+        status, told = error(house)
+        assert status == 400
+        assert "the body is compressed" in told["message"]
+        assert house.wires == []
 
 
 @pytest.mark.parametrize("body", [{"messages": []}, {"model": None}, {"model": ""}], ids=["absent", "null", "empty"])

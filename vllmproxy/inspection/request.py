@@ -90,10 +90,11 @@ def read_request(path: str, body: bytes, content_type: bytes | None, content_enc
 
     :param path: as in :func:`vllmproxy.inspection.routes.takes_model`.
     :param content_type: the value of the only Content-Type; vLLM takes the first of several, others the last.
-    :param content_encoding: of Content-Encoding; vLLM decodes none.
+    :param content_encoding: of Content-Encoding; vLLM decodes none, and reads a body as if it were not there.
     """
     if content_encoding is not None and content_encoding.strip().lower() not in (b"", b"identity"):
-        return Asked(surety="ambiguous", reason="the body is compressed")
+        reason = "the body is compressed"
+        return Asked(surety="ambiguous", reason=reason, unclear=reason)
     form = False
     try:
         form = is_form(content_type)
