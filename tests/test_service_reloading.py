@@ -149,13 +149,31 @@ def test_another_master_key_also_on_connections_that_are_open(make: Make) -> Non
     assert OTHER_KEY not in proxy.service.log
 
 
-def test_auth_is_not_switched_off_where_others_could_reach_it(make: Make) -> None:
-    proxy = make("tcp:{port}")
+@pytest.mark.parametrize("endpoint", ["tcp:{port}", "tcp:{port}:interface=127.0.0.1"])
+def test_auth_is_not_switched_off(make: Make, endpoint: str) -> None:
+    """Whether others could reach it or not, and asked for or not: a file may be empty for a moment."""
+    proxy = make(endpoint)
     del proxy.settings["master-key-file"]
-    assert "can be reached from other machines" in proxy.reload()
-    assert [proxy.status(key=None), proxy.status()] == [401, 200]
-    assert "AUTH IS OFF" in proxy.reload(open=True)
+    for more in ({}, {"open": True}):
+        (line,) = [line for line in proxy.reload(**more).splitlines() if "#error" in line]
+        assert "the settings stay as they are: there is no master key any more" in line
+        assert [proxy.status(key=None), proxy.status()] == [401, 200]
+
+
+def test_auth_is_switched_on_and_stays_so(make: Make) -> None:
+    proxy = make()
+    del proxy.settings["master-key-file"]
+    proxy.service.stop()
+    proxy.write()
+    proxy.service = start(proxy.directory, "vllmproxy", "--config", "vllmproxy.toml", port=proxy.service.port)
     assert proxy.status(key=None) == 200
+    assert "idle-timeout changed" in proxy.reload(idle_timeout=70)
+    assert proxy.status(key=None) == 200
+    assert "master-key-file changed" in proxy.reload(master_key_file="master-key")
+    assert proxy.status(key=None) == 401
+    del proxy.settings["master-key-file"]
+    assert "there is no master key any more" in proxy.reload()
+    assert proxy.status(key=None) == 401
 
 
 def test_another_upstream_while_a_stream_goes_on(make: Make, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def read_again(old: Settings, load: Callable[[], Settings], listening: Sequence[
     try:
         read = load()
         new = in_force(old, read)
+        _check_auth(old, new)
         judge_start(listening, new)
     except (SettingsError, CannotStart) as error:
         _log.error("Reloading: the settings stay as they are: {reason}", reason=str(error))
@@ -57,6 +58,15 @@ def read_again(old: Settings, load: Callable[[], Settings], listening: Sequence[
         names = ", ".join(_NAMES[name] for name in waiting)
         _log.warn("Reloading: this takes effect only after a restart: {names}", names=names)
     return new
+
+
+def _check_auth(old: Settings, new: Settings) -> None:
+    """Refuse to switch authentication off: a file that was emptied, or is being written just now, says so too."""
+    if old.master_key is not None and new.master_key is None:
+        raise SettingsError(
+            "there is no master key any more, and authentication is not switched off while it runs: put "
+            "master-key-file (or where the key came from) back, or restart to have it off"
+        )
 
 
 def in_force(old: Settings, new: Settings) -> Settings:
