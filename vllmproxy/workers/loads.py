@@ -13,8 +13,9 @@ from typing import Final, Self
 _AWAY: Final = 2**32 - 1
 #: As many more connections than another may one have before it lets that go first.
 SLACK: Final = 8
-#: As many are taken at once where that one does not move.
-MANY: Final = 4
+#: As many times it waits for another that does not move, which may be busy, before it takes ``MANY`` at once.
+PATIENCE: Final = 100
+MANY: Final = 16
 
 
 class Loads:
@@ -57,7 +58,9 @@ class Turns:
         self._loads = loads
         self._number = number
         self._mine = mine
-        self._waited_for: int | None = None
+        self._waits = False
+        self._least = _AWAY
+        self._in_vain = 0
 
     def take(self) -> int:
         """Return how many to take now; 0: ask again in a moment, for it is another's turn. That is not said twice in a
@@ -65,10 +68,12 @@ class Turns:
         mine = self._mine()
         self._loads.set(self._number, mine)
         least = self._loads.least(but=self._number)
-        waited_for, self._waited_for = self._waited_for, None
         if mine <= least + SLACK:
+            self._waits = False
             return 1
-        if waited_for is None:
-            self._waited_for = least
+        self._waits = not self._waits
+        if self._waits:
             return 0
-        return MANY if least == waited_for else 1
+        self._in_vain = self._in_vain + 1 if least == self._least else 0
+        self._least = least
+        return MANY if self._in_vain >= PATIENCE else 1
