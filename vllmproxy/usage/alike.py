@@ -21,6 +21,8 @@ class Alike:
     not end an answer, neither do the others.
     """
 
+    __slots__ = ("_before", "_begin", "_behind", "_between", "_end", "_looks")  # one for each stream that is open
+
     def __init__(self) -> None:
         self._looks = 0
         self._before = self._behind = self._between = b""
