@@ -1,7 +1,7 @@
 """The server channel behind TLS on real sockets: a client's end in each of its forms, and our own."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -15,7 +15,10 @@ from twisted.internet.task import deferLater
 from vllmproxy.http1.sockets import is_closing
 from vllmproxy.http1.stream import Stream
 
+Lingering = Callable[..., AbstractAsyncContextManager[Site]]
+
 reactor: Any = installed_reactor
+LAST = b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
 WEBSOCKET = b"GET / HTTP/1.1\r\nHost: h\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
 
@@ -33,6 +36,16 @@ async def client_of(server: Site, authority: Authority) -> AsyncIterator[TLSPeer
     await client.handshake()
     yield client
     client.sock.close()
+
+
+@pytest.fixture
+def lingering(authority: Authority) -> Lingering:
+    """Make a site that waits so many seconds for a close_notify, and for everything else for ever."""
+
+    def make(linger: float, **more: Any) -> AbstractAsyncContextManager[Site]:
+        return site(authority.certificate, linger_timeout=linger, write_timeout=3600, **more)
+
+    return make
 
 
 async def ask(server: Site, client: TLSPeer, data: bytes) -> Stream:
@@ -102,14 +115,72 @@ async def test_a_client_that_leaves_a_paused_tunnel(authority: Authority) -> Non
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_client_that_never_says_goodbye(authority: Authority) -> None:
-    """Its answer has left: it may still be reading it, so the end is no reset."""
-    async with site(authority.certificate, write_timeout=0.2) as server, client_of(server, authority) as client:
-        stream = await ask(server, client, b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+async def test_a_client_that_never_says_goodbye(authority: Authority, lingering: Lingering) -> None:
+    """Its answer has left: it may still be reading it, so the end is no reset. Nor is it that of a slow client."""
+    async with lingering(0.2) as server, client_of(server, authority) as client:
+        stream = await ask(server, client, LAST)
         stream.respond(200, b"OK", b"", b"ok")
         assert (await client.receive()).endswith(b"\r\n\r\nok")
         assert await client.receive() == b""
         assert await client.drain() == "fin"
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_slow_client_has_its_answer_before_that(authority: Authority, lingering: Lingering) -> None:
+    async with lingering(0.05) as server, client_of(server, authority) as client:
+        stream = await ask(server, client, LAST)
+        stream.respond(200, b"OK", b"", b"x" * 10_000_000)
+        await deferLater(reactor, 0.3, lambda: None)
+        received = len(await client.receive())
+        assert server.factory.channels
+        while data := await client.receive():
+            received += len(data)
+        assert received > 10_000_000
+        assert await client.drain() == "fin"
+
+
+@pytest.mark.parametrize("end", ["idle", "drain"])
+@pytest_twisted.ensureDeferred
+async def test_an_idle_connection_that_is_closed_waits_no_longer_either(
+    end: str, authority: Authority, lingering: Lingering
+) -> None:
+    """Nor does a server that stops."""
+    idle = 0.2 if end == "idle" else 3600
+    async with lingering(0.2, idle_timeout=idle) as server, client_of(server, authority) as client:
+        stream = await ask(server, client, GET)
+        stream.respond(200, b"OK", b"", b"ok")
+        if end == "drain":
+            drained: list[None] = []
+            server.factory.drain().addCallback(drained.append)
+            await until(lambda: bool(drained))
+        await until(lambda: not server.factory.channels)
+        assert await client.drain() == "fin"
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_connection_that_closes_makes_room_for_a_new_one(authority: Authority, lingering: Lingering) -> None:
+    """Before one that is idle does, unless it has something to say still."""
+    async with (
+        lingering(3600, max_connections=3) as server,
+        client_of(server, authority) as closing,
+        client_of(server, authority) as slow,
+        client_of(server, authority) as idle,
+    ):
+        for client, request, size in ((slow, LAST, 10_000_000), (closing, LAST, 2), (idle, GET, 2)):
+            stream = await ask(server, client, request)
+            stream.respond(200, b"OK", b"", b"x" * size)
+        await until(lambda: server.streams[1].channel.has_said_all)
+        async with client_of(server, authority):
+            assert server.factory.evicted == 1
+            assert await closing.drain() == "fin"
+            assert not _is_over(idle)
+            async with client_of(server, authority):
+                assert server.factory.evicted == 2
+                await until(lambda: _is_over(idle))
+        received = 0
+        while data := await slow.receive():
+            received += len(data)
+        assert received > 10_000_000
 
 
 @pytest_twisted.ensureDeferred

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress, IProtocolNegotiationFactory, IReactorTime
@@ -24,9 +25,9 @@ RESERVE = 64
 class ServerFactory(Factory):
     """Makes channels and holds what they share.
 
-    At ``max_connections`` a new one takes the place of one with no request under way: of the one that has been idle
-    longest, else of the one whose head has been awaited longest. Where there is none, the reserve is left, and then the
-    new one is reset.
+    At ``max_connections`` a new one takes the place of one with no request under way: of one that closes and waits only
+    for its client's close_notify, else of the one that has been idle longest, else of the one whose head has been
+    awaited longest. Where there is none, the reserve is left, and then the new one is reset.
 
     :param handler: takes each :class:`Stream` when its head is complete and it is its turn.
     :param render: makes the whole answer for a request refused by the wire itself.
@@ -110,13 +111,20 @@ class ServerFactory(Factory):
         return True
 
     def _evict(self) -> bool:
-        channel = self.idle_deadlines.pop() or self.head_deadlines.pop()
+        channel = self._closing() or self.idle_deadlines.pop() or self.head_deadlines.pop()
         if channel is None:
             return False
         self.evicted += 1
         self.connections.leave(channel)
-        channel.abort()
+        channel.evict()
         return True
+
+    def _closing(self) -> ServerChannel | None:
+        """Return a connection on which nothing is to be done any more but to wait for its client, if one is near."""
+        channel = next((channel for channel in islice(self.linger_deadlines, 64) if channel.has_said_all), None)
+        if channel is not None:
+            self.linger_deadlines.clear(channel)
+        return channel
 
     def forget(self, channel: ServerChannel) -> None:
         """A connection is gone."""

@@ -69,6 +69,7 @@ class ServerChannel(Protocol):
         self._body_before = 0
         self._half_closed = False
         self._shut = False
+        self._held_up = False
         self._used = False
         self._incoming: Stream | None = None
         self._reader = RequestReader(self, factory.limits)
@@ -411,6 +412,8 @@ class ServerChannel(Protocol):
         self._unwatch()
         self._wait_for(None)
         self._drain(self.transport.loseConnection)  # type: ignore[union-attr]
+        if self.is_secure:  # it is kept until the client says goodbye, too
+            self.factory.linger_deadlines.set(self)
 
     def head_late(self) -> None:
         """The head took too long: say so if any of it has come."""
@@ -446,20 +449,34 @@ class ServerChannel(Protocol):
             self.factory.write_deadlines.set(self)
         elif queued:
             self.abort()
-        elif self._mode == "linger":
-            self.factory.linger_deadlines.set(self)
-        elif self._mode == "closed" and self.is_secure:
-            hang_up(self.transport)  # no reset: what has left may not have been read yet
-        elif not self._shut:
-            self.abort()
+        elif not (self._shut or self._mode == "linger" or self._is_closing_tls):
+            self.abort()  # of the others, the first waits for its client, and the rest has ``linger_late``
 
     def linger_late(self) -> None:
-        """The client has had its time to read what was said before it is reset, if all of that has left."""
-        self._queued = queued_bytes(self.transport)
-        if self._queued:
-            self.factory.write_deadlines.set(self)
+        """The client has had its time to read what was said and to say goodbye, if all of that has left in time."""
+        held_up, self._held_up = self._held_up, bool(queued_bytes(self.transport))
+        if self._held_up or (held_up and self._mode == "linger"):
+            self.factory.linger_deadlines.set(self)
+        elif self._mode == "linger":
+            self.abort()
+        else:
+            hang_up(self.transport)  # no reset: what has left may not have been read yet
+
+    def evict(self) -> None:
+        """Make room for another connection."""
+        if self._is_closing_tls:
+            hang_up(self.transport)
         else:
             self.abort()
+
+    @property
+    def has_said_all(self) -> bool:
+        """Whether this is closing and only the client's close_notify is awaited."""
+        return self._is_closing_tls and not queued_bytes(self.transport)
+
+    @property
+    def _is_closing_tls(self) -> bool:
+        return self.is_secure and self._mode == "closed"
 
     def abort(self) -> None:
         """Reset."""
@@ -484,7 +501,6 @@ class ServerChannel(Protocol):
         transport: Any = self.transport
         # TLS, having said that it closes, reads on until the peer says so too.
         self._drain(transport.loseConnection if self.is_secure else transport.loseWriteConnection)
-        self.factory.write_deadlines.clear(self)
         self.factory.linger_deadlines.set(self)
         if not self._reading:
             self._reading = True
