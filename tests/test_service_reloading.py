@@ -5,13 +5,14 @@ import signal
 import socket
 import ssl
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
 from _asking import CHAT, ask, make_key, until
-from _raw import Wire, connect, request
+from _raw import Ended, Wire, connect, request
 from _service import MASTER_KEY, START_SECONDS, Twistd, free_port, run, start, start_simulator
 
 MODELS = "/vllm/v1/models"
@@ -221,6 +222,26 @@ def test_sizes_prices_and_who_is_trusted(make: Make) -> None:
     assert ask(proxy.service, "POST", "/vllm/v1/chat/completions", {"a": "b" * 200}, key=MASTER_KEY).status == 413
     assert proxy.reload(max_body=0, max_api_body=100)
     assert ask(proxy.service, "POST", "/key/generate", {"metadata": {"a": "b" * 200}}, key=MASTER_KEY).status == 413
+
+
+def test_who_is_trusted_may_have_more_connections_than_a_client(make: Make) -> None:
+    proxy = make(max_connections_per_client=2)
+
+    def answered() -> int:
+        """How many of three connections at once are answered; fewer where former ones have not been left yet."""
+        count = 0
+        with connect(proxy.service) as first, connect(proxy.service) as second, connect(proxy.service) as third:
+            for wire in (first, second, third):
+                with suppress(OSError, Ended):
+                    wire.send(request(b"GET", b"/health/liveliness"))
+                    count += wire.message().status == 200
+        return count
+
+    until(lambda: answered() == 2)
+    proxy.reload(trusted_proxy=["127.0.0.0/8"])
+    assert answered() == 3
+    proxy.reload(trusted_proxy=["192.0.2.0/24"])
+    until(lambda: answered() == 2)
 
 
 def test_times_hold_for_connections_that_are_open_too(make: Make) -> None:

@@ -110,6 +110,10 @@ def _wire(proxy: "Proxy", settings: Settings) -> None:
     factory.write_deadlines.change(settings.write_timeout)
 
 
+def _clients(proxy: "Proxy", settings: Settings) -> None:
+    proxy.factory.client_of = TrustedProxies(settings.trusted_proxy).client_of_peer
+
+
 def _relay(proxy: "Proxy", settings: Settings) -> None:
     relay = proxy.relay
     relay.prices, relay.usage = settings.prices, settings.usage
@@ -137,7 +141,7 @@ _CHANGES: Mapping[str, tuple[Callable[["Proxy", Settings], None], ...]] = {
     "upstream_ca": (_upstream,),
     "master_key": (_gate,),
     "open": (),  # it is judged before anything changes
-    "trusted_proxy": (_relay, _api),
+    "trusted_proxy": (_relay, _api, _clients),
     "open_metrics": (_api,),
     "connect_timeout": (_upstream,),
     "head_timeout": (_wire,),

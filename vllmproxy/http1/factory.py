@@ -34,6 +34,7 @@ class ServerFactory(Factory):
     :param min_body_rate: bytes a second that a client has to send of a body, over ``body_timeout``; 0 for any.
     :param max_connections: 0 for any number, as for ``per_client``: how many one client may have.
     :param client_of: what a peer is counted as; empty for one that may have any number.
+    :ivar client_of: the same; it may be exchanged.
     :ivar connections: those that are open, but for those that are being reset.
     :ivar refused: how many were not let in, by why; ``evicted``: how many lost their place to a new one.
     """
@@ -68,7 +69,7 @@ class ServerFactory(Factory):
         self.limits = limits
         self._waiting: list[Deferred[None]] = []
         self._most = max_connections
-        self._client_of = client_of
+        self.client_of = client_of
         most = max_connections + RESERVE if max_connections else 0
         self.connections: Places[ServerChannel] = Places(most, per_client=per_client)
         self.refused: Counter[str] = Counter()
@@ -99,7 +100,7 @@ class ServerFactory(Factory):
 
     def admit(self, channel: ServerChannel) -> bool:
         """Give a new connection a place, if there is one."""
-        client = self._client_of(channel.peer) if self.connections.counts_clients else ""
+        client = self.client_of(channel.peer) if self.connections.counts_clients else ""
         entry = self.connections.enter(channel, client)
         if entry == "no_place" and self._evict():
             entry = self.connections.enter(channel, client)
