@@ -6,7 +6,7 @@ from _memory import Wire
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllmproxy.http1.server import QUEUE
+from vllmproxy.http1.pipeline import QUEUE
 
 GET = b"GET /%d HTTP/1.1\r\nHost: h\r\n\r\n"
 
@@ -34,9 +34,9 @@ def test_what_waits_behind_a_slow_answer_stays_bytes() -> None:
     wire = Wire()
     wire.transport.receive(requests(2000))
     assert len(wire.streams) == 1
-    assert len(wire.channel._queue) < QUEUE + 8192 // len(GET)
+    assert len(wire.channel._requests._queue) < QUEUE + 8192 // len(GET)
     assert not wire.transport.reading
-    assert sys.getsizeof(wire.channel._unparsed) < 65_536
+    assert sys.getsizeof(wire.channel._requests._unparsed) < 65_536
     wire.transport.receive(GET % 2000)  # and the kernel keeps what comes now
     for number in range(2001):
         wire.streams[number].respond(200, b"OK", b"", b"")
@@ -72,6 +72,16 @@ def test_a_websocket_behind_them_has_its_own_bytes() -> None:
         wire.clock.advance(0)
     wire.streams[400].start_tunnel(b"Switching Protocols", b"")
     assert wire.receiver(400).body == raw
+
+
+def test_the_last_ones_body_may_be_what_was_left_unparsed() -> None:
+    wire = Wire(answer=True)
+    body = b"x" * 30_000
+    wire.transport.receive(requests(QUEUE * 5) + b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n")
+    wire.transport.receive(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+    wire.clock.advance(0)
+    assert len(wire.streams) == QUEUE * 5 + 1
+    assert wire.seen[-1][2:] == (body, True)
 
 
 @given(st.lists(st.sampled_from([b"", b"x" * 5, b"y" * 20_000]), min_size=1, max_size=40), st.data())

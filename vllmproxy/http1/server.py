@@ -1,6 +1,5 @@
-"""The strict server side of HTTP/1.1: a connection, its parser, and the requests it queues."""
+"""The strict server side of HTTP/1.1: a connection, and its requests one after the other."""
 
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from zope.interface import implementer
 
 from vllmproxy.deadlines import Deadlines
 from vllmproxy.http1.message import RequestHead, WireError
-from vllmproxy.http1.requests import RequestReader
+from vllmproxy.http1.pipeline import Pipeline
 from vllmproxy.http1.sockets import (
     hang_up,
     has_ended,
@@ -31,12 +30,8 @@ if TYPE_CHECKING:
 
 #: Bytes of a body kept while its handler does not want it yet (the key is being looked up, say).
 HOLD = 65_536
-#: Requests of a connection that may be queued behind each other before what follows them is left unparsed, and how many
-#: are begun in one turn of the reactor: others wait for theirs.
-QUEUE = 16
+#: Requests of a connection that are begun in one turn of the reactor: others wait for theirs.
 _TURN = 8
-#: Bytes that are parsed at a time: hundreds of requests fit into one read.
-_SLICE = 8192
 #: How much of an unwanted body is read and thrown away so that the answer before it survives (RFC 9112 §9.6).
 LINGER_BYTES = 4 * 1024 * 1024
 
@@ -59,10 +54,8 @@ class ServerChannel(Protocol):
         self._mode = "http"
         self._waiting: Deadlines[ServerChannel] | None = None
         self._active: Stream | None = None
-        self._queue: deque[Stream] = deque()
         self._starting = False
         self._resting: IDelayedCall | None = None
-        self._unparsed = b""
         self._times_head = False
         self._times_body = False
         self._lingered = 0
@@ -71,8 +64,7 @@ class ServerChannel(Protocol):
         self._shut = False
         self._held_up = False
         self._used = False
-        self._incoming: Stream | None = None
-        self._reader = RequestReader(self, factory.limits)
+        self._requests = Pipeline(self._make, factory.limits)
 
     # the transport's side
 
@@ -95,8 +87,7 @@ class ServerChannel(Protocol):
 
     def dataReceived(self, data: bytes) -> None:
         if self._mode == "http":
-            self._unparsed += data
-            self._parse()
+            self._requests.feed(data)
             self._settle()
         elif self._mode == "tunnel":
             self._tunnelled(data)
@@ -108,12 +99,11 @@ class ServerChannel(Protocol):
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         self._mode = "closed"
         self._unwatch()
-        self._queue.clear()
         if self._resting is not None:
             self._resting.cancel()
             self._resting = None
         active, self._active = self._active, None
-        self._reader.close()
+        self._requests.close()
         if active is not None:
             active.over = True
             if active.receiver is not None:
@@ -163,45 +153,23 @@ class ServerChannel(Protocol):
             for data in remains(self.transport):
                 self._tunnelled(data)
 
-    # the reader's side (vllmproxy.http1.requests.RequestSink)
+    # one request after the other
 
-    def request_begun(self, head: RequestHead) -> None:
+    def _make(self, head: RequestHead) -> Stream:
+        """A head is complete."""
         if self._waiting is not None:
             self._wait_for(None)
         self._times_head = False
         self._used = True
-        self._incoming = Stream(head, self)
-        self._queue.append(self._incoming)
-
-    def body_read(self, data: bytes) -> None:
-        stream = self._incoming
-        assert stream is not None
-        stream.held.append(data)
-        stream.held_bytes += len(data)
-
-    def request_read(self) -> None:
-        assert self._incoming is not None
-        self._incoming.complete = True
-        self._incoming = None
-
-    # one request after the other
-
-    def _parse(self) -> None:
-        """Parse what has come, as long as there is not much of it to be done already."""
-        data, at, reader = self._unparsed, 0, self._reader
-        while at < len(data) and len(self._queue) < QUEUE and reader.error is None:
-            end = at + max(_SLICE, reader.body_left)
-            reader.feed(data[at:end])
-            at = end
-        self._unparsed = data[at:] if reader.error is None else b""
+        return Stream(head, self)
 
     def _settle(self) -> None:
         """Act on what one read brought: hand on bodies, start requests, refuse what broke."""
-        if self._reader.in_head and not self._times_head and self._is_unused():
+        if self._requests.in_head and not self._times_head and self._is_unused():
             self._times_head = True
             self._wait_for(self.factory.head_deadlines)
         if self._active is not None:
-            if self._reader.error is not None and not self._active.complete:
+            if self._requests.error is not None and not self._active.complete:
                 self._body_broke(self._active)
                 return
             self._active.deliver()
@@ -216,18 +184,17 @@ class ServerChannel(Protocol):
         self._starting = True
         begun = 0
         while self._active is None and not self.congested and self._mode == "http":
-            if self._unparsed and not self._queue:
-                self._parse()
-            stream = self._queue[0] if self._queue else None
-            if stream is None or (self._reader.error is not None and not stream.complete):
-                if self._reader.error is not None:
-                    self._answer_broken(self._reader.error, stream.head if stream else None)
+            stream = self._requests.first()
+            error = self._requests.error
+            if stream is None or (error is not None and not stream.complete):
+                if error is not None:
+                    self._answer_broken(error, stream.head if stream else None)
                 break
             if begun == _TURN:
                 self._resting = self.factory.clock.callLater(0, self._rested)
                 break
             begun += 1
-            self._active = self._queue.popleft()
+            self._active = self._requests.pop()
             self.factory.handle(self._active)
         self._starting = False
 
@@ -247,14 +214,14 @@ class ServerChannel(Protocol):
             self._close_after(stream.complete)
             return
         if stream.head.websocket:  # the upstream did not switch: what follows is plain HTTP again
-            self._reader.resume()
+            self._requests.resume()
         self._start_next()
         self._went_on()
 
     def _went_on(self) -> None:
         """One answer is written, and the next one begun if there is a request for it."""
         if self._is_unused():
-            self._times_head = self._reader.in_head
+            self._times_head = self._requests.in_head
             self._wait_for(self.factory.head_deadlines if self._times_head else self.factory.idle_deadlines)
         self.update_reading()
         if self.factory.draining:
@@ -263,7 +230,7 @@ class ServerChannel(Protocol):
     @property
     def is_last(self) -> bool:
         """Whether the answer that begins now is the last one here, because the server is stopping."""
-        return self.factory.draining and not self._is_behind and not self._reader.in_head
+        return self.factory.draining and self._requests.is_empty and not self._requests.in_head
 
     def drain(self) -> None:
         """The server is stopping: close if no request is under way, nor on its way as far as can be seen."""
@@ -280,16 +247,11 @@ class ServerChannel(Protocol):
             self.lose()
 
     def _is_idle(self) -> bool:
-        return self._is_unused() and not self._reader.in_head
+        return self._is_unused() and not self._requests.in_head
 
     def _is_unused(self) -> bool:
         """Whether there is no request here but one whose head is still coming."""
-        return self._active is None and not self._is_behind and self._mode == "http"
-
-    @property
-    def _is_behind(self) -> bool:
-        """Whether there is more here to be done after the active request."""
-        return bool(self._queue or self._unparsed)
+        return self._active is None and self._requests.is_empty and self._mode == "http"
 
     def _wait_for(self, deadlines: "Deadlines[ServerChannel] | None") -> None:
         """Wait for a head, or idly; ``None``: neither, as a request is here or the end is near."""
@@ -301,7 +263,7 @@ class ServerChannel(Protocol):
 
     def _body_broke(self, stream: Stream) -> None:
         """The active request's body is malformed, or late: the upstream must not take it for a whole one."""
-        error, receiver = self._reader.error, stream.receiver
+        error, receiver = self._requests.error, stream.receiver
         assert error is not None
         if not stream.status and receiver is not None:
             receiver.body_failed(error)
@@ -327,12 +289,12 @@ class ServerChannel(Protocol):
         stream = self._active
         if self._mode in ("closed", "linger"):
             return
-        if self._reader.early is not None:
+        if self._requests.has_early:
             wanted = False
         elif stream is None:
-            wanted = not self._is_behind
+            wanted = self._requests.is_empty
         elif stream.complete or self._mode == "tunnel":
-            wanted = not self._is_behind and not stream.paused
+            wanted = self._requests.is_empty and not stream.paused
         else:
             wanted = not stream.paused and (stream.flowing or stream.held_bytes < HOLD)
         if wanted != self._reading:
@@ -386,8 +348,7 @@ class ServerChannel(Protocol):
     def start_tunnel(self) -> None:
         """Pass raw bytes from here on, the client's early ones first."""
         self._mode = "tunnel"
-        early = self._reader.take_early() + self._unparsed
-        self._unparsed = b""
+        early = self._requests.take_early()
         if early:
             self._tunnelled(early)
         self.update_reading()
@@ -417,7 +378,7 @@ class ServerChannel(Protocol):
 
     def head_late(self) -> None:
         """The head took too long: say so if any of it has come."""
-        if self._reader.in_head and self._mode == "http":
+        if self._requests.in_head and self._mode == "http":
             self._answer_broken(WireError(408, "The request's head did not arrive in time."), None)
         else:
             self.lose()
@@ -427,7 +388,7 @@ class ServerChannel(Protocol):
         says that the connection closes after it (RFC 9112 §9.6)."""
         active = self._active
         if active is not None and not active.complete and not active.status:
-            self._reader.error = WireError(408, "The request's body did not arrive in time.")
+            self._requests.fail(WireError(408, "The request's body did not arrive in time."))
             self._body_broke(active)
 
     def body_slow(self) -> None:

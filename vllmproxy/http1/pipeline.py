@@ -1,0 +1,105 @@
+"""The requests of one connection that have come and are not begun: parsed only as far as they will be begun soon."""
+
+from collections import deque
+from collections.abc import Callable
+
+from vllmproxy.http1.message import Limits, RequestHead, WireError
+from vllmproxy.http1.requests import RequestReader
+from vllmproxy.http1.stream import Stream
+
+#: Requests that may be queued behind each other before what follows them is left unparsed.
+QUEUE = 16
+#: Bytes that are parsed at a time: hundreds of requests fit into one read.
+_SLICE = 8192
+
+
+class Pipeline:
+    """Takes bytes and gives requests, in order (RFC 9112 §9.3.2).
+
+    :param make: makes a stream of a head that has just been read.
+    """
+
+    def __init__(self, make: Callable[[RequestHead], Stream], limits: Limits) -> None:
+        self._make = make
+        self._queue: deque[Stream] = deque()
+        self._incoming: Stream | None = None
+        self._unparsed = b""
+        self._reader = RequestReader(self, limits)
+
+    def feed(self, data: bytes) -> None:
+        """Take what was read."""
+        self._unparsed += data
+        self._parse()
+
+    @property
+    def error(self) -> WireError | None:
+        """Why nothing more is read of this connection. Requests that were whole before are still to be answered."""
+        return self._reader.error
+
+    def fail(self, error: WireError) -> None:
+        """Read nothing more."""
+        self._reader.error = error
+
+    @property
+    def in_head(self) -> bool:
+        """Whether some of a head has come, and not all of it."""
+        return self._reader.in_head
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is here but, maybe, some of a head."""
+        return not (self._queue or self._unparsed)
+
+    def first(self) -> Stream | None:
+        """Return the next request, whose body may still be coming."""
+        if self._unparsed and len(self._queue) < 2:  # the last one's body may be in there
+            self._parse()
+        return self._queue[0] if self._queue else None
+
+    def pop(self) -> Stream:
+        """Take that one: it begins."""
+        return self._queue.popleft()
+
+    @property
+    def has_early(self) -> bool:
+        """Whether bytes came behind a WebSocket handshake that is not answered yet."""
+        return self._reader.early is not None
+
+    def take_early(self) -> bytes:
+        """The connection is a tunnel: return what came behind the handshake."""
+        early, self._unparsed = self._reader.take_early() + self._unparsed, b""
+        return early
+
+    def resume(self) -> None:
+        """The connection stays HTTP although a WebSocket was asked for."""
+        self._reader.resume()
+
+    def close(self) -> None:
+        """The connection is gone."""
+        self._queue.clear()
+        self._reader.close()
+
+    def _parse(self) -> None:
+        data, at, reader = self._unparsed, 0, self._reader
+        while at < len(data) and len(self._queue) < QUEUE and reader.error is None:
+            end = at + max(_SLICE, reader.body_left)
+            reader.feed(data[at:end])
+            at = end
+        self._unparsed = data[at:] if reader.error is None else b""
+
+    # vllmproxy.http1.requests.RequestSink
+
+    def request_begun(self, head: RequestHead) -> None:
+        self._incoming = self._make(head)
+        self._queue.append(self._incoming)
+
+    def body_read(self, data: bytes) -> None:
+        stream = self._incoming
+        assert stream is not None
+        stream.held.append(data)
+        stream.held_bytes += len(data)
+
+    def request_read(self) -> None:
+        assert self._incoming is not None
+        self._incoming.complete = True
+        self._incoming = None
