@@ -171,9 +171,9 @@ def test_a_stalled_reader_stops_the_upstream(upstream: Upstream, secure: Secure)
     wires: list[Wire] = []
 
     def script(wire: Wire) -> None:
+        wires.append(wire)
         wire.message()
         wire.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (len(block) * count))
-        wires.append(wire)
         wire.pour(block, count)
 
     before = secure.service.rss()
@@ -248,9 +248,9 @@ def test_a_stalled_reader_that_says_goodbye_and_takes_the_rest(upstream: Upstrea
     gone = threading.Event()
 
     def script(wire: Wire) -> None:
+        wires.append(wire)
         wire.message()
         wire.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (len(block) * count))
-        wires.append(wire)
         with suppress(OSError):
             wire.pour(block, count)
         gone.set()
