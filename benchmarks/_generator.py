@@ -140,7 +140,7 @@ class Transfer(asyncio.Protocol):
     def ask(self, request: bytes) -> asyncio.Future[None]:
         """Send a request of any size."""
         self._whole = asyncio.get_running_loop().create_future()
-        self._head = b""
+        self._head = self._tail = b""
         self._left: int | None = None
         self._transport.write(request)
         return self._whole
@@ -160,7 +160,8 @@ class Transfer(asyncio.Protocol):
             self._left = sys.maxsize if self._chunked else int(head[at + 17 :].partition(b"\r\n")[0])
             data = body
         self._left -= len(data)
-        if self._left <= 0 or (self._chunked and data.endswith(b"\r\n0\r\n\r\n")):
+        self._tail = (self._tail + data)[-7:] if len(data) < 7 else data[-7:]
+        if self._left <= 0 or (self._chunked and self._tail == b"\r\n0\r\n\r\n"):
             self._whole.set_result(None)
 
 
