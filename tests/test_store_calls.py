@@ -71,3 +71,23 @@ def test_end_fails_all_that_is_pending_and_no_more() -> None:
     later.cancel()
     with pytest.raises(CancelledError):
         failure_of(later).raiseException()
+
+
+def test_a_process_that_was_too_busy_to_look_waits_once_more() -> None:
+    clock, source, told = Clock(), Deferred[str](), list[str]()
+    results: list[str] = []
+    call = Calls(clock).run(source, 2, lambda: told.append("late"))
+    clock.advance(2.5)
+    assert (told, source.called) == ([], False)
+    clock.advance(1.999)
+    assert told == []
+    clock.advance(0.001)
+    assert told == ["late"]
+    assert failure_of(call).type is StoreUnavailable
+
+    answered = Calls(clock).run(Deferred[str](), 2)
+    clock.advance(2.5)
+    answered.callback("it had been there")
+    answered.addCallback(results.append)
+    assert results == ["it had been there"]
+    assert clock.getDelayedCalls() == []

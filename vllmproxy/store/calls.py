@@ -1,15 +1,18 @@
 """The calls under way in a store: each has a deadline, and closing the store ends them all."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.python.failure import Failure
 
 from vllmproxy.store.interface import StoreUnavailable
 
 T = TypeVar("T")
+
+#: Seconds that a turn of the reactor takes when it has much to do, and no longer.
+LAG: Final = 0.03
 
 
 class Calls:
@@ -25,20 +28,35 @@ class Calls:
         :param late: called when the deadline passes, before the failure is delivered.
         """
 
-        def passed(_: object, limit: float) -> T:
+        timer: IDelayedCall
+        expired = forgiven = False
+        due = self._clock.seconds() + seconds
+
+        def passed() -> None:
+            nonlocal due, expired, forgiven, timer
+            if not forgiven and is_late(self._clock, due):
+                forgiven, due = True, self._clock.seconds() + seconds
+                timer = self._clock.callLater(seconds, passed)
+                return
             if late is not None:
                 late()
-            raise StoreUnavailable(f"the store did not answer within {limit:g} s")
+            expired = True
+            call.cancel()
 
         def ended(result: T | Failure) -> T | Failure:
-            if call in self._pending:
-                self._pending.discard(call)
-            elif isinstance(result, Failure) and isinstance(result.value, CancelledError):
-                raise StoreUnavailable("the store was closed")
+            if timer.active():
+                timer.cancel()
+            was_pending = call in self._pending
+            self._pending.discard(call)
+            if isinstance(result, Failure) and isinstance(result.value, CancelledError):
+                if expired:
+                    raise StoreUnavailable(f"the store did not answer within {seconds:g} s")
+                if not was_pending:
+                    raise StoreUnavailable("the store was closed")
             return result
 
         self._pending.add(call)
-        call.addTimeout(seconds, self._clock, passed)
+        timer = self._clock.callLater(seconds, passed)
         call.addBoth(ended)
         return call
 
@@ -47,3 +65,9 @@ class Calls:
         pending, self._pending = self._pending, set()
         for call in pending:
             call.cancel()
+
+
+def is_late(clock: IReactorTime, due: float) -> bool:
+    """Tell whether this process comes to a deadline so late that it was too busy to see whether the store had answered:
+    then that says nothing of the store, and is given once more."""
+    return clock.seconds() - due > LAG

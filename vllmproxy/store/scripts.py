@@ -14,6 +14,7 @@ from twisted.python.failure import Failure
 
 from vllmproxy.deadlines import Deadlines
 from vllmproxy.limits.spans import micros
+from vllmproxy.store.calls import is_late
 from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.link import Link, Wire
 
@@ -52,6 +53,10 @@ class ScriptCall:
         self._answered: Callable[[Any], None] | None = None
         self.wire: Wire | None = None
 
+    def extend(self, not_after: float) -> None:
+        """Let it do something until then, when it is sent again."""
+        self._not_after = not_after
+
     def send(self, wire: Wire, answered: Callable[[Any], None]) -> None:
         """Have Redis run it. ``answered`` gets what it answers, or the ``RedisError`` that it failed with."""
         self.wire = wire
@@ -74,13 +79,14 @@ class ScriptCall:
 class _Run:
     """One call on its way to its answer."""
 
-    __slots__ = ("_was_late", "call", "result", "scripts", "started")
+    __slots__ = ("_was_late", "call", "forgiven", "result", "scripts", "started")
 
     def __init__(self, scripts: "Scripts", call: ScriptCall, started: float) -> None:
         self.scripts = scripts
         self.call = call
         self.started = started
         self.result: Deferred[list[Any]] = Deferred(self._cancelled)
+        self.forgiven = False
         self._was_late = False
 
     def send(self, wire: Wire) -> None:
@@ -98,8 +104,9 @@ class _Run:
         elif self._was_late:
             self.fail(StoreUnavailable("the Redis ran the call too late"))
         else:
-            # Yet we still wait for it: one of the two clocks was set, and we know now.
+            # Yet we still wait for it: one of the two clocks was set, and we know now, or we were slow to send it.
             self._was_late = True
+            self.scripts.extend(self)
             assert self.call.wire is not None
             self.call.send(self.call.wire, self.answered)
 
@@ -150,11 +157,20 @@ class Scripts:
         """It has its answer, or nobody waits for it any more."""
         self._running.clear(run)
 
+    def extend(self, run: _Run) -> None:
+        """Wait for it as long again."""
+        run.call.extend(self._clock.seconds() + self._timeout)
+        self._running.set(run)
+
     def end(self) -> None:
         """Fail every call under way: the store closes."""
         for run in list(self._running):
             run.fail(StoreUnavailable("the store was closed"))
 
     def _late(self, run: _Run) -> None:
+        if not run.forgiven and is_late(self._clock, run.started + self._timeout):
+            run.forgiven = True
+            self._running.set(run)
+            return
         self._link.late(run.call.wire, run.started)
         run.fail(StoreUnavailable(f"the store did not answer within {self._timeout:g} s"))
