@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -162,4 +163,4 @@ class Probe:
             f"p99 {quantile(took, 0.99) * 1000:.0f} ms, worst {max(took, default=0) * 1000:.0f} ms"
             for name, took in self.seconds.items()
         ]
-        return "; ".join([*parts, f"{len(self.failed)} failed {self.failed[:3] or ''}"])
+        return "; ".join([*parts, f"{len(self.failed)} failed {dict(Counter(self.failed)) or ''}"])

@@ -3,31 +3,42 @@
     python benchmarks/slow_clients.py --connections 4000 --seconds 60
 
 slowhttptest sends heads (``-H``) and bodies (``-B``) in drops, and reads answers so (``-X``), each against a proxy of
-its own with default settings. Meanwhile ``/health/liveliness`` and a small POST through ``/vllm`` are asked each 0.2 s
-on new connections. Printed are what became of these, and the most memory and descriptors that the proxy had.
+its own with default settings. ``--only drops`` is our own, for more of them: bodies by one byte a second, from clients
+that come again when they are cut off. Meanwhile ``/health/liveliness`` and a small POST through ``/vllm`` are asked
+each 0.2 s on new connections. Printed are what became of these, and the most memory and descriptors that the proxy had.
 """
 
 import argparse
 import asyncio
 import re
+import sys
 
-from _running import HOST, Probe, allow_many_files, descriptors_of, mib, proxy_before_upstream, rss_of
+from _running import HERE, HOST, Probe, allow_many_files, descriptors_of, mib, proxy_before_upstream, rss_of
 
 ATTACKS = {
     "-H": ["-H", "-i", "5", "-x", "24", "-t", "GET"],
     "-B": ["-B", "-i", "5", "-s", "8192", "-x", "10", "-f", "application/json"],
     "-X": ["-X", "-w", "512", "-y", "1024", "-n", "5", "-z", "32"],
 }
+DROPS = "drops"
 
 
-async def attack(name: str, connections: int, rate: int, seconds: int) -> None:
+def command(name: str, port: int, options: argparse.Namespace) -> list[str]:
+    """Return what attacks that port."""
+    connections, seconds = str(options.connections), str(options.seconds)
+    if name == DROPS:
+        return [sys.executable, str(HERE / "_drops.py"), str(port), connections, str(options.addresses), seconds]
+    path = "models" if name == "-X" else "chat/completions"
+    many = ["-c", connections, "-r", str(options.rate), "-l", seconds]
+    return ["slowhttptest", *ATTACKS[name], *many, "-u", f"http://{HOST}:{port}/vllm/v1/{path}", "-p", "5"]
+
+
+async def attack(name: str, options: argparse.Namespace) -> None:
     """Run one of them, and say how it went."""
     with proxy_before_upstream() as (proxy, port):
         before = rss_of(proxy.pid)
-        path = "models" if name == "-X" else "chat/completions"
         attacker = await asyncio.create_subprocess_exec(
-            *("slowhttptest", *ATTACKS[name], "-c", str(connections), "-r", str(rate), "-l", str(seconds)),
-            *("-u", f"http://{HOST}:{port}/vllm/v1/{path}", "-p", "5"),
+            *command(name, port, options),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -42,15 +53,17 @@ async def attack(name: str, connections: int, rate: int, seconds: int) -> None:
                 await asyncio.sleep(1)
 
         watching = asyncio.create_task(watch())
-        output, _ = await asyncio.gather(attacker.stdout.read(), probe.run(seconds))
+        output, _ = await asyncio.gather(attacker.stdout.read(), probe.run(options.seconds))
         watching.cancel()
         await attacker.wait()
         plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", output.decode(errors="replace"))
         lines = [" ".join(line.split()) for line in plain.splitlines()]
-        told = [line for line in lines if line.startswith(("connected:", "closed:", "error:", "service available:"))]
+        told = [
+            line for line in lines if line.startswith(("connected:", "closed:", "error:", "service available:"))
+        ] or lines
         print(f"{name}  {probe.report()}")
         print(f"    memory {mib(before)}, at most {mib(most[0])}; descriptors at most {most[1]}")
-        print(f"    slowhttptest, at its end: {', '.join(told[-4:])}", flush=True)
+        print(f"    attackers, at the end: {', '.join(told[-4:])}", flush=True)
 
 
 def main() -> None:
@@ -59,11 +72,12 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=4000)
     parser.add_argument("--rate", type=int, default=500, help="new ones a second")
     parser.add_argument("--seconds", type=int, default=60)
-    parser.add_argument("--only", choices=ATTACKS)
+    parser.add_argument("--addresses", type=int, default=1, help="that those of --only drops come from")
+    parser.add_argument("--only", choices=[*ATTACKS, DROPS])
     options = parser.parse_args()
     allow_many_files()
     for name in [options.only] if options.only else ATTACKS:
-        asyncio.run(attack(name, options.connections, options.rate, options.seconds))
+        asyncio.run(attack(name, options))
 
 
 if __name__ == "__main__":

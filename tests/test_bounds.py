@@ -95,6 +95,19 @@ def test_connections_that_say_nothing_shut_nobody_out(start: Start) -> None:
         assert metric(proxy, "vllmproxy_evicted_connections_total") >= 17
 
 
+@pytest.mark.parametrize("path", [b"/vllm/v1/completions", b"/key/generate"])
+def test_bodies_that_come_in_drops_shut_nobody_out(start: Start, path: bytes) -> None:
+    proxy = start("--max-connections", "3")
+    with ExitStack() as stack:
+        for _ in range(80):  # more than there is in reserve, too
+            client = stack.enter_context(connect(proxy))
+            client.send(request(b"POST", path, b"Content-Length: 100", b"Expect: 100-continue"))
+            assert client.head().status == 100
+            client.send(b"x")
+        for _ in range(5):
+            assert ask(proxy, "GET", "/vllm/v1/models", key=MASTER_KEY).status == 200
+
+
 def test_an_address_may_have_only_so_many_connections(start: Start) -> None:
     proxy = start("--max-connections-per-client", "2")
     with stalled(proxy), stalled(proxy), connect(proxy) as third, pytest.raises(Ended):

@@ -4,7 +4,7 @@ from typing import Any
 
 import h11
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllmproxy.http1.chunks import LONGEST_LINE, Chunks
@@ -36,6 +36,7 @@ def read(*pieces: bytes) -> tuple[str, int]:
 
 
 @given(BODIES)
+@settings(deadline=None)
 @example(b"2\r\nok\r\n0\r\nx: y\r\n\r\nGET / HTTP/1.1\r\n\r\n")
 def test_nothing_depends_on_how_a_body_is_cut(data: bytes) -> None:
     whole = read(data)
@@ -58,6 +59,7 @@ def end_by_h11(data: bytes) -> tuple[bool, int]:
 
 
 @given(BODIES)
+@settings(deadline=None)
 @example(b"2;x=y\r\nok\r\n0\r\nx: y\r\n\r\n0\r\n\r\n")
 def test_a_body_ends_where_h11_sees_its_end(data: bytes) -> None:
     whole, length = end_by_h11(data)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from _memory import Hangups, RefusingReceiver, render
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.interfaces import IAddress
@@ -17,6 +17,7 @@ from vllmproxy.settings_table import NETWORK
 from vllmproxy.testing import MemoryTransport
 
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n"
 
 
 class Door:
@@ -99,6 +100,23 @@ def test_busy_connections_keep_their_places_and_the_reserve_is_for_those_who_ask
     assert not door.open[-1].lost
 
 
+def test_who_sends_a_body_in_drops_shuts_nobody_out() -> None:
+    door = Door(most=3)
+    for _ in range(3):
+        door.clock.advance(1)
+        door.connect().receive(POST + b"x")
+    door.clock.advance(1)
+    door.open[0].receive(b"x")
+    door.open[1].receive(b"x" * 9)  # all of it: it is answered now
+    door.connect()
+    assert door.alive == [0, 1, 3]
+    door.ask(door.open[3])
+    door.connect()
+    assert door.alive == [1, 3, 4]
+    assert door.factory.evicted == 2
+    assert not door.factory.refused
+
+
 def test_an_address_may_have_only_so_many_and_does_not_drive_others_out() -> None:
     door = Door(most=4, per_client=2)
     for peer in ("192.0.2.1", "192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.1"):
@@ -130,6 +148,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(["connect", "ask", "answer", "leave",
 
 
 @given(STEPS, st.integers(0, 3), st.integers(0, 2))
+@settings(deadline=None)
 def test_nothing_is_leaked_and_nobody_who_asks_is_cut_off_whatever_the_order(
     steps: list[tuple[str, int]], most: int, per_client: int
 ) -> None:

@@ -77,6 +77,11 @@ class Deadlines(Generic[T]):
             del self._due[item]
         return item
 
+    def longest(self) -> float:
+        """Return for how many seconds the wait that is to expire first has lasted; -1 where there is none."""
+        due = next(iter(self._due.values()), None)
+        return -1 if due is None else self._clock.seconds() - (due - self._seconds)
+
     def close(self) -> None:
         """Forget every wait and those to come; nothing expires any more."""
         self._seconds = 0

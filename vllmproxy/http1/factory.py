@@ -25,9 +25,9 @@ RESERVE = 64
 class ServerFactory(Factory):
     """Makes channels and holds what they share.
 
-    At ``max_connections`` a new one takes the place of one with no request under way: of one that closes and waits only
-    for its client's close_notify, else of the one that has been idle longest, else of the one whose head has been
-    awaited longest. Where there is none, the reserve is left, and then the new one is reset.
+    At ``max_connections`` a new one takes the place of one whose request is not there: of one that closes and waits
+    only for its client's close_notify, else of the one that has been idle longest, else of the one whose head, or whose
+    body's next byte, has been awaited longest. Where there is none, the reserve is left, and then the new one is reset.
 
     :param handler: takes each :class:`Stream` when its head is complete and it is its turn.
     :param render: makes the whole answer for a request refused by the wire itself.
@@ -112,7 +112,8 @@ class ServerFactory(Factory):
         return True
 
     def _evict(self) -> bool:
-        channel = self._closing() or self.idle_deadlines.pop() or self.head_deadlines.pop()
+        late = max(self.head_deadlines, self.body_deadlines, key=lambda waits: waits.longest())
+        channel = self._closing() or self.idle_deadlines.pop() or late.pop()
         if channel is None:
             return False
         self.evicted += 1

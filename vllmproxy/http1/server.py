@@ -117,7 +117,7 @@ class ServerChannel(Protocol):
             self._half_closed = True
             self._active.receiver.tunnel_half_closed()
         elif self._active is not None:
-            self._hung_up()
+            self.reset()
         else:
             self.lose()
 
@@ -329,12 +329,13 @@ class ServerChannel(Protocol):
             return
         in_tunnel = self._mode == "tunnel"
         if not self._reading or (self.congested and self.is_secure and not in_tunnel):
-            self.factory.hangups.watch(self._fd, self._hung_up, resets_only=in_tunnel)
+            self.factory.hangups.watch(self._fd, self.reset, resets_only=in_tunnel)
         else:
             self._unwatch()
 
-    def _hung_up(self) -> None:
-        """The client is gone, maybe behind bytes that nobody reads (in a tunnel a close is found behind those)."""
+    def reset(self) -> None:
+        """Reset before anything else happens. The client is gone, maybe behind bytes that nobody reads (in a tunnel a
+        close is found behind those), or somebody else needs its place."""
         if self._plain:
             self._unwatch()
             reset_now(self.transport)
@@ -428,7 +429,7 @@ class ServerChannel(Protocol):
         if self._is_closing_tls:
             hang_up(self.transport)
         else:
-            self.abort()
+            self.reset()
 
     @property
     def has_said_all(self) -> bool:

@@ -23,7 +23,7 @@ class Occupancy:
 
     :ivar requests: under way under ``/vllm``, and ``waiting`` for that.
     :ivar refused_connections: since the start, by why; ``refused_requests`` as well.
-    :ivar evicted: connections without a request that lost their place to a new one.
+    :ivar evicted: connections without a whole request that lost their place to a new one.
     """
 
     connections: int
@@ -47,7 +47,9 @@ class OccupancyCollector(Collector):
         yield GaugeMetricFamily("vllmproxy_relayed_requests", "Requests under way under /vllm", now.requests)
         yield GaugeMetricFamily("vllmproxy_waiting_requests", "Requests that wait to be under way", now.waiting)
         yield CounterMetricFamily(
-            "vllmproxy_evicted_connections", "Idle connections that lost their place to a new one", now.evicted
+            "vllmproxy_evicted_connections",
+            "Connections without a whole request that lost their place to a new one",
+            now.evicted,
         )
         refused = CounterMetricFamily(
             "vllmproxy_turned_away", "Connections and requests that a setting turned away", labels=["setting"]
