@@ -2,6 +2,7 @@
 
 import secrets
 from collections import deque
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -116,7 +117,7 @@ class Book:
     def batch(self) -> list[Numbered]:
         """Return what the store is to have next."""
         if self._pending:
-            return [self._pending[place] for place in range(min(_BATCH, len(self._pending)))]
+            return list(islice(self._pending, _BATCH))
         if self.added < self.journal.written:
             return self.journal.read(self._offset, self.added + 1, _BATCH)
         return []

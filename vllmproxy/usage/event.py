@@ -1,6 +1,7 @@
 """What one request used, as it is written down and added to the sums exactly once."""
 
 from datetime import UTC, datetime
+from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 from operator import attrgetter
 from typing import Any, Literal, Self, get_args
@@ -49,7 +50,7 @@ class UsageEvent:
     @property
     def day(self) -> str:
         """The UTC day, ``2026-11-26``."""
-        return datetime.fromtimestamp(self.time, UTC).strftime("%Y-%m-%d")
+        return _date_of(int(self.time // 86_400))
 
     @property
     def tokens(self) -> int:
@@ -108,6 +109,11 @@ class UsageEvent:
         if not isinstance(event.time, int | float) or not 0 <= event.time <= _END_OF_TIME:
             raise TypeError("the time is none")
         return event
+
+
+@lru_cache(maxsize=16)
+def _date_of(days: int) -> str:
+    return datetime.fromtimestamp(days * 86_400, UTC).strftime("%Y-%m-%d")
 
 
 _NAMES = tuple(a.name for a in attrs.fields(UsageEvent))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, timedelta
+from operator import add
 from typing import Final
 
 from attrs import frozen
@@ -43,17 +44,6 @@ class Charge:
     held: int
     held_tokens: int
 
-    def __add__(self, other: "Charge") -> "Charge":
-        if self.period != other.period:
-            return self if self.period > other.period else other
-        return Charge(
-            self.period,
-            self.spend + other.spend,
-            self.tokens + other.tokens,
-            self.held + other.held,
-            self.held_tokens + other.held_tokens,
-        )
-
     def applied(self, account: Account) -> Account:
         """Return what ``account`` becomes: begun anew if its period is older, as it is if that is newer."""
         if self.period < account.period:
@@ -78,21 +68,24 @@ class Batch:
 def batch_of(events: Iterable[UsageEvent]) -> Batch:
     """Return what ``events`` add up to; a number beyond ``MAX_AMOUNT`` counts as that, a negative one as nothing."""
     sums: dict[tuple[str, str], dict[tuple[str, str], Numbers]] = {}
-    charges: dict[str, Charge] = {}
+    charges: dict[str, Numbers] = {}
     for event in events:
         if event.requests > 0:
             rows = sums.setdefault((event.day, event.key), {})
-            row = (event.model, event.end_user)
-            rows[row] = added(rows.get(row, NOTHING), _numbers(event))
+            row, numbers = (event.model, event.end_user), _numbers(event)
+            rows[row] = added(rows[row], numbers) if row in rows else numbers
         if event.is_of_virtual_key:
             charge, before = _charge(event), charges.get(event.key)
-            charges[event.key] = charge if before is None else before + charge
-    return Batch(sums, charges)
+            if before is None or before[0] < event.period:
+                charges[event.key] = (event.period, *charge)
+            elif before[0] == event.period:
+                charges[event.key] = (event.period, *added(before[1:], charge))
+    return Batch(sums, {token: Charge(*numbers) for token, numbers in charges.items()})
 
 
 def added(numbers: Iterable[int], more: Iterable[int]) -> Numbers:
     """Return the sum of two sums' numbers."""
-    return tuple(one + other for one, other in zip(numbers, more, strict=True))
+    return tuple(map(add, numbers, more))
 
 
 def unseen(first: int, events: Sequence[UsageEvent], last: int) -> Sequence[UsageEvent]:
@@ -120,7 +113,14 @@ class Summing:
         self._sums: dict[tuple[str, ...], Numbers] = {}
 
     def add(self, day: str, key: str, model: str, end_user: str, numbers: Iterable[int]) -> None:
-        """Add the row of that day, key, model and end user. Raises :class:`TooManySums`."""
+        """Add the row of that day, key, model and end user.
+
+        :raises TooManySums: there would be more groups than a query may have.
+        :raises ValueError: these are not a sum's numbers.
+        """
+        numbers = tuple(numbers)
+        if len(numbers) != len(NUMBERS):
+            raise ValueError("a sum has other numbers")
         query = self._query
         wanted = ((query.key, key), (query.model, model), (query.end_user, end_user))
         if not query.since <= day <= query.until or any(asked not in (None, found) for asked, found in wanted):
@@ -142,23 +142,30 @@ def sum_of(group: tuple[str, ...], numbers: Iterable[int]) -> UsageSum:
 
 
 def _numbers(event: UsageEvent) -> Numbers:
-    values = {
-        "requests": event.requests,
-        "estimated": event.requests if event.quality == "estimated" else 0,
-        "unknown": event.requests if event.quality == "unknown" else 0,
-        "prompt_tokens": event.prompt_tokens,
-        "completion_tokens": event.completion_tokens,
-        "cached_tokens": event.cached_tokens,
-        "audio_ms": event.audio_ms,
-        "spend": event.spend,
-    }
-    return tuple(_bounded(values[name]) for name in NUMBERS)
+    """Return what one event adds to its sum, in the order of :data:`~vllmproxy.usage.sums.NUMBERS`."""
+    requests, quality = event.requests, event.quality
+    return _bounded(
+        requests,
+        requests if quality == "estimated" else 0,
+        requests if quality == "unknown" else 0,
+        event.prompt_tokens,
+        event.completion_tokens,
+        event.cached_tokens,
+        event.audio_ms,
+        event.spend,
+    )
 
 
-def _charge(event: UsageEvent) -> Charge:
-    tokens = _bounded(event.prompt_tokens) + _bounded(event.completion_tokens)
-    return Charge(event.period, _bounded(event.spend), tokens, _bounded(event.held), _bounded(event.held_tokens))
+def _charge(event: UsageEvent) -> Numbers:
+    """Return what one event charges its account, in the order of :class:`Charge`."""
+    prompt, completion, *rest = _bounded(
+        event.prompt_tokens, event.completion_tokens, event.spend, event.held, event.held_tokens
+    )
+    spend, held, held_tokens = rest
+    return spend, prompt + completion, held, held_tokens
 
 
-def _bounded(number: int) -> int:
-    return min(max(number, 0), MAX_AMOUNT)
+def _bounded(*numbers: int) -> Numbers:
+    if min(numbers) >= 0 and max(numbers) <= MAX_AMOUNT:
+        return numbers
+    return tuple([min(max(number, 0), MAX_AMOUNT) for number in numbers])
