@@ -162,15 +162,6 @@ def answer_by_h11(data: bytes, method: bytes, fin: bool) -> tuple[int, bytes] | 
         return None
 
 
-def _without_empty_lines(data: bytes) -> bytes:
-    """Return answers without the empty lines before them, which llhttp passes over."""
-    data, informed = data.lstrip(b"\r\n"), b""
-    while re.match(rb"HTTP/1\.[01] 1", data):
-        head, end, rest = data.partition(b"\r\n\r\n")
-        informed, data = informed + head + end, rest.lstrip(b"\r\n")
-    return informed + data
-
-
 def check_answer(data: bytes, cuts: list[int], method: bytes, end: str) -> bool:
     """Check that an answer passes as whole only where h11 takes it for whole, with the same status and body, that its
     request ends once, and that the connection is lost or in order; return whether it passed.
@@ -189,7 +180,7 @@ def check_answer(data: bytes, cuts: list[int], method: bytes, end: str) -> bool:
     whole = None if pending.whole is None or pending.answer is None else (pending.answer.head.status, pending.whole)
     if whole is not None:
         # What follows an answer is not its own; a connection that breaks is no end of a body.
-        assert whole == answer_by_h11(_without_empty_lines(data), method, end == "fin"), data
+        assert whole == answer_by_h11(data, method, end == "fin"), data
     ends = pending.receiver.events.count("answer_finished") + pending.receiver.events.count("answer_failed")
     assert ends + (pending.failure is not None) == 1, data
     assert wire.lost, data

@@ -12,8 +12,6 @@ from vllmproxy.http1.rules import check_response
 #: Informational answers that one request may have. There are two kinds in use, and each needs but one.
 _MOST_INFORMED = 32
 _BLANKS = (b" ", b"\t")
-#: What llhttp takes for HTTP of the same version without telling.
-_OTHER_PROTOCOL = re.compile(rb"[\r\n]*(?:RTSP|ICE)/")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
@@ -142,8 +140,8 @@ class ResponseReader:
         if self.whole:
             return
         raw = self._begun + self._data if self._begun else self._data
-        if _OTHER_PROTOCOL.match(raw, self._head_at):
-            self._reject("RTSP or Icecast, not HTTP")
+        if not raw.startswith(b"HTTP/", self._head_at):  # llhttp does not tell
+            self._reject("RTSP, Icecast, or an empty line before HTTP")
         version = self._parser.get_http_version()
         if version not in ("1.1", "1.0"):
             self._reject("an unknown HTTP version")
