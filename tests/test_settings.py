@@ -85,6 +85,7 @@ def test_defaults() -> None:
         max_target=16384,
         max_body=1 << 30,
         max_api_body=1048576,
+        max_held_api_bodies=33554432,
         max_inspected_body=33554432,
         max_held_bodies=536870912,
         prices=None,

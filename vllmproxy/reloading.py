@@ -130,7 +130,8 @@ def _upstream(proxy: "Proxy", settings: Settings) -> None:
 
 def _api(proxy: "Proxy", settings: Settings) -> None:
     api = proxy.make_api(settings)
-    proxy.api.site, proxy.api.max_body = api.site(), settings.max_api_body
+    proxy.api.site = api.site()
+    proxy.api.max_body, proxy.api.max_held = settings.max_api_body, settings.max_held_api_bodies
     proxy.api.trusted = TrustedProxies(settings.trusted_proxy)
 
 
@@ -161,6 +162,7 @@ _CHANGES: Mapping[str, tuple[Callable[["Proxy", Settings], None], ...]] = {
     "max_target": (_wire, _upstream),
     "max_body": (_wire,),
     "max_api_body": (_api,),
+    "max_held_api_bodies": (_api,),
     "max_inspected_body": (_relay,),
     "max_held_bodies": (_relay,),
     "prices": (_relay, _api),

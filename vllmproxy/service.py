@@ -108,7 +108,16 @@ class Proxy:
         if settings.cut_revoked:
             self.gate.watch(Revocation(self.gate, self.relay).changed)
         api = self.make_api(settings)
-        self.api = ApiBranch(reactor, api.site(), api.routes, self.observer, trusted, settings.max_api_body)
+        self.api = ApiBranch(
+            reactor,
+            self.gate,
+            api.site(),
+            api.routes,
+            self.observer,
+            trusted,
+            settings.max_api_body,
+            settings.max_held_api_bodies,
+        )
         self.hangups = HangupWatcher(reactor)
         self.factory = ServerFactory(
             reactor,

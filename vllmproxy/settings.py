@@ -102,6 +102,7 @@ class Settings:
     max_target: int
     max_body: int
     max_api_body: int
+    max_held_api_bodies: int
     max_inspected_body: int
     max_held_bodies: int
     prices: Prices | None

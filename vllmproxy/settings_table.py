@@ -341,6 +341,7 @@ _ROWS = (
         default="1073741824",
     ),
     Row("max-api-body", COUNT, "Bytes a body sent to the proxy's own API may have.", default="1048576"),
+    Row("max-held-api-bodies", COUNT, "Bytes of all such bodies together.", default="33554432"),
     Row(
         "max-inspected-body",
         COUNT,

@@ -1,18 +1,24 @@
 """The branch of the resource tree beside ``/vllm``: buffered ``twisted.web`` requests, for Klein."""
 
-from typing import Any
+from typing import Any, Final
 
 from attrs import define
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.server import Site
 
 from vllmproxy.api.caller import ICaller
+from vllmproxy.errors import ApiError, Overloaded
 from vllmproxy.http1.message import WireError
 from vllmproxy.http1.stream import Stream
 from vllmproxy.http1.web import WebExchange
+from vllmproxy.keys.credentials import read_credential
+from vllmproxy.keys.gate import RETRY_AFTER, Gate
 from vllmproxy.observers.record import Ended, Observer, RequestRecord
 from vllmproxy.relay.headers import TrustedProxies, request_id
-from vllmproxy.relay.refuse import refuse_body, request_id_line
+from vllmproxy.relay.refuse import refuse, refuse_body, request_id_line
+
+#: What every route that takes a body begins with; all of them need a key.
+_TAKES_BODIES: Final = b"/key/"
 
 
 @define(eq=False)
@@ -21,14 +27,18 @@ class ApiBranch:
 
     :ivar routes: the paths that a record may name. Any other may hold a key (``/key/sk-.../regenerate``).
     :ivar max_body: bytes of a request's body.
+    :ivar max_held: bytes of all such bodies together; ``held``: those that are held just now.
     """
 
     clock: IReactorTime
+    gate: Gate
     site: Site
     routes: frozenset[str]
     observer: Observer
     trusted: TrustedProxies
     max_body: int
+    max_held: int
+    held: int = 0
 
     def handle(self, stream: Stream) -> None:
         """Take a request whose head is complete."""
@@ -43,18 +53,46 @@ class _ApiRequest:
         self._stream = stream
         self._began = branch.clock.seconds()
         self._id = request_id(stream.head)
+        self._held = 0
 
     def begin(self) -> None:
         branch = self._branch
         branch.observer.started()
+        try:
+            self._check_head()
+        except ApiError as error:
+            self._give_up(error)
+            return
         WebExchange(
             self._stream,
             branch.site,
             limit=branch.max_body,
+            hold=self._hold,
             refuse=self._refuse,
             extra_lines=request_id_line(self._id),
             done=self._done,
         ).begin()
+
+    def _check_head(self) -> None:
+        """Refuse a body that comes without a key before any of it is read. Whose key it is, is asked later."""
+        head = self._stream.head
+        if head.has_body and head.target.startswith(_TAKES_BODIES):
+            credential = read_credential(head.fields)
+            if credential.state != "present":
+                self._branch.gate.identify(credential)
+
+    def _hold(self, size: int) -> bool:
+        branch = self._branch
+        if branch.held + size > branch.max_held:
+            self._give_up(Overloaded("Too many bodies are held just now. Try again in a moment.", headers=RETRY_AFTER))
+            return False
+        branch.held += size
+        self._held += size
+        return True
+
+    def _give_up(self, error: ApiError) -> None:
+        refuse(self._stream, error, self._id)
+        self._done(None)
 
     def _refuse(self, stream: Stream, error: WireError) -> None:
         refuse_body(stream, error, self._id)
@@ -62,6 +100,8 @@ class _ApiRequest:
 
     def _done(self, request: Any) -> None:
         branch, stream = self._branch, self._stream
+        branch.held -= self._held
+        stream.receiver = None  # or they would hold each other until somebody looks for garbage
         caller = None if request is None else request.getComponent(ICaller)
         path = stream.head.target.partition(b"?")[0].decode("ascii")
         branch.observer.finished(

@@ -21,6 +21,8 @@ class WebExchange:
     """One API request: collects its body, runs ``site``'s request on it, sends the answer with its length.
 
     :param limit: bytes of the request's body; more is refused with 413.
+    :param hold: asked for each piece of the body whether so many bytes more may be held; where they may not, it has
+        refused the request.
     :param refuse: answers a refused request.
     :param extra_lines: header lines put on every answer.
     :param done: called at the end with ``twisted.web``'s request, ``None`` where it came to none.
@@ -34,6 +36,7 @@ class WebExchange:
         site: Site,
         *,
         limit: int,
+        hold: Callable[[int], bool] = lambda _: True,
         refuse: Callable[[Stream, WireError], None],
         extra_lines: bytes = b"",
         done: Callable[[Any], None],
@@ -42,6 +45,7 @@ class WebExchange:
         self.factory = site
         self._stream = stream
         self._limit = limit
+        self._hold = hold
         self._refuse = refuse
         self._extra_lines = extra_lines
         self._done = done
@@ -61,6 +65,7 @@ class WebExchange:
             stream.read_body()
 
     def _too_large(self) -> None:
+        self._body.clear()  # the connection is there for a while still
         self._refuse(self._stream, WireError(413, f"The body is larger than {self._limit} bytes."))
 
     # the stream's side
@@ -68,8 +73,10 @@ class WebExchange:
     def body_received(self, data: bytes) -> None:
         if len(self._body) + len(data) > self._limit:
             self._too_large()
-        else:
+        elif self._hold(len(data)):
             self._body += data
+        else:
+            self._body.clear()
 
     def body_complete(self) -> None:
         head = self._stream.head
@@ -78,7 +85,8 @@ class WebExchange:
         for name, value in head.headers:
             request.requestHeaders.addRawHeader(name, value)
         request.parseCookies()
-        request.content = BytesIO(self._body)
+        request.content = BytesIO(self._body)  # which copies it
+        self._body.clear()
         # What Request.requestReceived does, less its parsing of forms: that is quadratic, raises what nobody catches,
         # and runs before anybody has been asked for a key. HEAD is GET here, so that the answer's length is known; the
         # stream leaves the body out. The version is one for which the channel, not the request, frames the answer.
