@@ -7,6 +7,7 @@ import pytest
 from _memory import OK, House
 from test_relay_exchange import POST, STREAM
 
+from vllmproxy.errors import AuthError
 from vllmproxy.garbage import settle_in
 
 STREAMED = STREAM + b"6\r\ndata: \r\n2\r\n\n\n\r\n0\r\n\r\n"
@@ -40,6 +41,35 @@ def test_requests_leave_no_cycles(answer: bytes) -> None:
 
     assert gc.collect() == 0
     assert len(house.observer.records) == 11
+
+
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.usefixtures("collector")
+def test_a_connection_that_ends_in_a_body_leaves_no_cycle(resets: bool) -> None:
+    """It would hold what was read last."""
+    house = House()
+
+    def leave() -> None:
+        house.gate.error = AuthError("No key.")
+        client = house.connect()
+        client.receive(b"POST /vllm/x HTTP/1.1\r\nHost: h\r\nContent-Length: 10000\r\n\r\n" + b"x" * 5000)
+        assert b" 401 " in client.sent
+        if resets:
+            client.reset_from_peer()
+        house.clock.advance(3)
+        assert client.lost
+        client.protocol = None  # as Twisted's own transports do
+        house.gate.error = None  # its traceback has all of it
+
+    leave()
+    house.streams.clear()
+    gc.collect()
+    gc.disable()
+    for _ in range(10):
+        leave()
+    house.streams.clear()
+
+    assert gc.collect() == 0
 
 
 @pytest.mark.usefixtures("collector")

@@ -77,6 +77,7 @@ class Pipeline:
     def close(self) -> None:
         """The connection is gone."""
         self._queue.clear()
+        self._incoming = None
         self._reader.close()
 
     def _parse(self) -> None:

@@ -104,8 +104,9 @@ class RequestReader:
         return early or b""
 
     def close(self) -> None:
-        """Break the reference cycle with the parser."""
+        """Break the reference cycles with the parser and the sink: nothing is fed any more."""
         self._parser = None
+        self._sink = None  # type: ignore[assignment]
 
     def _refuse(self, status: int, message: str) -> None:
         """Break out of the parser's callback; ``feed`` finds the error that is kept here."""
