@@ -10,7 +10,7 @@ from twisted.internet.error import ConnectionRefusedError as Refused
 from twisted.internet.error import DNSLookupError
 from twisted.internet.interfaces import IHostnameResolver
 from twisted.internet.testing import MemoryReactorClock
-from twisted.logger import LogEvent, LogLevel, globalLogPublisher
+from twisted.logger import LogEvent, LogLevel, formatEvent, globalLogPublisher
 from twisted.web.iweb import UNKNOWN_LENGTH
 from zope.interface import implementer
 
@@ -135,6 +135,37 @@ def test_a_cancelled_attempt_says_nothing_of_the_upstream() -> None:
         globalLogPublisher.removeObserver(said.append)
     assert pending.error is CancelledError
     assert not said
+
+
+def test_looking_a_name_up_is_part_of_an_attempt_and_has_its_time() -> None:
+    reactor: Any = MemoryReactorClock()
+    reactor.installNameResolver(NoWord())
+    endpoint = HostnameEndpoint(reactor, "vllm.invalid", 8000, timeout=2)
+    agent = UpstreamAgent(reactor, endpoint, ORIGIN, connect_timeout=2)
+    said: list[LogEvent] = []
+    globalLogPublisher.addObserver(said.append)
+    try:
+        pending = Pending(agent.request(b"GET", ORIGIN + b"/", OutgoingHeaders(b"host: vllm\r\n")))
+        reactor.advance(1.9)
+        assert pending.error is None
+        reactor.advance(0.2)
+    finally:
+        globalLogPublisher.removeObserver(said.append)
+    assert pending.error is ConnectFailed
+    (event,) = said
+    assert "cannot be reached" in formatEvent(event)
+    assert not reactor.getDelayedCalls()
+
+
+def test_an_attempt_that_succeeds_waits_for_nothing_more() -> None:
+    upstream = Upstream()
+    upstream.endpoint.hold = True
+    pending = upstream.ask()
+    upstream.clock.advance(4.9)
+    upstream.endpoint.go()
+    upstream.clock.advance(1)
+    upstream.wires[0].receive(OK)
+    assert pending.whole == b"ok"
 
 
 @pytest.mark.parametrize("error", [Refused(), DNSLookupError()])

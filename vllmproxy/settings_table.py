@@ -268,7 +268,12 @@ _ROWS = (
         repeatable=True,
     ),
     Row("open-metrics", FLAG, "Answer GET /metrics without a key from anywhere, not only from loopback."),
-    Row("connect-timeout", SECONDS, "Seconds to connect to vLLM in, and as many for the TLS handshake.", default="5"),
+    Row(
+        "connect-timeout",
+        SECONDS,
+        "Seconds to look vLLM's name up and connect to it, and as many for TLS.",
+        default="5",
+    ),
     Row("head-timeout", SECONDS, "Seconds for a client to send a whole request head in.", default="10"),
     Row("idle-timeout", SECONDS, "Seconds a client's connection may stay idle between requests.", default="75"),
     Row("body-timeout", SECONDS, "Seconds a client may send no byte of a body that it announced.", default="60"),

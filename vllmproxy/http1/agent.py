@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, fail, maybeDeferred
-from twisted.internet.error import ConnectError, DNSLookupError
+from twisted.internet.error import ConnectError, DNSLookupError, TimeoutError
 from twisted.internet.interfaces import IAddress, IReactorTime, IStreamClientEndpoint
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
@@ -73,6 +73,7 @@ class UpstreamAgent:
     connection was a reused one and provably took no byte of it (:class:`NotExecuted`), on a new connection.
 
     :param origin: ``http://host:port``, what request URIs begin with; the rest is the origin-form target.
+    :param connect_timeout: seconds for a connection, the look-up of a name included and TLS not.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class UpstreamAgent:
         origin: bytes,
         *,
         idle: float = 2.5,
+        connect_timeout: float = 5.0,
         handshake_timeout: float = 5.0,
         write_timeout: float = 60.0,
         limits: Limits = Limits(),
@@ -93,6 +95,7 @@ class UpstreamAgent:
         self._limits = limits
         self._idle: dict[ClientConnection, float] = {}
         self._idle_seconds = idle
+        self._connect_seconds = connect_timeout
         self._busy: set[ClientConnection] = set()
         self._expiry: Deadlines[ClientConnection] = Deadlines(clock, idle, self._too_old)
         self._deadlines = ConnectionDeadlines(clock, handshake=handshake_timeout, write=write_timeout)
@@ -148,20 +151,28 @@ class UpstreamAgent:
         return connecting.addCallbacks(self._connected, self._not_connected, callbackArgs=(request,))
 
     def _connect(self) -> "Deferred[ClientConnection]":
-        """Make a connection. What is cancelled fails with ``CancelledError``, whatever the endpoint makes of it:
-        ``HostnameEndpoint``, cancelled while it looks a name up, says that there is no such name."""
-        cancelled = False
+        """Make a connection, within its time: endpoints have none for looking a name up. What is cancelled fails with
+        ``CancelledError``, whatever the endpoint makes of it: ``HostnameEndpoint``, cancelled while it looks a name up,
+        says that there is no such name."""
+        ended: Exception | None = None
 
-        def cancel(_: "Deferred[ClientConnection]") -> None:
-            nonlocal cancelled
-            cancelled = True
+        def end(why: Exception) -> None:
+            nonlocal ended
+            ended = why
             connecting.cancel()
 
-        def failed(reason: Failure) -> None:
-            attempt.errback(Failure(CancelledError()) if cancelled else reason)
+        def in_time(result: Any) -> Any:
+            if late.active():
+                late.cancel()
+            return result
 
-        attempt: Deferred[ClientConnection] = Deferred(cancel)
+        def failed(reason: Failure) -> None:
+            attempt.errback(reason if ended is None else Failure(ended))
+
+        attempt: Deferred[ClientConnection] = Deferred(lambda _: end(CancelledError()))
         connecting: Deferred[Any] = maybeDeferred(self._endpoint.connect, self._factory)
+        late = self._clock.callLater(self._connect_seconds, end, TimeoutError())
+        connecting.addBoth(in_time)
         connecting.addCallback(ClientConnection.shaken)
         connecting.addCallbacks(attempt.callback, failed)
         return attempt

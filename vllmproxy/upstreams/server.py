@@ -71,6 +71,7 @@ def make_server(
         endpoint,
         upstream.origin,
         idle=idle_timeout,
+        connect_timeout=connect_timeout,
         handshake_timeout=connect_timeout,
         write_timeout=write_timeout,
         limits=limits,
