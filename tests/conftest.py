@@ -9,9 +9,14 @@ from _raw import Upstream
 from _redis import RedisServer, redis_server
 from _service import Twistd, start_proxy, start_simulator
 from _stores import KINDS, every_url, opened, url_of
+from hypothesis import settings
 from twisted.logger import LogEvent, LogLevel, globalLogPublisher
 
 from vllmproxy.store.interface import Store
+
+# No test judges speed: a machine that is busy must not fail one.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ class Pipeline:
     """
 
     def __init__(self, make: Callable[[RequestHead], Stream], limits: Limits) -> None:
-        self._make = make
+        self._make: Callable[[RequestHead], Stream] | None = make
         self._queue: deque[Stream] = deque()
         self._incoming: Stream | None = None
         self._unparsed = b""
@@ -75,9 +75,10 @@ class Pipeline:
         self._reader.resume()
 
     def close(self) -> None:
-        """The connection is gone."""
+        """The connection is gone: let go of it, and of whose body was coming."""
         self._queue.clear()
         self._incoming = None
+        self._make = None
         self._reader.close()
 
     def _parse(self) -> None:
@@ -91,6 +92,7 @@ class Pipeline:
     # vllmproxy.http1.requests.RequestSink
 
     def request_begun(self, head: RequestHead) -> None:
+        assert self._make is not None
         self._incoming = self._make(head)
         self._queue.append(self._incoming)
 
