@@ -1,10 +1,11 @@
 """The chunked coding's own lines (RFC 9112 §7.1), whole and cut anywhere, with h11 as the second opinion."""
 
+import re
 from typing import Any
 
 import h11
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vllmproxy.http1.chunks import LONGEST_LINE, Chunks
@@ -36,7 +37,6 @@ def read(*pieces: bytes) -> tuple[str, int]:
 
 
 @given(BODIES)
-@settings(deadline=None)
 @example(b"2\r\nok\r\n0\r\nx: y\r\n\r\nGET / HTTP/1.1\r\n\r\n")
 def test_nothing_depends_on_how_a_body_is_cut(data: bytes) -> None:
     whole = read(data)
@@ -59,15 +59,15 @@ def end_by_h11(data: bytes) -> tuple[bool, int]:
 
 
 @given(BODIES)
-@settings(deadline=None)
 @example(b"2;x=y\r\nok\r\n0\r\nx: y\r\n\r\n0\r\n\r\n")
+@example(b"2 \r\nok\r\n0\r\n\r\n")
 def test_a_body_ends_where_h11_sees_its_end(data: bytes) -> None:
     whole, length = end_by_h11(data)
     outcome, ours = read(data)
     if whole and outcome == "whole":
         assert ours == length
-    if whole:  # h11 takes any text for an extension
-        assert outcome == "whole" or b";" in data or b"0" * 17 in data
+    if whole:  # h11 takes any text for an extension, and blanks behind a size
+        assert outcome == "whole" or b";" in data or b"0" * 17 in data or re.search(rb"[0-9A-Fa-f][ \t]+\r\n", data)
 
 
 TOKEN = b"!#$%&'*+.^_`|~0-9A-Za-z-"

@@ -248,7 +248,7 @@ def test_an_upgrade_that_is_not_taken_is_plain_http() -> None:
     end=st.sampled_from(["fin", "rst", "cancel", "agent"]),
     upgrade=st.booleans(),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_every_request_ends_once_whatever_comes(
     data: list[bytes], method: bytes, step: int, end: str, upgrade: bool
 ) -> None:

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
     method=st.sampled_from([b"GET", b"HEAD", b"POST"]),
     end=st.sampled_from(["fin", "reset"]),
 )
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_no_answer_is_whole_that_is_not_for_h11(source: random.Random, method: bytes, end: str) -> None:
     data = mutated(source, ANSWERS, ANSWER_TOKENS)
     check_answer(data, cuts_in(source, data), method, end)
 
 
 @given(data=st.binary(max_size=200), end=st.sampled_from(["fin", "reset"]))
-@settings(deadline=None)
 def test_noise_is_no_answer(data: bytes, end: str) -> None:
     assert not check_answer(data, [], b"GET", end)

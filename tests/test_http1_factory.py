@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from _memory import Hangups, RefusingReceiver, render
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.interfaces import IAddress
@@ -149,7 +149,6 @@ STEPS = st.lists(st.tuples(st.sampled_from(["connect", "ask", "answer", "leave",
 
 @example([("connect", 0), ("ask", 0), ("connect", 0), ("answer", 0)], 1, 0)  # both are left, in the reserve
 @given(STEPS, st.integers(0, 3), st.integers(0, 2))
-@settings(deadline=None)
 def test_nothing_is_leaked_and_nobody_who_asks_is_cut_off_whatever_the_order(
     steps: list[tuple[str, int]], most: int, per_client: int
 ) -> None:

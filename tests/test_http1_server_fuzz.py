@@ -11,14 +11,14 @@ SOURCES = st.randoms(use_true_random=False)
 
 
 @given(source=SOURCES)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_no_request_that_h11_would_not_see(source: random.Random) -> None:
     data = mutated(source, REQUESTS, REQUEST_TOKENS)
     check_request(data, cuts_in(source, data))
 
 
 @given(source=SOURCES, fin=st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_nothing_depends_on_how_bytes_are_cut_and_nothing_is_left_behind(source: random.Random, fin: bool) -> None:
     data = mutated(source, REQUESTS, REQUEST_TOKENS)
     whole, cut = Wire(answer=True), Wire(answer=True)

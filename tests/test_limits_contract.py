@@ -329,7 +329,7 @@ steps = st.lists(
 runs = 0
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=steps)
 @pytest_twisted.ensureDeferred
 async def test_memory_and_redis_answer_the_same(benches: list[Bench], steps: list[tuple[str, object]]) -> None:

@@ -47,7 +47,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(steps=steps, limit=st.integers(0, 60))
 def test_no_window_wherever_it_begins_holds_more_than_the_limit(steps: list[tuple[int, str, int]], limit: int) -> None:
     length = 1000
@@ -86,7 +86,7 @@ def settle(window: Window, log: Log, place: int) -> None:
             each.amount, each.settled = used, True
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     pauses=st.lists(st.integers(0, 200), min_size=1, max_size=60),
     limit=st.integers(1, 50),
@@ -167,7 +167,7 @@ def test_state_is_bounded(pause: int) -> None:
     assert most <= 128
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(pauses=st.lists(st.sampled_from([0, 1, 2, 7, 8, 9, 15, 16, 17]), min_size=200, max_size=400))
 def test_state_is_bounded_however_it_is_spread(pauses: list[int]) -> None:
     window, now = Window(1000), 0

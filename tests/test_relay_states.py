@@ -224,7 +224,7 @@ WORDS = [name.removeprefix("do_") for name in dir(Play) if name.startswith("do_"
 
 
 @given(st.lists(st.sampled_from(WORDS), max_size=14), st.sampled_from(["get", "post", "websocket"]))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_one_record_whatever_happens_in_whatever_order(words: list[str], first: str) -> None:
     house = House(line=Line(Places(1, line=1)), timeouts=Timeouts(total=5000))
     play = Play(house)

@@ -557,7 +557,7 @@ def test_anything_else_is_no_row(text: str) -> None:
         load_row(text)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=virtual_keys)
 @pytest_twisted.ensureDeferred
 async def test_any_key_round_trips_through_every_store(every_store: list[Store], value: VirtualKey) -> None:

@@ -480,7 +480,7 @@ queries = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sent=batches, asked=st.lists(queries, min_size=1, max_size=3))
 @pytest_twisted.ensureDeferred
 async def test_every_store_counts_as_a_simple_model_does(

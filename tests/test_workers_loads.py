@@ -4,7 +4,7 @@ import os
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllmproxy.workers.loads import MANY, PATIENCE, SLACK, Loads, Turns
@@ -69,7 +69,6 @@ def test_one_whose_connections_have_ended_takes_again(two: Crowd) -> None:
     assert (two.take(0), two.take(1)) == (1, 0)
 
 
-@settings(deadline=None)
 @given(st.integers(2, 5), st.integers(0, 2**32))
 def test_whoever_is_woken_more_often_nobody_has_much_more(count: int, seed: int) -> None:
     crowd, dice = Crowd(count), random.Random(seed)

@@ -3,7 +3,7 @@
 import json
 import re
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
@@ -47,7 +47,6 @@ def values(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     }
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), records), max_size=30))
 def test_the_sum_is_what_one_would_have_counted(finished: list[tuple[int, RequestRecord]]) -> None:
     alone, several = observer(), [observer() for _ in range(3)]
