@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IConsumer, IPushProducer
 from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
 from zope.interface import implementer
 
 from vllmproxy.http1.stream import Stream
 
-#: What is kept of a body so that it can be sent once more. A longer one is sent only once.
+#: What is kept of a body that is piped so that it can be sent once more, a longer one is sent only once; and the pieces
+#: that one is sent in which is here.
 REPLAYABLE = 65_536
 
 
@@ -94,36 +95,61 @@ class StreamedBody:
             self._stream.pause_body()
 
 
-@implementer(IBodyProducer)
+@implementer(IBodyProducer, IPushProducer)
 class WholeBody:
-    """A body that is all here, as ``whole``: a connection that knows that writes it with the head.
+    """A body that is all here.
 
     :ivar length: bytes; ``UNKNOWN_LENGTH`` where it is to be sent in chunks, as it came.
+    :ivar whole: all of it where it is short: a connection writes that with the head. A long one is written piece by
+        piece as the upstream takes it, for what waits in a transport is copied there more than once.
     """
 
     replayable = True
 
     def __init__(self, data: bytes, *, chunked: bool) -> None:
         self.length: Any = UNKNOWN_LENGTH if chunked else len(data)
-        self.whole = data
+        self.whole = data if len(data) <= REPLAYABLE else None
+        self._data = data
+        self._at = 0
+        self._paused = False
+        self._consumer: Any = None
+        self._done: Deferred[None] | None = None
 
     def startProducing(self, consumer: IConsumer) -> "Deferred[None]":
-        """Send all of it at once."""
-        consumer.write(self.whole)
-        return succeed(None)
+        """Send all of it, from the beginning."""
+        done: Deferred[None] = Deferred()
+        self._consumer, self._done, self._at, self._paused = consumer, done, 0, False
+        consumer.registerProducer(self, True)
+        self.resumeProducing()
+        return done
+
+    def _write(self) -> None:
+        piece = self._data[self._at : self._at + REPLAYABLE]
+        self._at += len(piece)
+        self._consumer.write(piece)
+        if self._at == len(self._data) and self._done is not None:
+            done, self._done = self._done, None
+            self._consumer.unregisterProducer()
+            done.callback(None)
 
     def forget(self) -> None:
         """The answer has begun: nothing is sent again."""
-        self.whole = b""
+        self.whole = None
+        self.replayable = False
+        if self._done is None:
+            self._data = b""
 
     def pauseProducing(self) -> None:
-        """It is sent already."""
+        self._paused = True
 
     def resumeProducing(self) -> None:
-        """It is sent already."""
+        self._paused = False
+        while self._done is not None and not self._paused:
+            self._write()
 
     def stopProducing(self) -> None:
-        """It is sent already."""
+        """The connection wants no more."""
+        self._paused = True
 
 
 def is_replayable(body: Any) -> bool:

@@ -46,6 +46,9 @@ from vllmproxy.http1.sockets import (
 if TYPE_CHECKING:
     from vllmproxy.http1.agent import ConnectionDeadlines
 
+#: Bytes of a body's first pieces that wait for each other, so that they leave with the head.
+_SHORT = 16_384
+
 
 @implementer(IHalfCloseableProtocol, IPushProducer, IConsumer)
 class ClientConnection(Protocol):
@@ -160,10 +163,14 @@ class ClientConnection(Protocol):
         self._body_sent = False
         sending = request.body.startProducing(self)
         sending.addCallbacks(self._sent, self._not_sent)
+        self._uncork()
+        return waiting
+
+    def _uncork(self) -> None:
+        """Send the head, with what has come of the body meanwhile."""
         cork, self._cork = self._cork, None
         if cork:
             self._write(b"".join(cork))
-        return waiting
 
     def _sent(self, _: None) -> None:
         self._body_sent = True
@@ -190,6 +197,8 @@ class ClientConnection(Protocol):
     def _out(self, data: bytes) -> None:
         if self._cork is not None:
             self._cork.append(data)
+            if len(data) > _SHORT:  # then its sender is to hear whether the upstream takes it
+                self._uncork()
         else:
             self._write(data)
 
