@@ -103,6 +103,7 @@ UNKNOWN = [
     b"/%2573leep",
     b"/v1/%25",
     b"/v1/a%0a",
+    b"/v1/a%09",
 ]
 
 
@@ -120,6 +121,17 @@ def test_group_of(path: bytes, group: Group) -> None:
     assert group_for(path, b"") == group
     if group != "unknown":
         assert group_of(path + b"/") == group
+
+
+@pytest.mark.parametrize("blank", [b"%20", b"%09", b"%0d%0a", b"%0B", b"%0c", b"%c2%a0", b"%e2%80%83", b"%20%20"])
+def test_blanks_make_nothing_else_of_an_admin_route(blank: bytes) -> None:
+    for path in ADMIN:
+        first, *rest = path[1:].split(b"/")
+        for spelt in (path + blank, path + blank + b"/", b"/%s%s" % (blank, path[1:]), b"/" + blank + path):
+            assert group_of(spelt) == "admin"
+        assert group_of(b"/" + b"/".join([first + blank, *rest])) == "admin"
+    assert group_of(b"/v1/models/a" + blank) in ("info", "unknown")
+    assert group_of(b"/v1/chat/completions" + blank) in ("inference", "unknown")
 
 
 @given(st.sampled_from(ADMIN), st.data())

@@ -7,12 +7,15 @@ import httptools
 
 from vllmproxy.http1.chunks import Chunks
 from vllmproxy.http1.message import Limits, RequestHead, WireError, fields_of
-from vllmproxy.http1.rules import check_request
+from vllmproxy.http1.rules import VERSIONS_SPOKEN, check_request
 
 _BAD_SYNTAX = "The request is not well-formed HTTP/1.1."
 #: Those that are spoken here.
 _VERSIONS = {"1.1": (1, 1), "1.0": (1, 0)}
+#: llhttp's words for a version that is none of its own.
+_OTHER_VERSION = "Invalid HTTP version"
 _EMPTY_LINES = re.compile(rb"[\r\n]*")
+_WHOLE_LINES = re.compile(rb"(?:\r\n)*\r?\Z")
 
 
 class RequestSink(Protocol):
@@ -53,6 +56,7 @@ class RequestReader:
         self._at = 0  # where in that the message goes on, or the next one begins, as far as is known
         self._begun = bytearray()  # what earlier reads brought of an unfinished head
         self._head_at = 0  # where in that and the read of now the head begins
+        self._line_begun = b""  # the CR of an empty line before it that is still to end
         self._chunks: Chunks | None = None  # of the body that comes
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
@@ -77,10 +81,12 @@ class RequestReader:
                     self._head_at = 0
                 elif self._chunks is not None:
                     self._follow(self._chunks)
+                elif self._at < len(self._data):
+                    self._pass_over_empty_lines()
             except httptools.HttpParserUpgrade as upgrade:
                 data = self._after_upgrade(data[upgrade.args[0] :])
-            except (httptools.HttpParserError, WireError):
-                self.error = self.error or WireError(400, _BAD_SYNTAX)
+            except (httptools.HttpParserError, WireError) as error:
+                self.error = self.error or _refusal_of(error)
                 return
         self._silent = 0 if self._progressed else self._silent + size
         if self._silent > self._limits.head:
@@ -143,10 +149,22 @@ class RequestReader:
         self._head = None
         self._begun.clear()
         self._head_at = self._at
-        if self._data[self._at] in b"\r\n":  # which may stand before a request (RFC 9112 §2.2)
-            self._head_at = _EMPTY_LINES.match(self._data, self._at).end()  # type: ignore[union-attr]  # it always does
+        if self._data[self._at] in b"\r\n" or self._line_begun:
+            self._head_at = self._pass_over_empty_lines()
+            if self._line_begun:
+                self._refuse(400, _BAD_SYNTAX)
         self._target = b""
         self._headers = []
+
+    def _pass_over_empty_lines(self) -> int:
+        """Return where the empty lines end that may stand before a request (RFC 9112 §2.2). llhttp takes any CR and LF
+        for one there."""
+        end = _EMPTY_LINES.match(self._data, self._at).end()  # type: ignore[union-attr]  # it always does
+        lines = self._line_begun + self._data[self._at : end]
+        if not _WHOLE_LINES.match(lines):
+            self._refuse(400, _BAD_SYNTAX)
+        self._line_begun = b"\r" if lines.endswith(b"\r") else b""
+        return end
 
     def on_url(self, data: bytes) -> None:
         if self._ignoring_head:
@@ -231,3 +249,10 @@ class RequestReader:
             if not chunks.whole:
                 self._refuse(400, _BAD_SYNTAX)
         self._sink.request_read()
+
+
+def _refusal_of(error: Exception) -> WireError:
+    """Say what it is that llhttp refused."""
+    if str(error) == _OTHER_VERSION:
+        return WireError(505, VERSIONS_SPOKEN)
+    return WireError(400, _BAD_SYNTAX)

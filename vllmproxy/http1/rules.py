@@ -5,6 +5,7 @@ the version, Transfer-Encoding codings, look-alike names and Expect to its user.
 """
 
 import re
+from ipaddress import AddressValueError, IPv6Address
 
 from vllmproxy.http1.message import BadAnswer, RequestHead, ResponseHead, WireError
 
@@ -57,8 +58,10 @@ _GUARDED = frozenset(
     ]
 )
 
+VERSIONS_SPOKEN = "Only HTTP/1.1 and HTTP/1.0 are spoken here."
+
 _NAME = rb"[A-Za-z0-9._~!$&'()*+,;=-]*"
-_HOST = re.compile(rb"(?:(?!:)%s(?:%%[0-9A-Fa-f]{2}%s)*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?\Z" % (_NAME, _NAME))
+_HOST = re.compile(rb"(?:(?!:)%s(?:%%[0-9A-Fa-f]{2}%s)*|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{0,5}))?\Z" % (_NAME, _NAME))
 _ABSOLUTE = re.compile(rb"(?i:https?)://([^/?#]*)(.*)\Z", re.DOTALL)
 _TARGET = re.compile(rb"[\x21\x22\x24-\x7e]+\Z")
 _DIGITS = re.compile(rb"[0-9]{1,18}\Z")
@@ -70,7 +73,7 @@ def check_request(head: RequestHead) -> None:
     :raises WireError: with the status and the sentence to answer.
     """
     if head.version not in ((1, 0), (1, 1)):
-        raise WireError(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+        raise WireError(505, VERSIONS_SPOKEN)
     if head.method not in METHODS:
         raise WireError(405, "This method is not supported.")
     _check_names(head)
@@ -111,8 +114,10 @@ def _check_target(head: RequestHead) -> None:
     hosts = head.fields.get(b"host", [])
     if len(hosts) > 1 or (not hosts and head.version == (1, 1)):
         raise WireError(400, "A request needs exactly one Host header.")
-    if hosts and hosts[0] and not _HOST.match(hosts[0]):
-        raise WireError(400, "The Host header is malformed.")
+    if hosts and hosts[0]:
+        host = _HOST.match(hosts[0])
+        if host is None or (host.lastindex and not _could_be(*host.groups(b""))):
+            raise WireError(400, "The Host header is malformed.")
     if not _TARGET.match(head.target):
         raise WireError(400, "The request target has a character that must be percent-encoded.")
     if head.target.startswith(b"/"):
@@ -124,6 +129,14 @@ def _check_target(head: RequestHead) -> None:
     if not hosts or not authority or authority.lower() != hosts[0].lower():
         raise WireError(400, "The request target names another host than the Host header.")
     head.target = rest if rest.startswith(b"/") else b"/" + rest
+
+
+def _could_be(address: bytes, port: bytes) -> bool:
+    """Tell whether what stood in the brackets of a Host is an IPv6 address, and what stood behind its colon a port."""
+    try:
+        return int(port or b"0") <= 65535 and (not address or bool(IPv6Address(address.decode("ascii"))))
+    except AddressValueError:
+        return False
 
 
 def _check_expect(head: RequestHead) -> None:
