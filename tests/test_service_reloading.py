@@ -111,8 +111,11 @@ def test_nothing_has_changed(make: Make) -> None:
     ("mistake", "says"),
     [
         ("head-timeout = ", "is not TOML"),
+        ("head-timeout = " + "[" * 20_000, "nests too deeply"),
+        ("max-body = " + "9" * 5000, "a number of thousands of digits"),
+        ('upstream = "http://127.0.0.1:9"\nhead-timeout = 1e-300\n', "give 0.001 or more"),
         ("head-time-out = 3\n", "did you mean 'head-timeout'?"),
-        ('upstream = "http://127.0.0.1:9"\nhead-timeout = 0\n', "give a number above 0"),
+        ('upstream = "http://127.0.0.1:9"\nhead-timeout = 0\n', "give 0.001 or more"),
         ('upstream = "http://127.0.0.1:9"\nmaster-key-file = "not-there"\n', "not-there"),
         ('upstream = "http://127.0.0.1:9"\nprices = "not-there.toml"\n', "not-there.toml"),
     ],

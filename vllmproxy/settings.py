@@ -26,6 +26,9 @@ from vllmproxy.usage.reader import UsageMode
 ReadFile = Callable[[Path], str]
 T = TypeVar("T")
 
+#: What Python neither reads nor writes in decimal.
+_TOO_LONG = "a number of thousands of digits"
+
 
 class SettingsError(Exception):
     """A setting is wrong or missing; its text is one sentence that says which, why, and what to do."""
@@ -188,6 +191,8 @@ def _config(path: Path, read_file: ReadFile) -> dict[str, Any]:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"--config: {str(path)!r} is not TOML: {error}; mend that place") from None
+    except (ValueError, RecursionError):
+        raise SettingsError(f"--config: {str(path)!r} nests too deeply, or has {_TOO_LONG}; mend that place") from None
     for key in table:
         if key not in TABLE:
             near = difflib.get_close_matches(key.lower().replace("_", "-"), TABLE, n=1)
@@ -228,7 +233,10 @@ def _from_toml(row: Row, value: object, place: str) -> tuple[str, ...]:
     items = value if row.repeatable and isinstance(value, list) else [value]
     if any(type(item) not in row.kind.toml for item in items):  # exact: a bool is an int to isinstance
         raise SettingsError(f"{place}: this has to be {row.kind.called}; change it there")
-    return _texts(items)
+    try:
+        return _texts(items)
+    except ValueError:
+        raise SettingsError(f"{place}: this is {_TOO_LONG}; change it there") from None
 
 
 def _texts(value: object) -> tuple[str, ...]:

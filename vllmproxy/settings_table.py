@@ -16,6 +16,8 @@ from vllmproxy.upstreams.upstream import Upstream
 
 #: So that a slip of the finger does not start a million processes.
 MOST_WORKERS = 256
+#: Of any time but 0, in seconds: less is a slip of the finger, too, and meets what it is to wait for in no case.
+SHORTEST = 0.001
 
 _ENDPOINT_TYPES = ("tcp", "tcp6", "unix", "ssl", "tls", "systemd")
 
@@ -70,7 +72,7 @@ def _network(text: str) -> IPv4Network | IPv6Network:
 def _seconds(text: str) -> float:
     seconds = _seconds_or_zero(text)
     if seconds == 0:
-        raise ValueError("0 seconds is too short for anything; give a number above 0")
+        raise ValueError(f"0 seconds is too short for anything; give {SHORTEST} or more")
     return seconds
 
 
@@ -81,6 +83,8 @@ def _seconds_or_zero(text: str) -> float:
         raise ValueError(f"{text!r} is not a number of seconds; write it like 10 or 0.5") from None
     if not math.isfinite(seconds) or seconds < 0:
         raise ValueError(f"{text} is no length of time; give seconds as a number above 0")
+    if 0 < seconds < SHORTEST:
+        raise ValueError(f"{text} seconds is too short for anything; give {SHORTEST} or more")
     return seconds
 
 
