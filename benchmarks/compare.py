@@ -21,7 +21,10 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-import uvloop
+try:
+    import uvloop
+except ModuleNotFoundError:
+    raise SystemExit("The benchmark needs more than the proxy does: pip install -e '.[bench,test]'") from None
 from _bench import Bench, default_peers
 from _contestants import CONTESTANTS, Place
 from _growth import keys, limits, start_up, workers

@@ -320,7 +320,12 @@ class ProxyService(Service):
         urls = [base_url(listener.port.getHost(), listener.description) for listener in self._listeners]
         if self._worker is None:
             for url in urls:
-                _log.info("Listening on {url}, for {upstream}", url=url, upstream=self._settings.upstream.name)
+                _log.info(
+                    "vllmproxy {version}: Listening on {url}, for {upstream}",
+                    version=__version__,
+                    url=url,
+                    upstream=self._settings.upstream.name,
+                )
         if self._settings.simulate:
             text = what_to_try(urls[0], key_file(self._settings) if self._made_key else None)
             os.write(1, text.encode())  # not print: twistd would make log lines of it
