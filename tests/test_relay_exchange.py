@@ -417,6 +417,19 @@ def test_a_tunnel_both_ways() -> None:
     assert wire.lost
 
 
+@pytest.mark.parametrize("what", ["waiting", "answering", "tunnelling"])
+def test_what_is_cut_off_at_the_end_is_not_a_client_that_left(what: str) -> None:
+    house = House()
+    house.client.receive(WEBSOCKET if what == "tunnelling" else GET)
+    if what != "waiting":
+        house.wires[0].receive(SWITCH if what == "tunnelling" else STREAM + b"5\r\nhello\r\n")
+    house.relay.end()
+    house.factory.close()
+    house.turn()
+    assert house.wires[0].lost
+    assert (house.record.ended, house.record.error) == ("refused", "stopping")
+
+
 @pytest.mark.parametrize(("side", "why"), [("client", "client_gone"), ("upstream", "upstream_failed")])
 def test_a_tunnel_that_is_reset(side: str, why: str) -> None:
     house = House()

@@ -77,8 +77,17 @@ def test_what_is_not_done_in_time_is_cut_off_and_nothing_looks_whole(
     service = start_proxy(tmp_path, sim.url, "--drain-timeout", "1")
     services.append(service)
     upload = request(b"POST", b"/vllm/v1/chat/completions", b"Content-Type: application/json", b"Content-Length: 9")
-    with begun(service, LONG) as stream, connect(service) as half, connect(service) as silent:
+    manage = request(b"POST", b"/key/generate", b"Content-Type: application/json", b"Content-Length: 9")
+    with (
+        begun(service, LONG) as stream,
+        connect(service) as half,
+        connect(service) as managing,
+        connect(service) as silent,
+    ):
         half.send(upload)
+        managing.send(manage)
+        in_flight = "vllmproxy_in_flight_requests 4.0"  # the question among them
+        until(lambda: in_flight in ask(service, "GET", "/metrics", key=MASTER_KEY).body.decode())
         service.process.send_signal(signal.SIGTERM)
         assert silent.rest() == (b"", "reset")
         with pytest.raises(Ended) as ended:
@@ -86,7 +95,9 @@ def test_what_is_not_done_in_time_is_cut_off_and_nothing_looks_whole(
         assert ended.value.how == "reset"
         assert half.rest()[0] == b""
         assert service.process.wait(START_SECONDS) in TERMINATED
-    assert {record["ended"] for record in service.access_records} == {"client_gone"}
+    records = [record for record in service.access_records if record["route"] != "/metrics"]
+    assert sorted(str(record["route"]) for record in records) == ["/key/generate", "/v1/chat/completions", "/x"]
+    assert {(record["ended"], record["error"]) for record in records} == {("refused", "stopping")}
 
 
 @pytest.mark.parametrize("delay", ["0", "600"])

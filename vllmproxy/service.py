@@ -216,7 +216,8 @@ class Proxy:
 
     async def close(self) -> None:
         """Reset what is connected and let go of everything."""
-        self.relay.line.close()  # or those that wait would be sent on in the turn of those that end
+        self.api.is_ending = True
+        self.relay.end()  # or those that wait would be sent on in the turn of those that end
         await self.factory.close()
         await self.relay.close()
         await self.books.close()

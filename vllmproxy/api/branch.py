@@ -28,6 +28,7 @@ class ApiBranch:
     :ivar routes: the paths that a record may name. Any other may hold a key (``/key/sk-.../regenerate``).
     :ivar max_body: bytes of a request's body.
     :ivar max_held: bytes of all such bodies together; ``held``: those that are held just now.
+    :ivar is_ending: what is under way is being reset, because the process ends.
     """
 
     clock: IReactorTime
@@ -39,6 +40,7 @@ class ApiBranch:
     max_body: int
     max_held: int
     held: int = 0
+    is_ending: bool = False
 
     def handle(self, stream: Stream) -> None:
         """Take a request whose head is complete."""
@@ -103,6 +105,7 @@ class _ApiRequest:
         branch.held -= self._held
         stream.receiver = None  # or they would hold each other until somebody looks for garbage
         caller = None if request is None else request.getComponent(ICaller)
+        was_cut = branch.is_ending and not stream.status
         path = stream.head.target.partition(b"?")[0].decode("ascii")
         branch.observer.finished(
             RequestRecord(
@@ -117,7 +120,8 @@ class _ApiRequest:
                 bytes_in=stream.bytes_in,
                 bytes_out=stream.bytes_out,
                 duration=branch.clock.seconds() - self._began,
-                ended=_ended(stream.status),
+                ended="refused" if was_cut else _ended(stream.status),
+                error="stopping" if was_cut else None,
             )
         )
 

@@ -7,7 +7,7 @@ from attrs import define
 from vllmproxy.usage.tokens import Usage
 
 #: Why a request ended: the answer passed whole; the client closed or reset first; vLLM failed before or in
-#: the middle of its answer; the proxy itself answered (401, 403, 400 …).
+#: the middle of its answer; the proxy itself answered (401, 403, 400 …), or cut it off (``error`` says why).
 Ended = Literal["done", "client_gone", "upstream_failed", "refused"]
 
 

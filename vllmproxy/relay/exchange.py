@@ -240,7 +240,7 @@ class Exchange:
         if head.status == 101:
             self._state = State.TUNNELLING
             self._patience.for_tunnel()
-            self._tunnel = Tunnel(stream, answer, self._settle)
+            self._tunnel = Tunnel(stream, answer, self._tunnel_over)
             self._tunnel.begin(answer, head.reason, lines)
             return
         self._state = State.ANSWERING
@@ -327,13 +327,22 @@ class Exchange:
         answer = self._answer
         self._cancel()
         if answer is None:
-            self._settle("client_gone")
+            self._left()
         else:
             answer.connection.abort()
             self._relay.soon(self._left)
 
     def _left(self) -> None:
-        self._settle("client_gone")
+        if self._relay.is_ending:
+            self._settle("refused", "stopping")
+        else:
+            self._settle("client_gone")
+
+    def _tunnel_over(self, why: Ended) -> None:
+        if why == "client_gone":
+            self._left()
+        else:
+            self._settle(why)
 
     def pauseProducing(self) -> None:
         """The client does not read: neither do we."""

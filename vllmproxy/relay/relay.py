@@ -37,6 +37,7 @@ class Relay:
     :ivar usage: how the tokens of streams are known.
     :ivar max_inspected_body: bytes of a body that is read before it is forwarded.
     :ivar max_held: bytes of all such bodies together; ``held``: those that are held just now.
+    :ivar is_ending: what is under way is being reset, because the process ends.
     """
 
     clock: IReactorTime
@@ -52,6 +53,7 @@ class Relay:
     max_inspected_body: int = 32 << 20
     max_held: int = 512 << 20
     held: int = 0
+    is_ending: bool = False
     line: Line = field(factory=lambda: Line(Places()))
     waits: Waits = field(init=False)
     _held_by: dict[str | None, int] = field(factory=dict)
@@ -140,6 +142,11 @@ class Relay:
                 act()
             except Exception:  # nothing is awaited here; one exchange's fault must not keep the others waiting
                 _log.failure("Ending an exchange failed")
+
+    def end(self) -> None:
+        """Let nobody else in: whose connection is lost from here on has not left by themselves."""
+        self.is_ending = True
+        self.line.close()
 
     async def close(self) -> None:
         """End the waits and the connections to vLLM, and settle what is left."""
