@@ -1,5 +1,6 @@
 """Fixtures that more than one file uses: leak checks for every test, a proxy in front of a simulator, and stores."""
 
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from twisted.logger import LogEvent, LogLevel, globalLogPublisher
 
 from vllmproxy.store.interface import Store
 
+# Who runs the tests in the background may have SIGINT ignored, which the services that they start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # No test judges speed: a machine that is busy must not fail one.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,9 @@ def services() -> Iterator[list[Twistd]]:
     for service in started:
         pids = workers(service) if is_alive(service.process.pid) else []
         service.stop(signal.SIGKILL)
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         until(lambda pids=pids: not any(map(is_alive, pids)), START_SECONDS)  # type: ignore[misc]
         assert "Unhandled" not in service.log
 
