@@ -35,6 +35,7 @@ from vllmproxy.observers.metrics import MetricsObserver
 from vllmproxy.observers.occupancy import Occupancy, OccupancyCollector
 from vllmproxy.observers.record import RequestRecord
 from vllmproxy.openfiles import capacity, raise_open_files
+from vllmproxy.polling import lighten
 from vllmproxy.relay.exchange import Exchange
 from vllmproxy.relay.headers import TrustedProxies, fresh_id
 from vllmproxy.relay.line import Line
@@ -314,6 +315,7 @@ class ProxyService(Service):
 
     def _opened(self, _: None) -> None:
         settle_in()
+        lighten(self._reactor)
         accept(self._listeners)
         self._accepting = True
         self._notifier.ready()

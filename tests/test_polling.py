@@ -1,0 +1,115 @@
+"""The reactor's polling, on reactors of its own: what Twisted's does, and no more."""
+
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+from twisted.internet.epollreactor import EPollReactor
+from twisted.internet.error import ConnectionDone
+from twisted.internet.selectreactor import SelectReactor
+from twisted.logger import LogEvent
+from twisted.python.failure import Failure
+
+from vllmproxy.polling import lighten
+
+
+@pytest.fixture
+def reactor() -> Iterator[EPollReactor]:
+    made = EPollReactor()
+    lighten(made)
+    yield made
+    made.removeAll()
+    made._poller.close()
+
+
+class Descriptor:
+    """One end of a pair of sockets; ``peer`` is the other."""
+
+    def __init__(self, reads: Callable[[], object] = lambda: None) -> None:
+        self.sock, self.peer = socket.socketpair()
+        self._reads = reads
+        self.read = 0
+        self.written = 0
+        self.lost: list[Failure] = []
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def doRead(self) -> object:
+        self.read += 1
+        self.sock.recv(100)
+        return self._reads()
+
+    def doWrite(self) -> None:
+        self.written += 1
+
+    def connectionLost(self, reason: Failure) -> None:
+        self.lost.append(reason)
+        self.sock.close()
+
+    def logPrefix(self) -> str:
+        raise AssertionError("nobody asks for it")
+
+
+def test_what_can_be_read_is_read(reactor: EPollReactor) -> None:
+    one, silent = Descriptor(), Descriptor()
+    reactor.addReader(one)
+    reactor.addReader(silent)
+    one.peer.send(b"x")
+    reactor.doIteration(1)
+    reactor.doIteration(0)
+    assert (one.read, silent.read, one.lost) == (1, 0, [])
+
+
+def test_what_can_be_written_is_written(reactor: EPollReactor) -> None:
+    one = Descriptor()
+    reactor.addWriter(one)
+    reactor.doIteration(1)
+    assert (one.written, one.read) == (1, 0)
+
+
+def test_one_that_says_why_it_ends_is_lost(reactor: EPollReactor) -> None:
+    one = Descriptor(ConnectionDone)
+    reactor.addReader(one)
+    one.peer.send(b"x")
+    reactor.doIteration(1)
+    assert [reason.type for reason in one.lost] == [ConnectionDone]
+    assert one not in reactor.getReaders()
+
+
+def test_one_that_raises_is_logged_and_lost_and_no_other(reactor: EPollReactor, logged_errors: list[LogEvent]) -> None:
+    def fail() -> None:
+        raise KeyError("broken")
+
+    broken, sound = Descriptor(fail), Descriptor()
+    for each in (broken, sound):
+        reactor.addReader(each)
+        each.peer.send(b"x")
+    reactor.doIteration(1)
+    reactor.doIteration(0)
+    assert (sound.read, sound.lost) == (1, [])
+    assert [reason.type for reason in broken.lost] == [KeyError]
+    assert len(logged_errors) == 1
+    logged_errors.clear()
+
+
+def test_one_that_another_has_ended_is_left_alone(reactor: EPollReactor) -> None:
+    both: list[Descriptor] = []
+
+    def end_the_other() -> None:
+        for each in both:
+            reactor.removeReader(each)
+
+    both += Descriptor(end_the_other), Descriptor(end_the_other)
+    for each in both:
+        reactor.addReader(each)
+        each.peer.send(b"x")
+    reactor.doIteration(1)
+    assert sum(each.read for each in both) == 1
+
+
+def test_another_reactor_is_left_as_it_is() -> None:
+    other = SelectReactor()
+    before = other.doIteration
+    lighten(other)
+    assert other.doIteration == before

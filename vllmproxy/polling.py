@@ -1,0 +1,51 @@
+"""Twisted's epoll, without the two things that it does for each event and nobody here needs.
+
+For each descriptor that can be read or written the reactor makes a logging context of the transport's ``logPrefix()``,
+for log lines of the old kind that would otherwise have none, and asks for the descriptor's number to see whether it is
+closed. That is 6 µs an event, as much as a quarter of what a streamed token costs. Loggers name themselves, and who is
+closed is not polled any more.
+"""
+
+import errno
+import select
+from functools import partial
+from typing import Any, Final
+
+from twisted.internet.epollreactor import EPollReactor
+from twisted.python import log
+
+_READABLE: Final = select.EPOLLIN
+
+
+def lighten(reactor: Any) -> None:
+    """Have ``reactor`` poll as :func:`poll` does, if it is Twisted's epoll reactor and not somebody's other one."""
+    if type(reactor) is EPollReactor:
+        reactor.doIteration = partial(poll, reactor)  # type: ignore[method-assign]
+
+
+def poll(reactor: Any, timeout: float | None) -> None:
+    """Do what ``EPollReactor.doPoll`` does: wait for events, at most ``timeout`` seconds, and act on them."""
+    selectables = reactor._selectables
+    try:
+        events = reactor._poller.poll(-1 if timeout is None else timeout, len(selectables))
+    except OSError as error:
+        if error.errno == errno.EINTR:
+            return
+        raise
+    for fd, event in events:
+        selectable = selectables.get(fd)
+        if selectable is None:
+            continue  # an event before this one ended it
+        if event == _READABLE:
+            try:
+                why = selectable.doRead()
+            except BaseException as error:  # as there: it is logged, and what raised it is disconnected
+                why = error
+                log.err()
+            if why:
+                reactor._disconnectSelectable(selectable, why, True)
+        else:
+            try:
+                reactor._doReadOrWrite(selectable, fd, event)
+            except Exception:  # nothing is awaited here
+                log.err()
