@@ -349,3 +349,22 @@ async def test_what_comes_together_is_decided_as_one_by_one(server: RedisServer,
     assert {type(each) for each in together} == {Granted, Denied}
     await gatherResults([limiter.settle(TOKEN, each.request_id, (0, 0, 0)) for each in asks])
     assert await limiter.reserve(ask("after", requests(9), tokens(1000, 1000), parallel(6))) == Granted((8, 0, 5))
+
+
+@pytest.mark.parametrize("answers", [[], [None], [[]], [[1]], [[0, 1]], ["text"]], ids=str)
+@pytest_twisted.ensureDeferred
+async def test_an_answer_that_makes_no_sense_is_a_failure_and_given_back(
+    server: RedisServer, links: list[Link], monkeypatch: pytest.MonkeyPatch, answers: list[Any]
+) -> None:
+    limiter = RedisLimiter(links[0], reactor)
+    wire = await links[0].get()
+    run = wire.run
+
+    def garble(*call: Any) -> None:
+        monkeypatch.undo()
+        run(*call[:-1], lambda reply: call[-1]([*reply[:2], *answers]))
+
+    monkeypatch.setattr(wire, "run", garble)
+    with pytest.raises(StoreUnavailable):
+        await limiter.reserve(ask("odd"))
+    assert await limiter.reserve(ask("next")) == FIRST

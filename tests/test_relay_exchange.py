@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from _memory import OK, House
+from _memory import OK, House, caller_of
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionRefusedError as Refused
 from twisted.logger import LogEvent
@@ -15,6 +15,8 @@ from vllmproxy.http1.message import ResponseHead
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.credentials import Credential
 from vllmproxy.keys.gate import ANONYMOUS
+from vllmproxy.relay.bill import Bill
+from vllmproxy.relay.passing import Passing
 from vllmproxy.testing import MemoryTransport
 
 GET = b"GET /vllm/v1/models HTTP/1.1\r\nHost: proxy\r\n\r\n"
@@ -440,3 +442,49 @@ def test_a_tunnel_that_is_reset(side: str, why: str) -> None:
     house.turn()
     assert (wire if side == "client" else house.client).ending == "abort"
     assert house.record.ended == why
+
+
+@pytest.mark.parametrize("seconds", ["1e306", "1e308", "-1", "1e999"])
+def test_an_absurd_usage_passes(seconds: str) -> None:
+    house = House()
+    body = b'{"text":"","usage":{"type":"duration","seconds":%b}}' % seconds.encode()
+    house.client.receive(POST + b"hello")
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    house.wires[0].receive(head % len(body) + body)
+    assert house.client.sent.endswith(body)
+    assert house.record.ended == "done"
+
+
+def test_what_cannot_be_counted_keeps_no_place(monkeypatch: pytest.MonkeyPatch, logged_errors: list[LogEvent]) -> None:
+    def fail(*_: Any) -> None:
+        raise OverflowError
+
+    house = House()
+    house.gate.caller = caller_of(max_parallel_requests=1)
+    monkeypatch.setattr(Bill, "_event", fail)
+    for _ in range(2):
+        house.client.receive(POST + b"hello")
+        house.wires[0].receive(OK)
+        assert house.client.take().startswith(b"HTTP/1.1 200 OK\r\n")
+    assert len(house.observer.records) == 2
+    assert house.relay.line.places.taken == 0
+    assert len(logged_errors) == 2
+    logged_errors.clear()
+
+
+def test_a_reader_that_fails_leaves_nothing_waiting(
+    monkeypatch: pytest.MonkeyPatch, logged_errors: list[LogEvent]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OverflowError
+
+    house = House()
+    monkeypatch.setattr(Passing, "read", fail)
+    house.client.receive(POST + b"hello")
+    house.wires[0].receive(OK)
+    assert house.client.ending == "abort"
+    assert house.record.ended == "upstream_failed"
+    assert house.relay.line.places.taken == 0
+    assert not house.wires[0].ending  # it may have its next request already
+    assert len(logged_errors) == 1
+    logged_errors.clear()

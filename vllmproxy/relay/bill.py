@@ -3,6 +3,7 @@
 from typing import Final
 
 from attrs import define
+from twisted.logger import Logger
 
 from vllmproxy.observers.record import Ended
 from vllmproxy.relay.admission import Admission
@@ -15,6 +16,8 @@ from vllmproxy.usage.prices import Prices
 #: Tokens of prompt and answer, those that were cached, milliseconds of audio, and where that comes from.
 _Used = tuple[int, int, int, int, Quality]
 _NOTHING: Final[_Used] = (0, 0, 0, 0, "none")
+
+_log = Logger()
 
 
 @define
@@ -64,7 +67,13 @@ class Bill:
 
     def settle(self, outcome: Outcome) -> None:
         """Give back what was reserved and not used, and write down what was."""
-        event = self._event(outcome)
+        try:
+            event = self._event(outcome)
+        except (
+            Exception
+        ):  # nothing is awaited here; a place and a budget must not stay taken for what cannot be counted
+            _log.failure("What a request used cannot be counted; it counts as was expected")
+            event = self._expected
         if self._reservation is not None:
             tokens = None if event.quality == "unknown" else event.prompt_tokens + event.completion_tokens
             self._quotas.settle(self._reservation, forwarded=outcome.forwarded, tokens=tokens)

@@ -56,7 +56,7 @@ class Exchange:
         self._server = relay.server  # it may be exchanged meanwhile
         self._bill: Bill | None = None
         self._forwarded = False
-        self._released = False
+        self._released = self._settled = False
         self._body: StreamedBody | WholeBody | None = None
         self._sending: Deferred[Any] | None = None
         self._answer: Answer | None = None
@@ -377,10 +377,11 @@ class Exchange:
         if reason.check(CancelledError):
             return
         _log.failure("An exchange failed", reason)
-        if self._state is State.OVER:
+        if self._settled:
             return
+        is_answer_over = self._state is State.OVER  # then its connection may be another's by now
         self._cancel()
-        if self._answer is not None:
+        if self._answer is not None and not is_answer_over:
             self._answer.connection.abort()
         if self._stream.status:
             self._stream.abort()
@@ -416,17 +417,20 @@ class Exchange:
             return
         self._released = True
         self._admission.release()
-        if self._passing is not None:
-            self._passing.read()
-        bill, self._bill = self._bill, None
-        if bill is not None:
-            status = 0 if self._answer is None else self._answer.head.status
-            bill.settle(Outcome(why, self._forwarded, status, self._passing))
-        self._relay.line.leave(self)
+        try:
+            if self._passing is not None:
+                self._passing.read()
+            bill, self._bill = self._bill, None
+            if bill is not None:
+                status = 0 if self._answer is None else self._answer.head.status
+                bill.settle(Outcome(why, self._forwarded, status, self._passing))
+        finally:
+            self._relay.line.leave(self)
 
     def _settle(self, why: Ended, error: str | None = None) -> None:
         """Report, once: every way out ends here, after the stream was told."""
         self._state = State.OVER
+        self._settled = True
         relay, record, stream = self._relay, self._record, self._stream
         self._patience.end()
         self._release(why)

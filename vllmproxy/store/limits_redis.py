@@ -11,7 +11,9 @@ What is kept, all of it but the account with a time to live, and all of a key un
 """
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from itertools import zip_longest
+from typing import Any, Final
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
@@ -96,11 +98,12 @@ class RedisLimiter:
 
     def _reserved(self, reply: list[Any], key: str, asked: list["_Reserve"]) -> None:
         self._reserving.done(key)
-        for number, each in enumerate(asked, 2):
-            if each.decided.called:  # nobody waits for it any more
-                self._give_back(each.ask)
-            else:
-                each.decide(reply[number], reply[1])
+        answers = [_decision(each.ask, answer, reply[1]) for each, answer in zip(asked, reply[2:], strict=False)]
+        for each, decision in zip_longest(asked, answers):
+            if each.decided.called or decision is None:  # nobody waits for it any more, or knows what it says
+                Deferred.fromCoroutine(self._give_back(each.ask))
+            if not each.decided.called:
+                each.decided.callback(_NONSENSE if decision is None else decision)
 
     def _not_reserved(self, reason: Failure, key: str, asked: list["_Reserve"], call: ScriptCall) -> None:
         """Nobody heard what came of it, and nobody will."""
@@ -112,8 +115,17 @@ class RedisLimiter:
             if not each.decided.called:
                 each.decided.errback(reason)
 
-    def _give_back(self, ask: Ask) -> None:
-        self.settle(ask.key, ask.request_id, (0,) * len(ask.rules)).addErrback(_ignore_unavailable)
+    async def _give_back(self, ask: Ask) -> None:
+        """Say that it is not wanted, as long as Redis remembers it."""
+        until = self._clock.seconds() + self._spans.kept / 1e6
+        while not self._closed and self._clock.seconds() < until:
+            try:
+                await self.settle(ask.key, ask.request_id, (0,) * len(ask.rules))
+                return
+            except StoreUnavailable:
+                pass
+            with suppress(StoreUnavailable):
+                await self._calls.run(deferLater(self._clock, _UNDO_SECONDS), 2 * _UNDO_SECONDS)
 
     def _send_settles(self, key: str, settled: list["_Settle"]) -> None:
         names, words = [], [self._memory]
@@ -150,7 +162,6 @@ class RedisLimiter:
         held of a budget would not leave by itself: it is said over the next one, while Redis remembers the reservation.
         """
         kept = self._spans.kept / 1e6
-        until = self._clock.seconds() + kept
         id = name_bytes(ask.request_id)
         words = [self._memory, id, b" ".join([b"0"] * len(ask.rules))]
         reply: Deferred[Any] = Deferred()
@@ -160,13 +171,7 @@ class RedisLimiter:
                 return
         except RedisError:
             pass
-        while not self._closed and self._clock.seconds() < until:
-            try:
-                await self._calls.run(deferLater(self._clock, _UNDO_SECONDS), 2 * _UNDO_SECONDS)
-                await self.settle(ask.key, ask.request_id, (0,) * len(ask.rules))
-                return
-            except StoreUnavailable:
-                continue
+        await self._give_back(ask)
 
 
 class _Reserve:
@@ -192,21 +197,6 @@ class _Reserve:
             rules.append(b"%b %d %d %d %d" % (kind, rule.limit, rule.cost, rule.period, rule.needed))
         words += id, b" ".join(rules)
 
-    def decide(self, answer: list[int], now: int) -> None:
-        """Hand on what Redis answered.
-
-        :param now: the time on its clock, in microseconds.
-        """
-        if answer[0] == GRANTED:
-            count = len(self.ask.rules) + 1
-            self.decided.callback(Granted(tuple(answer[1:count]), tuple(answer[count:])))
-        elif answer[0] == DUPLICATE:
-            self.decided.errback(Failure(DuplicateRequest()))
-        else:
-            _, place, wait, never, left = answer
-            denied = Denied(place, wait / 1e6, (now + wait) / 1e6, never=bool(never), left=left)
-            self.decided.callback(denied)
-
 
 class _Settle:
     """A settlement that is to be told."""
@@ -219,9 +209,28 @@ class _Settle:
         self.told: Deferred[None] = Deferred()
 
 
-def _ignore_unavailable(reason: Failure) -> None:
-    """What is not given back leaves by itself; see :class:`Limiter`."""
-    reason.trap(StoreUnavailable)
+#: What a reservation fails with whose answer cannot be read.
+_NONSENSE: Final = Failure(StoreUnavailable("the Redis answered something else than a decision"))
+
+
+def _decision(ask: Ask, answer: Any, now: int) -> Granted | Denied | Failure | None:
+    """Return what Redis decided; ``None`` where that cannot be read.
+
+    :param now: the time on its clock, in microseconds.
+    """
+    try:
+        what, *numbers = answer
+        if what == DUPLICATE:
+            return Failure(DuplicateRequest())
+        if what == GRANTED:
+            count = len(ask.rules)
+            if len(numbers) != 2 * count:
+                return None
+            return Granted(tuple(numbers[:count]), tuple(numbers[count:]))
+        place, wait, never, left = numbers
+        return Denied(place, wait / 1e6, (now + wait) / 1e6, never=bool(never), left=left)
+    except (TypeError, ValueError):
+        return None
 
 
 def _name(key: str, *parts: bytes) -> bytes:

@@ -1,11 +1,12 @@
 """What an answer says it used, in one shape whatever API said it."""
 
-import math
 from typing import Literal
 
 from attrs import define, evolve
 
-_MOST_TOKENS = 2**53
+_MOST_TOKENS = 2**50
+#: A year of audio; what is longer is none.
+_MOST_SECONDS = 366 * 86_400.0
 _LONGEST_MODEL = 256
 
 #: What vLLM's ``UsageInfo`` may have; one with nothing else is read in fewer steps.
@@ -131,4 +132,4 @@ def _seconds(value: object) -> float | None:
         seconds = float(value)  # type: ignore[arg-type]  # narrowed by type() above, which bool does not pass
     except OverflowError:
         return None
-    return seconds if math.isfinite(seconds) and seconds >= 0 else None
+    return seconds if 0 <= seconds <= _MOST_SECONDS else None
