@@ -93,6 +93,23 @@ def test_one_that_raises_is_logged_and_lost_and_no_other(reactor: EPollReactor, 
     logged_errors.clear()
 
 
+def test_one_that_raises_when_it_is_lost_holds_up_no_other(
+    reactor: EPollReactor, logged_errors: list[LogEvent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Descriptor, reason: Failure) -> None:
+        raise KeyError("broken")
+
+    monkeypatch.setattr(Descriptor, "connectionLost", fail)
+    both = [Descriptor(ConnectionDone), Descriptor(ConnectionDone)]
+    for each in both:
+        reactor.addReader(each)
+        each.peer.send(b"x")
+    reactor.doIteration(1)
+    assert [each.read for each in both] == [1, 1]
+    assert len(logged_errors) == 2
+    logged_errors.clear()
+
+
 def test_one_that_another_has_ended_is_left_alone(reactor: EPollReactor) -> None:
     both: list[Descriptor] = []
 

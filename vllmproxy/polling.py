@@ -36,16 +36,21 @@ def poll(reactor: Any, timeout: float | None) -> None:
         selectable = selectables.get(fd)
         if selectable is None:
             continue  # an event before this one ended it
-        if event == _READABLE:
-            try:
-                why = selectable.doRead()
-            except BaseException as error:  # as there: it is logged, and what raised it is disconnected
-                why = error
-                log.err()
-            if why:
-                reactor._disconnectSelectable(selectable, why, True)
-        else:
-            try:
+        try:
+            if event == _READABLE:
+                _read(reactor, selectable)
+            else:
                 reactor._doReadOrWrite(selectable, fd, event)
-            except Exception:  # nothing is awaited here
-                log.err()
+        except Exception:  # nothing is awaited here; what raises when it is told of its end must not hold up the others
+            log.err()
+
+
+def _read(reactor: Any, selectable: Any) -> None:
+    """Do what ``_doReadOrWrite`` does for what can be read."""
+    try:
+        why = selectable.doRead()
+    except BaseException as error:  # as there: it is logged, and what raised it is disconnected
+        why = error
+        log.err()
+    if why:
+        reactor._disconnectSelectable(selectable, why, True)
