@@ -2,7 +2,6 @@
 
 import math
 from datetime import UTC, datetime
-from os import urandom
 
 from attrs import frozen
 from twisted.internet.defer import Deferred, DeferredList
@@ -17,6 +16,7 @@ from vllmproxy.keys.key import VirtualKey
 from vllmproxy.limits.interface import Limiter
 from vllmproxy.limits.values import BUDGETS, Ask, Denied, Granted, Rule
 from vllmproxy.relay.demand import NO_DEMAND, Demand, rules_of
+from vllmproxy.relay.headers import fresh_id
 from vllmproxy.store.interface import StoreUnavailable
 
 _log = Logger()
@@ -116,7 +116,7 @@ class Quotas:
         rules = rules_of(key, demand, self._clock.seconds())
         if not rules:
             return None
-        ask = Ask(key.token, urandom(16).hex(), rules)
+        ask = Ask(key.token, fresh_id().decode("ascii"), rules)
         decision = self._limiter.reserve(ask)
         if isinstance(decision, Granted | Denied):
             return self._decided(decision, ask, key, demand)
