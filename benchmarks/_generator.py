@@ -242,17 +242,18 @@ async def closed_loop(port: int, requests: list[bytes], connections: int, second
         await crowd.connect(lambda n: Call(requests[n % len(requests)], again, crowd.fail), port, connections)
         for call in crowd.calls:
             call.ask()
-        await crowd.wait(_WARM)
-        meter.begin()
-        took.clear()
-        await crowd.wait(seconds)
-        used = meter.end()
-        return _outcome(took, used)
+        return await _measured(crowd, took, seconds, meter)
     finally:
         crowd.leave()
 
 
-def _outcome(took: list[int], used: Used) -> Outcome:
+async def _measured(crowd: Crowd, took: list[int], seconds: float, meter: Meter) -> Outcome:
+    """Let it warm up, and return what is asked from then on."""
+    await crowd.wait(_WARM)
+    meter.begin()
+    took.clear()
+    await crowd.wait(seconds)
+    used = meter.end()
     if not took:
         raise BadAnswer("nothing was answered while it was measured")
     return Outcome(len(took), used, took[:])
@@ -287,12 +288,7 @@ async def open_loop(
         await crowd.connect(lambda n: Call(request, free, crowd.fail), port, connections)
         idle = list(crowd.calls)
         ticker = Ticker(rate, due)
-        await crowd.wait(_WARM)
-        meter.begin()
-        took.clear()
-        await crowd.wait(seconds)
-        used = meter.end()
-        return _outcome(took, used)
+        return await _measured(crowd, took, seconds, meter)
     finally:
         if ticker:
             ticker.stop()
