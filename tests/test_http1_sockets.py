@@ -17,7 +17,8 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.ssl import Certificate, PrivateCertificate, optionsForClientTLS, trustRootFromCertificates
 from twisted.internet.task import deferLater
 
-from vllmproxy.http1.sockets import delivery, is_plain, queued_bytes, raw_socket, write_now
+from vllmproxy.http1.sockets import delivery, queued_bytes, raw_socket
+from vllmproxy.plain import is_plain, write_now
 
 reactor: Any = installed_reactor
 

@@ -35,13 +35,12 @@ from vllmproxy.http1.sockets import (
     delivery,
     has_ended,
     is_closing,
-    is_plain,
     queued_bytes,
     raw_socket,
     remains,
     reset_now,
-    write_now,
 )
+from vllmproxy.plain import is_plain, write_now
 
 if TYPE_CHECKING:
     from vllmproxy.http1.agent import ConnectionDeadlines

@@ -16,14 +16,13 @@ from vllmproxy.http1.sockets import (
     hang_up,
     has_ended,
     is_closing,
-    is_plain,
     queued_bytes,
     raw_socket,
     remains,
     reset_now,
-    write_now,
 )
 from vllmproxy.http1.stream import Stream
+from vllmproxy.plain import is_plain, write_now
 
 if TYPE_CHECKING:
     from vllmproxy.http1.factory import ServerFactory

@@ -10,48 +10,15 @@ from termios import TIOCOUTQ
 from typing import Any
 
 from attrs import frozen
-from twisted.internet import tcp, unix
 from twisted.internet.abstract import FileDescriptor
 from twisted.internet.error import ConnectionAborted
 from twisted.python.failure import Failure
-
-#: The exact classes whose ``socket`` carries our bytes as they are. A TLS transport exposes the raw socket
-#: too, and writing there would put plaintext on the wire: subclasses and wrappers do not count.
-_PLAIN = frozenset([tcp.Server, tcp.Client, unix.Server, unix.Client])
 
 #: In Linux's ``struct tcp_info`` (linux/tcp.h): the 64-bit ``tcpi_bytes_acked`` and, behind four more fields, the
 #: 32-bit ``tcpi_data_segs_out``.
 _BYTES_ACKED = struct.Struct("=120xQ")
 _DATA_SEGMENTS_OUT = struct.Struct("=156xI")
 _TCP_CLOSE = 7
-
-
-def is_plain(transport: Any) -> bool:
-    """Whether bytes written to the transport's socket are the bytes the peer reads."""
-    return type(transport) in _PLAIN and not getattr(transport, "TLS", False)
-
-
-def write_now(transport: Any, data: bytes) -> None:
-    """Write to a plain transport: straight to the socket where nothing is queued before it, the rest by queue.
-
-    ``transport.write`` alone costs two ``epoll_ctl`` calls and another turn of the reactor.
-    """
-    if not (transport.dataBuffer or transport._tempDataBuffer or transport.disconnecting or transport.disconnected):
-        try:
-            sent = transport.socket.send(data)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            sent = 0
-            # Writing what is queued meets an error, too, and reports the loss in the reactor's own way. Reading would
-            # meet none, but an end that looks like the peer's FIN: the kernel tells of a reset only once.
-            if not transport._writeDisconnected:
-                transport.stopReading()
-        if sent == len(data):
-            return
-        if sent:
-            data = data[sent:]
-    transport.write(data)
 
 
 def reset_now(transport: Any) -> None:

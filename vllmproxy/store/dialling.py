@@ -63,7 +63,12 @@ class Line(RedisProtocol):  # type: ignore[misc]  # txredisapi has no annotation
 
     def replyReceived(self, reply: Any) -> None:
         super().replyReceived(reply)
-        if isinstance(reply, ResponseError) and "READONLY" in str(reply):
+        if isinstance(reply, ResponseError):
+            self.refused(reply)
+
+    def refused(self, reply: ResponseError) -> None:
+        """Redis did not do what it was told."""
+        if "READONLY" in str(reply):
             self.drop()  # it has become a replica: who is the master now is asked again
 
     def connectionLost(self, why: Failure) -> None:

@@ -12,6 +12,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from txredisapi import ConnectionError, RedisError, ResponseError
 
+from vllmproxy.plain import is_plain, write_now
 from vllmproxy.store.address import RedisAddress
 from vllmproxy.store.breaker import Breaker
 from vllmproxy.store.dialling import CONNECT_SECONDS, EXPECTED, RECONNECT_SECONDS, Dialler, Line, describe
@@ -53,6 +54,7 @@ class Wire(Line):
         super().__init__()
         self.offset = 0.0
         self.replyQueue = Replies()
+        self._plain = False
         self._has_run: set[str] = set()
         self._unanswered_since: float | None = None
 
@@ -79,11 +81,25 @@ class Wire(Line):
 
         how = (b"EVALSHA", _name_of(script)) if by_name else (b"EVAL", script.encode())
         self.replyQueue.waiting.append(received)
-        self.transport.write(pack_command((*how, len(names), *names, *words)))  # type: ignore[arg-type]  # its stubs
+        command = pack_command((*how, len(names), *names, *words))  # type: ignore[arg-type]  # its stubs
+        if self._plain:
+            write_now(self.transport, command)
+        else:
+            self.transport.write(command)
+
+    def connectionMade(self) -> None:
+        super().connectionMade()
+        self._plain = is_plain(self.transport)
 
     def dataReceived(self, data: bytes, unpause: bool = False) -> None:
+        """Do what txredisapi does, without what it does for transactions."""
         self._unanswered_since = None
-        super().dataReceived(data, unpause)
+        reader, waiting = self._reader, self.replyQueue.waiting
+        reader.feed(data)
+        while (reply := reader.gets()) is not False:
+            waiting.popleft()(reply)
+            if isinstance(reply, ResponseError):
+                self.refused(reply)
 
     def unanswered(self, started: float, now: float) -> None:
         """A call ``started`` then has had no answer by ``now``. A connection that stays mute is dropped."""
