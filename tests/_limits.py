@@ -62,7 +62,10 @@ class Bench:
         return await maybeDeferred(self.limiter.reserve, Ask(key, id or f"r{self._ids}", rules))
 
     async def settle(self, id: str, *costs: int | None, key: str = TOKEN) -> None:
-        await maybeDeferred(self.limiter.settle, key, id, costs)
+        if isinstance(self.limiter, RedisLimiter):
+            await self.limiter.settle_all(key, [(id, costs)])
+        else:
+            self.limiter.settle(key, id, costs)
 
     async def renew(self, *ids: str, key: str = TOKEN) -> list[str]:
         return await maybeDeferred(self.limiter.renew, key, ids)

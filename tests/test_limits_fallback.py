@@ -31,9 +31,12 @@ class Shared:
     def reserve(self, ask: Ask) -> Deferred[Granted | Denied]:
         return maybeDeferred(self._do, self._limiter.reserve, ask)
 
-    def settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> Deferred[None]:
+    def settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> None:
         self.settled.append(request_id)
-        return maybeDeferred(self._do, self._limiter.settle, key, request_id, costs)
+        self._limiter.settle(key, request_id, costs)
+
+    async def finish(self) -> None:
+        self.settled.append("finished")
 
     def renew(self, key: str, request_ids: Sequence[str]) -> Deferred[list[str]]:
         self.renewed += request_ids
@@ -58,7 +61,7 @@ class House:
         return now(maybeDeferred(self.limiter.reserve, Ask(TOKEN, id or f"r{self._ids}", rules)))
 
     def settle(self, id: str, *costs: int | None) -> None:
-        now(maybeDeferred(self.limiter.settle, TOKEN, id, costs))
+        self.limiter.settle(TOKEN, id, costs)
 
     def renew(self, *ids: str) -> list[str]:
         return now(maybeDeferred(self.limiter.renew, TOKEN, ids))
@@ -117,8 +120,10 @@ def test_what_was_taken_is_settled_and_renewed_where_it_was_taken() -> None:
     assert house.renew("there", "here") == ["there", "here"]  # neither is held any more
     house.shared.away = True
     assert house.reserve(parallel(2), tokens(100, 10)) == Granted((0, 40))
-    with pytest.raises(StoreUnavailable):
-        house.settle("there")
+    house.settle("there")
+    assert house.shared.settled == ["there", "there"]
+    now(Deferred.fromCoroutine(house.limiter.finish()))
+    assert house.shared.settled[2:] == ["finished"]
 
 
 def test_renewing_what_is_here_needs_nobody_else() -> None:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from vllmproxy.http1.message import RequestHead, ResponseHead, fields_of
 from vllmproxy.http1.rules import check_request
-from vllmproxy.relay.headers import Client, TrustedProxies, answer_lines, fresh_id, request_id, request_lines
+from vllmproxy.ids import fresh_id
+from vllmproxy.relay.headers import Client, TrustedProxies, answer_lines, request_id, request_lines
 from vllmproxy.upstreams.upstream import Upstream
 
 UPSTREAM = Upstream.parse("http://gpu1:8000")

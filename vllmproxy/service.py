@@ -22,6 +22,7 @@ from vllmproxy.http1.hangup import HangupWatcher
 from vllmproxy.http1.message import RequestHead, WireError
 from vllmproxy.http1.places import Places
 from vllmproxy.http1.stream import Stream
+from vllmproxy.ids import fresh_id
 from vllmproxy.keys.cache import KeyCache
 from vllmproxy.keys.gate import Gate
 from vllmproxy.keys.masterkey import MasterKey
@@ -37,7 +38,7 @@ from vllmproxy.observers.record import RequestRecord
 from vllmproxy.openfiles import capacity, raise_open_files
 from vllmproxy.polling import lighten
 from vllmproxy.relay.exchange import Exchange
-from vllmproxy.relay.headers import TrustedProxies, fresh_id
+from vllmproxy.relay.headers import TrustedProxies
 from vllmproxy.relay.line import Line
 from vllmproxy.relay.quotas import Quotas
 from vllmproxy.relay.refuse import wire_refusal

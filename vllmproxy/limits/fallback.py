@@ -45,12 +45,15 @@ class FallbackLimiter:
         decision = self._shared.reserve(ask)
         return decision.addErrback(self._reserve_here, ask) if isinstance(decision, Deferred) else decision
 
-    def settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> Deferred[None] | None:
+    def settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> None:
         if (key, request_id) not in self._here:
-            return self._shared.settle(key, request_id, costs)
+            self._shared.settle(key, request_id, costs)
+            return
         self._here.discard((key, request_id))
         self._local.settle(key, request_id, costs)
-        return None
+
+    async def finish(self) -> None:
+        await self._shared.finish()
 
     def renew(self, key: str, request_ids: Sequence[str]) -> list[str] | Deferred[list[str]]:
         here = [request_id for request_id in request_ids if (key, request_id) in self._here]

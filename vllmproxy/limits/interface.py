@@ -23,9 +23,9 @@ class Limiter(Protocol):
         :raises DuplicateRequest: the request id was reserved before, settled or not.
         """
 
-    def settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> Deferred[None] | None:
+    def settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> None:
         """Say what the request did cost, and end its lease. Only the first time for a request id counts, and only
-        while the reservation is remembered.
+        while the reservation is remembered. Where a store has to be told, that is tried for as long as it matters.
 
         What was held of a budget stays held until the store adds the request's usage event to the account.
 
@@ -36,3 +36,6 @@ class Limiter(Protocol):
 
     def renew(self, key: str, request_ids: Sequence[str]) -> list[str] | Deferred[list[str]]:
         """Let the leases of these requests last as long again, and return the ids that have none any more."""
+
+    async def finish(self) -> None:
+        """Return when all is told that was settled, as far as it can be."""

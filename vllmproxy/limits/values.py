@@ -89,10 +89,12 @@ class Granted:
     :ivar remaining: for each rule of the ask, what is left of it now; never negative. Of a budget: what is neither
         spent nor held.
     :ivar taken: for each rule, what was taken.
+    :ivar request_id: under which it was taken, where that is not the ask's: it was reserved before somebody asked.
     """
 
     remaining: tuple[int, ...]
     taken: tuple[int, ...] = field(default=(), eq=False)
+    request_id: str = field(default="", eq=False)
 
 
 @frozen

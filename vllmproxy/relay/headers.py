@@ -3,7 +3,6 @@
 import re
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_address
-from os import urandom
 
 from attrs import frozen
 from twisted.internet.interfaces import IAddress
@@ -12,6 +11,7 @@ from vllmproxy import __version__
 from vllmproxy.http1.message import RequestHead, ResponseHead
 from vllmproxy.http1.places import client_named
 from vllmproxy.http1.rules import HOP_BY_HOP, connection_options
+from vllmproxy.ids import fresh_id
 from vllmproxy.keys.credentials import CREDENTIAL_HEADERS
 from vllmproxy.relay.targets import local_location
 from vllmproxy.upstreams.upstream import Upstream
@@ -114,11 +114,6 @@ def request_id(head: RequestHead) -> bytes:
     if given is not None and len(given) == 1 and _SANE_ID.match(given[0]):
         return given[0]
     return fresh_id()
-
-
-def fresh_id() -> bytes:
-    """Return a new request id: 32 hexadecimal digits."""
-    return urandom(16).hex().encode()
 
 
 def request_lines(

@@ -4,19 +4,19 @@ import math
 from datetime import UTC, datetime
 
 from attrs import frozen
-from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from vllmproxy.errors import ApiError, BudgetExceeded, RateLimited
+from vllmproxy.ids import fresh_id
 from vllmproxy.keys.gate import store_down
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.limits.interface import Limiter
 from vllmproxy.limits.values import BUDGETS, Ask, Denied, Granted, Rule
 from vllmproxy.relay.demand import NO_DEMAND, Demand, rules_of
-from vllmproxy.relay.headers import fresh_id
 from vllmproxy.store.interface import StoreUnavailable
 
 _log = Logger()
@@ -25,34 +25,22 @@ _log = Logger()
 RENEWAL = 15.0
 #: Leases renewed in one call.
 _BATCH = 500
-#: Seconds between tries to settle while the store is away, for how long it matters, and how many are kept.
-RETRY = 1.0
-WINDOW = 60.0
-_MOST_DEBTS = 10_000
 #: Keys that are remembered as told of; who is forgotten is told of again.
 _MOST_TOLD = 10_000
-
-
-@frozen
-class _Debt:
-    """A settlement that the store has not heard yet; ``until``: when it no longer matters."""
-
-    key: str
-    request_id: str
-    costs: tuple[int | None, ...]
-    until: float
 
 
 @frozen
 class Reservation:
     """What one request has taken.
 
-    :ivar ask: what was asked for; its request id is the proxy's own, as the client's may come twice.
+    :ivar ask: what was asked for.
+    :ivar request_id: the proxy's own, as the client's may come twice.
     :ivar remaining: for each rule, what was left; ``taken``: what was taken.
     :ivar demand: what it was for.
     """
 
     ask: Ask
+    request_id: str
     remaining: tuple[int, ...]
     taken: tuple[int, ...]
     demand: Demand = NO_DEMAND
@@ -99,13 +87,8 @@ class Quotas:
         self._renewing = LoopingCall(self._renew)
         self._renewing.clock = clock
         self._clock = clock
-        self._closed = False
-        self._telling: set[Deferred[None]] = set()
-        self._debts: list[_Debt] = []
         #: Keys that are over their soft budget, and the period that this was told in.
         self._told: dict[str, int | None] = {}
-        self._retrying = LoopingCall(self._retry)
-        self._retrying.clock = clock
 
     def reserve(self, key: VirtualKey, demand: Demand = NO_DEMAND) -> Reservation | Deferred[Reservation] | None:
         """Take what ``demand`` costs ``key``; ``None`` where the key has no limits.
@@ -125,11 +108,12 @@ class Quotas:
     def _decided(self, decision: Granted | Denied, ask: Ask, key: VirtualKey, demand: Demand) -> Reservation:
         if isinstance(decision, Denied):
             raise self._refusal(decision, ask, key)
+        request_id = decision.request_id or ask.request_id
         if key.max_parallel_requests is not None:
-            self._leases.setdefault(ask.key, set()).add(ask.request_id)
+            self._leases.setdefault(ask.key, set()).add(request_id)
             if not self._renewing.running:
                 self._renewing.start(RENEWAL, now=False)
-        reservation = Reservation(ask, decision.remaining, decision.taken, demand)
+        reservation = Reservation(ask, request_id, decision.remaining, decision.taken, demand)
         if key.budget.soft is not None:
             self._watch_soft_budget(key, reservation, key.budget.soft)
         return reservation
@@ -159,14 +143,20 @@ class Quotas:
         ask = reservation.ask
         held = self._leases.get(ask.key)
         if held is not None:
-            held.discard(ask.request_id)
+            held.discard(reservation.request_id)
             if not held:
                 del self._leases[ask.key]
         if forwarded:
-            costs = tuple([tokens if rule.kind == "tokens" else None for rule in ask.rules])
+            pairs = zip(ask.rules, reservation.taken, strict=True)
+            costs = tuple(
+                [
+                    (min(taken, rule.cost) if tokens is None else tokens) if rule.kind == "tokens" else None
+                    for rule, taken in pairs
+                ]
+            )
         else:
             costs = (0,) * len(ask.rules)
-        self._tell(_Debt(ask.key, ask.request_id, costs, self._clock.seconds() + WINDOW))
+        self._limiter.settle(ask.key, reservation.request_id, costs)
 
     def _refusal(self, denied: Denied, ask: Ask, key: VirtualKey) -> ApiError:
         rule = ask.rules[denied.rule]
@@ -184,32 +174,6 @@ class Quotas:
         message += f" It begins anew at {_time(ends)}."
         return BudgetExceeded(message, status=self.budget_status, headers=headers)
 
-    def _tell(self, debt: "_Debt") -> None:
-        settled = self._limiter.settle(debt.key, debt.request_id, debt.costs)
-        if settled is not None:
-            self._telling.add(settled)
-            settled.addCallbacks(self._is_told, self._not_told, callbackArgs=(settled,), errbackArgs=(settled, debt))
-
-    def _is_told(self, _: None, settled: Deferred[None]) -> None:
-        self._telling.discard(settled)
-
-    def _not_told(self, reason: Failure, settled: Deferred[None], debt: "_Debt") -> None:
-        """The store is away: tell it again soon, as long as it matters. Only the first time counts."""
-        self._telling.discard(settled)
-        if reason.check(StoreUnavailable) is None:
-            _log.failure("Settling a reservation failed", reason)
-        elif not self._closed and len(self._debts) < _MOST_DEBTS and debt.until > self._clock.seconds():
-            self._debts.append(debt)
-            if not self._retrying.running:
-                self._retrying.start(RETRY, now=False)
-
-    def _retry(self) -> None:
-        debts, self._debts = self._debts, []
-        for debt in debts:
-            self._tell(debt)
-        if not debts:
-            self._retrying.stop()
-
     def _renew(self) -> None:
         if not self._leases:
             self._renewing.stop()
@@ -221,12 +185,10 @@ class Quotas:
                     lost.addErrback(_not_renewed)
 
     async def close(self) -> None:
-        """Renew no more, and let what is being settled arrive; what is left ends by itself."""
-        self._closed = True
-        for loop in (self._renewing, self._retrying):
-            if loop.running:
-                loop.stop()
-        await DeferredList(list(self._telling))
+        """Renew no more, and let what is being settled arrive."""
+        if self._renewing.running:
+            self._renewing.stop()
+        await self._limiter.finish()
 
 
 def _rate_limited(denied: Denied, rule: Rule, token: str) -> RateLimited:

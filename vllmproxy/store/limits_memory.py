@@ -98,6 +98,9 @@ class MemoryLimiter:
             self._keys.renew(now, key)
         return lost
 
+    async def finish(self) -> None:
+        """All is told."""
+
     def _now(self) -> int:
         return self._steady.at(micros(self._clock.seconds()))
 

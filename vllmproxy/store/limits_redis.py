@@ -21,8 +21,9 @@ from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 from txredisapi import RedisError
 
+from vllmproxy.limits.behind import Settlement
 from vllmproxy.limits.spans import Spans, micros
-from vllmproxy.limits.values import BUDGETS, BUSY_RETRY_AFTER, MAX_AMOUNT, Ask, Denied, DuplicateRequest, Granted
+from vllmproxy.limits.values import BUDGETS, BUSY_RETRY_AFTER, MAX_AMOUNT, Ask, Denied, DuplicateRequest, Granted, Rule
 from vllmproxy.limits.window import bucket_width
 from vllmproxy.store.calls import Calls
 from vllmproxy.store.gathering import Gathering
@@ -39,7 +40,7 @@ _UNDO_SECONDS = 1.0
 
 
 class RedisLimiter:
-    """The :class:`~vllmproxy.limits.interface.Limiter` on a connection to Redis, one round trip a call.
+    """The :class:`~vllmproxy.limits.behind.Shared` on a connection to Redis, one round trip a call.
 
     :param link: the connection; whoever made it opens and closes it.
     :param window: seconds of the sliding window; the same on all proxies that share a Redis, as is ``lease``.
@@ -60,7 +61,6 @@ class RedisLimiter:
         self._calls = Calls(clock)
         self._scripts = Scripts(link, clock, timeout)
         self._reserving: Gathering[_Reserve] = Gathering(self._send_reserves)
-        self._settling: Gathering[_Settle] = Gathering(self._send_settles)
         self._closed = False
 
     def close(self) -> None:
@@ -76,11 +76,57 @@ class RedisLimiter:
         self._reserving.add(ask.key, asked)
         return asked.decided
 
-    def settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> Deferred[None]:
-        used = [b"-" if cost is None else b"%d" % min(max(cost, 0), MAX_AMOUNT) for cost in costs]
-        settled = _Settle(name_bytes(request_id), b" ".join(used))
-        self._settling.add(key, settled)
-        return settled.told
+    def reserve_ahead(
+        self, key: str, rules: tuple[Rule, ...], request_ids: Sequence[str], ahead: float
+    ) -> Deferred[list[Granted]]:
+        names, words = [_name(key, b"clock")], [self._lengths]
+        counters, text = _counted(name_bytes(key), rules)
+        prefix = _name(key, b"request", b"")
+        for request_id in request_ids:
+            id = name_bytes(request_id)
+            names += prefix + id, *counters
+            words += id, text
+        call = self._scripts.call(RESERVE, names, words)
+        reserved: Deferred[Any] = self._scripts.run(call)
+        return reserved.addCallbacks(
+            self._reserved_ahead,
+            self._not_reserved_ahead,
+            (key, rules, request_ids),
+            errbackArgs=(key, rules, request_ids, call),
+        )
+
+    def _reserved_ahead(
+        self, reply: list[Any], key: str, rules: tuple[Rule, ...], request_ids: Sequence[str]
+    ) -> list[Granted]:
+        made = []
+        for request_id, answer in zip_longest(request_ids, reply[2:]):
+            ask = Ask(key, request_id, rules)
+            decision = _decision(ask, answer, reply[1])
+            if isinstance(decision, Granted):
+                decision.request_id = request_id
+                made.append(decision)
+            elif decision is None:
+                Deferred.fromCoroutine(self._give_back(ask))
+        return made
+
+    def _not_reserved_ahead(
+        self, reason: Failure, key: str, rules: tuple[Rule, ...], request_ids: Sequence[str], call: ScriptCall
+    ) -> Failure:
+        if call.wire is not None:
+            for request_id in request_ids:
+                Deferred.fromCoroutine(self._undo(Ask(key, request_id, rules), call.wire))
+        return reason
+
+    def settle_all(self, key: str, settlements: Sequence[Settlement]) -> Deferred[None]:
+        names, words = [], [self._memory]
+        prefix = _name(key, b"request", b"")
+        for request_id, costs in settlements:
+            id = name_bytes(request_id)
+            names.append(prefix + id)
+            used = [b"-" if cost is None else b"%d" % min(max(cost, 0), MAX_AMOUNT) for cost in costs]
+            words += id, b" ".join(used)
+        told: Deferred[Any] = self._scripts.run(self._scripts.call(SETTLE, names, words))
+        return told.addCallback(lambda _: None)
 
     def _send_reserves(self, key: str, asked: list["_Reserve"]) -> None:
         asked = [each for each in asked if not each.decided.called]  # somebody may have given up meanwhile
@@ -120,31 +166,12 @@ class RedisLimiter:
         until = self._clock.seconds() + self._spans.kept / 1e6
         while not self._closed and self._clock.seconds() < until:
             try:
-                await self.settle(ask.key, ask.request_id, (0,) * len(ask.rules))
+                await self.settle_all(ask.key, [(ask.request_id, (0,) * len(ask.rules))])
                 return
             except StoreUnavailable:
                 pass
             with suppress(StoreUnavailable):
                 await self._calls.run(deferLater(self._clock, _UNDO_SECONDS), 2 * _UNDO_SECONDS)
-
-    def _send_settles(self, key: str, settled: list["_Settle"]) -> None:
-        names, words = [], [self._memory]
-        for each in settled:
-            names.append(_name(key, b"request", each.id))
-            words += each.id, each.used
-        told = self._scripts.run(self._scripts.call(SETTLE, names, words))
-        told.addCallbacks(self._settled, self._not_settled, callbackArgs=(key, settled), errbackArgs=(key, settled))
-
-    def _settled(self, _: list[Any], key: str, settled: list["_Settle"]) -> None:
-        self._settling.done(key)
-        for each in settled:
-            if not each.told.called:
-                each.told.callback(None)
-
-    def _not_settled(self, reason: Failure, key: str, settled: list["_Settle"]) -> None:
-        for each in (*settled, *self._settling.drop(key)):
-            if not each.told.called:
-                each.told.errback(reason)
 
     def renew(self, key: str, request_ids: Sequence[str]) -> list[str] | Deferred[list[str]]:
         if not request_ids:
@@ -186,27 +213,22 @@ class _Reserve:
     def add_to(self, names: list[bytes], words: list[bytes], key: bytes) -> None:
         """Add what :data:`RESERVE` wants of it."""
         id = name_bytes(self.ask.request_id)
-        names.append(b"vllmproxy:{%b}:request:%b" % (key, id))
-        rules = []
-        for rule in self.ask.rules:
-            kind = rule.kind.encode()
-            if rule.kind in BUDGETS:
-                names.append(b"vllmproxy:{%b}:budget" % key)
-            else:
-                names.append(b"vllmproxy:{%b}:%b:%b" % (key, kind, name_bytes(rule.scope)))
-            rules.append(b"%b %d %d %d %d" % (kind, rule.limit, rule.cost, rule.period, rule.needed))
-        words += id, b" ".join(rules)
+        counters, text = _counted(key, self.ask.rules)
+        names += b"vllmproxy:{%b}:request:%b" % (key, id), *counters
+        words += id, text
 
 
-class _Settle:
-    """A settlement that is to be told."""
-
-    __slots__ = ("id", "told", "used")
-
-    def __init__(self, id: bytes, used: bytes) -> None:
-        self.id = id
-        self.used = used
-        self.told: Deferred[None] = Deferred()
+def _counted(key: bytes, rules: tuple[Rule, ...]) -> tuple[list[bytes], bytes]:
+    """Return the names of what counts the rules, and what :data:`RESERVE` wants to know of them."""
+    names, words = [], []
+    for rule in rules:
+        kind = rule.kind.encode()
+        if rule.kind in BUDGETS:
+            names.append(b"vllmproxy:{%b}:budget" % key)
+        else:
+            names.append(b"vllmproxy:{%b}:%b:%b" % (key, kind, name_bytes(rule.scope)))
+        words.append(b"%b %d %d %d %d" % (kind, rule.limit, rule.cost, rule.period, rule.needed))
+    return names, b" ".join(words)
 
 
 #: What a reservation fails with whose answer cannot be read.

@@ -14,6 +14,8 @@ from twisted.internet.interfaces import IReactorTime
 from txredisapi import RedisError
 
 from vllmproxy.keys.key import VirtualKey
+from vllmproxy.limits.ahead import Ahead
+from vllmproxy.limits.interface import Limiter
 from vllmproxy.store.address import parse_redis_url
 from vllmproxy.store.calls import Calls
 from vllmproxy.store.changes import (
@@ -137,10 +139,10 @@ class RedisStore(Changes):
     def watch_keys(self, changed: Callable[[str | None], None]) -> None:
         self._subscriptions.append(Subscription(self._link.dialler, self._clock, changed))
 
-    def limiter(self, clock: IReactorTime) -> RedisLimiter:
+    def limiter(self, clock: IReactorTime) -> Limiter:
         limiter = RedisLimiter(self._link, clock)
         self._limiters.append(limiter)
-        return limiter
+        return Ahead(limiter, clock)
 
     async def open(self) -> None:
         self._link.open()

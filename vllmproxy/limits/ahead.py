@@ -1,0 +1,222 @@
+"""Reservations made before the requests that take them, so that those need not wait for a store that is not here.
+
+Nothing is given away that was not reserved: each request takes one whole reservation, made for it or ahead of it. One
+made ahead is given back when nobody has taken it for :data:`AHEAD` seconds. There are some for a key that is asked for
+again and again, while its limits are far away, so that what nobody takes is no reason to refuse anybody.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+from attrs import evolve
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from vllmproxy.deadlines import Deadlines
+from vllmproxy.ids import fresh_id
+from vllmproxy.limits.behind import Behind, Shared
+from vllmproxy.limits.values import BUDGETS, MAX_AMOUNT, Ask, Denied, Granted, Rule
+from vllmproxy.store.interface import StoreUnavailable
+
+_log = Logger()
+
+#: Seconds for which a reservation may wait for a request.
+AHEAD: Final = 0.5
+#: The most that wait for one key.
+MOST: Final = 32
+#: Seconds that they should do for.
+_FILLING: Final = 0.005
+#: They take no more than this part of what is left, and there are none where less than half of a limit is left.
+_PART: Final = 32
+
+
+class Ahead:
+    """The :class:`~vllmproxy.limits.interface.Limiter` that asks another one, ahead where that is worth it.
+
+    :param limiter: whose store is somewhere else.
+    """
+
+    def __init__(self, limiter: Shared, clock: IReactorTime) -> None:
+        self._limiter = limiter
+        self._behind = Behind(limiter, clock)
+        self._clock = clock
+        self._stocks: dict[str, _Stock] = {}
+        self._untouched: Deadlines[str] = Deadlines(clock, AHEAD, self._drop)
+
+    def reserve(self, ask: Ask) -> Granted | Denied | Deferred[Granted | Denied]:
+        stock = self._stocks.get(ask.key)
+        if stock is not None:
+            if stock.ready and stock.ready[0][0] <= self._clock.seconds():
+                self._give_back(ask.key, stock.spoilt(self._clock.seconds()))
+            if stock.ready and stock.is_for(ask.rules):
+                _, made = stock.ready.popleft()
+                self._fill_soon(ask.key, stock)
+                return made
+        self._behind.tell(ask.key)
+        decision = self._limiter.reserve(ask)
+        return decision.addCallback(self._decided, ask) if isinstance(decision, Deferred) else decision
+
+    def settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> None:
+        stock = self._stocks.get(key)
+        self._behind.settle(key, request_id, costs, prompt=stock is None or not stock.is_far)
+
+    def renew(self, key: str, request_ids: Sequence[str]) -> list[str] | Deferred[list[str]]:
+        return self._limiter.renew(key, request_ids)
+
+    async def finish(self) -> None:
+        for key in list(self._stocks):
+            self._drop(key)
+        self._untouched.close()
+        await self._behind.finish()
+
+    def _decided(self, decision: Granted | Denied, ask: Ask) -> Granted | Denied:
+        """A request has waited for this."""
+        if isinstance(decision, Denied):
+            self._drop(ask.key)
+            return decision
+        stock = self._stocks.get(ask.key)
+        if stock is None or not stock.is_for(ask.rules):
+            self._drop(ask.key)
+            if all(rule.kind not in BUDGETS for rule in ask.rules):  # a budget is not held for nobody
+                self._stocks[ask.key] = _Stock(ask.rules, stock)
+                self._untouched.set(ask.key)
+        else:
+            stock.left(decision.remaining)
+            stock.grow()
+            self._fill_soon(ask.key, stock)
+        return decision
+
+    def _fill_soon(self, key: str, stock: "_Stock") -> None:
+        """Ask for more when all is done that is to be done for a request, if a good part is missing."""
+        if not stock.is_due and stock.missing >= max(1, stock.size // 4):
+            stock.is_due = True
+            self._clock.callLater(0, self._fill, key, stock)
+
+    def _fill(self, key: str, stock: "_Stock") -> None:
+        stock.is_due = False
+        if self._stocks.get(key) is not stock:
+            return
+        now = self._clock.seconds()
+        if now < stock.filled + _FILLING:
+            stock.grow()
+        stock.filled = now
+        self._untouched.set(key)
+        ids = [fresh_id().decode("ascii") for _ in range(stock.missing)]
+        stock.asked += len(ids)
+        asked = self._limiter.reserve_ahead(key, stock.rules, ids, AHEAD)
+        asked.addCallbacks(
+            self._made, self._not_made, (key, stock, len(ids), now + AHEAD), errbackArgs=(key, stock, ids)
+        )
+        asked.addErrback(_failed)
+
+    def _made(self, made: list[Granted], key: str, stock: "_Stock", asked: int, until: float) -> None:
+        stock.asked -= asked
+        if self._stocks.get(key) is not stock:
+            self._give_back(key, made)
+        elif made:
+            stock.left(made[-1].remaining)
+            stock.ready.extend([(until, each) for each in made])
+        if len(made) < asked:
+            self._drop(key)
+
+    def _not_made(self, reason: Failure, key: str, stock: "_Stock", ids: list[str]) -> None:
+        stock.asked -= len(ids)
+        self._drop(key)
+        reason.trap(StoreUnavailable)  # whose request asks next, hears of it
+
+    def _drop(self, key: str) -> None:
+        """Nobody has asked for this key for a while, or others need what is left."""
+        self._untouched.clear(key)
+        stock = self._stocks.pop(key, None)
+        if stock is not None:
+            self._give_back(key, [made for _, made in stock.ready])
+
+    def _give_back(self, key: str, unused: Sequence[Granted]) -> None:
+        for made in unused:
+            self._behind.settle(key, made.request_id, (0,) * len(made.taken), prompt=True)
+
+
+class _Stock:
+    """What is reserved for the next requests of one key.
+
+    :param rules: what a request asks for.
+    :param before: the stock that did not do for it; costs grow in powers of two, so that most requests find theirs.
+    :ivar size: how many it should be, as far as the limits afford that.
+    :ivar ready: until when each may be taken, oldest first.
+    :ivar asked: how many are on their way. :ivar is_due: whether more are about to be asked for.
+    :ivar filled: when some were asked for last.
+    """
+
+    __slots__ = ("_most", "asked", "filled", "is_due", "ready", "rules", "size")
+
+    def __init__(self, rules: tuple[Rule, ...], before: "_Stock | None") -> None:
+        self.rules = tuple(map(_rounded, rules))
+        self.size = 1
+        if before is not None and _limits(before.rules) == _limits(rules):
+            pairs = zip(before.rules, self.rules, strict=True)
+            self.rules = tuple(old if old.cost > new.cost else new for old, new in pairs)
+            self.size = before.size
+        self.ready: deque[tuple[float, Granted]] = deque()
+        self.asked = 0
+        self.is_due = False
+        self.filled = 0.0
+        self._most = 0
+
+    def is_for(self, rules: tuple[Rule, ...]) -> bool:
+        """Tell whether what is reserved here will do."""
+        if len(rules) != len(self.rules):
+            return False
+        for ours, theirs in zip(self.rules, rules, strict=True):
+            if theirs is not ours and (
+                theirs.cost > ours.cost
+                or theirs.limit != ours.limit
+                or theirs.kind != ours.kind
+                or theirs.scope != ours.scope
+            ):
+                return False
+        return True
+
+    def spoilt(self, now: float) -> list[Granted]:
+        """Take out what has waited for too long: there was too much of it."""
+        out = []
+        while self.ready and self.ready[0][0] <= now:
+            out.append(self.ready.popleft()[1])
+        self.size = max(self.size - len(out), 1)
+        return out
+
+    def grow(self) -> None:
+        """A request has found nothing here, or would soon."""
+        self.size = min(2 * self.size, MOST)
+
+    def left(self, remaining: tuple[int, ...]) -> None:
+        """So much was left of each limit just now: no more than a small part of that may be here."""
+        self._most = MOST
+        for rule, left in zip(self.rules, remaining, strict=True):
+            self._most = min(self._most, left // (_PART * (rule.cost or 1)) if 2 * left >= rule.limit else 0)
+
+    @property
+    def is_far(self) -> bool:
+        """Whether the limits are far away."""
+        return self._most > 0
+
+    @property
+    def missing(self) -> int:
+        """How many are to be asked for."""
+        return min(self.size, self._most) - len(self.ready) - self.asked
+
+
+def _rounded(rule: Rule) -> Rule:
+    if rule.kind != "tokens" or not rule.cost:
+        return rule
+    return evolve(rule, cost=min(1 << (rule.cost - 1).bit_length(), MAX_AMOUNT), least=None)
+
+
+def _limits(rules: tuple[Rule, ...]) -> list[tuple[str, str, int]]:
+    return [(rule.kind, rule.scope, rule.limit) for rule in rules]
+
+
+def _failed(reason: Failure) -> None:
+    _log.failure("Reserving ahead failed", reason)

@@ -1,0 +1,143 @@
+"""Settlements on their way to a store that is not here: told together, and again while the store is away."""
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from vllmproxy.limits.values import Ask, Denied, Granted, Rule
+from vllmproxy.store.interface import StoreUnavailable
+
+_log = Logger()
+
+#: The settlement of one request: its id, and what it did cost by each of its rules.
+Settlement = tuple[str, tuple[int | None, ...]]
+
+#: Seconds that one may wait for others, where nobody waits for what it gives back.
+PAUSE: Final = 0.01
+#: Seconds between tries while the store is away, for how long it matters, and how many settlements are kept.
+RETRY: Final = 1.0
+MATTERS: Final = 60.0
+_MOST_KEPT: Final = 10_000
+#: The most that go together: a store does nothing else in that time.
+_TOGETHER: Final = 64
+
+
+class Shared(Protocol):
+    """What a :class:`~vllmproxy.limits.interface.Limiter` asks that others ask as well.
+
+    Its Deferreds end within their own deadline, and may fail with :class:`~vllmproxy.store.interface.StoreUnavailable`.
+    Then nothing was taken, or it was given back, or, if the store cannot be told so for a minute, it leaves by itself:
+    amounts when the window has passed, leases when theirs has, and what is held of a budget when nothing was held of it
+    for a day, or its period is over.
+    """
+
+    def reserve(self, ask: Ask) -> Granted | Denied | Deferred[Granted | Denied]:
+        """Take from all of the ask's limits, or from none."""
+
+    def reserve_ahead(
+        self, key: str, rules: tuple[Rule, ...], request_ids: Sequence[str], ahead: float
+    ) -> Deferred[list[Granted]]:
+        """Take the same for each of several requests that may come within ``ahead`` seconds: what is taken counts so
+        much longer. Return what was granted."""
+
+    def settle_all(self, key: str, settlements: Sequence[Settlement]) -> Deferred[None]:
+        """Say what requests did cost, each as :meth:`~vllmproxy.limits.interface.Limiter.settle` does."""
+
+    def renew(self, key: str, request_ids: Sequence[str]) -> list[str] | Deferred[list[str]]:
+        """Let the leases of these requests last as long again, and return the ids that have none any more."""
+
+
+class Behind:
+    """Tells a limiter what requests did cost. Whoever settles need not wait, nor care whether the store is there.
+
+    For one key there is one call at a time, and what comes meanwhile goes together with the next one.
+    """
+
+    def __init__(self, limiter: Shared, clock: IReactorTime) -> None:
+        self._limiter = limiter
+        self._clock = clock
+        self._due: dict[str, list[Settlement]] = {}
+        #: Keys of which something prompt waits for the call under way.
+        self._hasty: set[str] = set()
+        self._pause: IDelayedCall | None = None
+        #: Of each key what is being told.
+        self._telling: dict[str, set[Deferred[None]]] = {}
+        #: What could not be told, and until when it matters.
+        self._kept: list[tuple[str, Sequence[Settlement], float]] = []
+        self._retrying = LoopingCall(self._retry)
+        self._retrying.clock = clock
+        self._closed = False
+
+    def settle(self, key: str, request_id: str, costs: tuple[int | None, ...], *, prompt: bool) -> None:
+        """Tell it, ``prompt`` or within :data:`PAUSE`."""
+        due = self._due.get(key)
+        if due is None:
+            self._due[key] = [(request_id, costs)]
+        else:
+            due.append((request_id, costs))
+        if prompt and key in self._telling:
+            self._hasty.add(key)
+        elif prompt:
+            self.tell(key)
+        elif self._pause is None:
+            self._pause = self._clock.callLater(PAUSE, self._tell_all)
+
+    def tell(self, key: str) -> None:
+        """Tell all that is due for a key: somebody is about to ask for what it gives back."""
+        due = self._due.pop(key, None)
+        while due:
+            self._tell(key, due[:_TOGETHER], self._clock.seconds() + MATTERS)
+            due = due[_TOGETHER:]
+
+    async def finish(self) -> None:
+        """Tell all, and return when it has arrived; what does not arrive now ends by itself."""
+        self._closed = True
+        if self._pause is not None:
+            self._pause.cancel()
+        self._tell_all()
+        if self._retrying.running:
+            self._retrying.stop()
+        await DeferredList([told for telling in self._telling.values() for told in telling])
+
+    def _tell_all(self) -> None:
+        self._pause = None
+        for key in list(self._due):
+            self.tell(key)
+
+    def _tell(self, key: str, settlements: Sequence[Settlement], until: float) -> None:
+        told = self._limiter.settle_all(key, settlements)
+        self._telling.setdefault(key, set()).add(told)
+        told.addCallbacks(self._told, self._not_told, (key, told), errbackArgs=(key, told, settlements, until))
+
+    def _told(self, _: None, key: str, told: Deferred[None]) -> None:
+        telling = self._telling[key]
+        telling.discard(told)
+        if not telling:
+            del self._telling[key]
+            if key in self._hasty:
+                self._hasty.discard(key)
+                self.tell(key)
+
+    def _not_told(
+        self, reason: Failure, key: str, told: Deferred[None], settlements: Sequence[Settlement], until: float
+    ) -> None:
+        """The store is away: tell it again soon, as long as it matters. Only the first time counts."""
+        self._told(None, key, told)
+        if reason.check(StoreUnavailable) is None:
+            _log.failure("Settling reservations failed", reason)
+        elif not self._closed and len(self._kept) < _MOST_KEPT and until > self._clock.seconds():
+            self._kept.append((key, settlements, until))
+            if not self._retrying.running:
+                self._retrying.start(RETRY, now=False)
+
+    def _retry(self) -> None:
+        kept, self._kept = self._kept, []
+        for key, settlements, until in kept:
+            self._tell(key, settlements, until)
+        if not kept:
+            self._retrying.stop()
