@@ -130,3 +130,66 @@ def test_another_reactor_is_left_as_it_is() -> None:
     before = other.doIteration
     lighten(other)
     assert other.doIteration == before
+
+
+class Running:
+    """A reactor that runs, until what a test waits for has come."""
+
+    def __init__(self, reactor: EPollReactor) -> None:
+        self.reactor = reactor
+        self.turns = 0
+        self._poll = reactor.doIteration
+        reactor.doIteration = self._count  # type: ignore[method-assign]
+
+    def _count(self, timeout: float | None) -> None:
+        self.turns += 1
+        self._poll(timeout)
+
+    def run(self) -> None:
+        self.reactor.callLater(20, self.reactor.stop)  # a hang would be none of the test's
+        self.reactor.run(installSignalHandlers=False)
+
+
+def test_events_are_acted_on_in_one_turn_while_nothing_else_is_due(reactor: EPollReactor) -> None:
+    running = Running(reactor)
+    count = 0
+
+    def again() -> None:
+        nonlocal count
+        count += 1
+        if count < 50:
+            one.peer.send(b"x")
+        else:
+            reactor.removeReader(one)
+            reactor.stop()
+
+    one = Descriptor(again)
+    reactor.addReader(one)
+    one.peer.send(b"x")
+    running.run()
+    assert count == 50
+    assert running.turns < 10
+
+
+@pytest.mark.parametrize("how", ["new", "sooner", "thread", "stop"])
+def test_what_an_event_makes_due_is_done_before_others_come(reactor: EPollReactor, how: str) -> None:
+    later = reactor.callLater(20, reactor.stop)
+
+    def act() -> None:
+        reactor.removeReader(one)
+        if how == "new":
+            reactor.callLater(0, reactor.stop)
+        elif how == "sooner":
+            later.reset(0)
+        elif how == "thread":
+            reactor.threadCallQueue.append((reactor.stop, (), {}))
+        else:
+            reactor.stop()
+
+    one = Descriptor(act)
+    reactor.addReader(one)
+    one.peer.send(b"x")
+    began = reactor.seconds()
+    Running(reactor).run()
+    assert one.read == 1
+    assert reactor.seconds() - began < 15

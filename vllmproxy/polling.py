@@ -1,9 +1,9 @@
-"""Twisted's epoll, without the two things that it does for each event and nobody here needs.
+"""Twisted's epoll, without the things that it does for each event and nobody here needs.
 
 For each descriptor that can be read or written the reactor makes a logging context of the transport's ``logPrefix()``,
 for log lines of the old kind that would otherwise have none, and asks for the descriptor's number to see whether it is
 closed. That is 6 µs an event, as much as a quarter of what a streamed token costs. Loggers name themselves, and who is
-closed is not polled any more.
+closed is not polled any more. Between two polls it looks through what is due in eight calls, where one does.
 """
 
 import errno
@@ -24,25 +24,39 @@ def lighten(reactor: Any) -> None:
 
 
 def poll(reactor: Any, timeout: float | None) -> None:
-    """Do what ``EPollReactor.doPoll`` does: wait for events, at most ``timeout`` seconds, and act on them."""
-    selectables = reactor._selectables
-    try:
-        events = reactor._poller.poll(-1 if timeout is None else timeout, len(selectables))
-    except OSError as error:
-        if error.errno == errno.EINTR:
-            return
-        raise
-    for fd, event in events:
-        selectable = selectables.get(fd)
-        if selectable is None:
-            continue  # an event before this one ended it
+    """Do what ``EPollReactor.doPoll`` does: wait for events, at most ``timeout`` seconds, and act on them; and go on
+    with the next ones while the reactor has nothing else to do."""
+    wait: float | None = -1 if timeout is None else timeout
+    while wait is not None:
+        selectables = reactor._selectables
         try:
-            if event == _READABLE:
-                _read(reactor, selectable)
-            else:
-                reactor._doReadOrWrite(selectable, fd, event)
-        except Exception:  # nothing is awaited here; what raises when it is told of its end must not hold up the others
-            log.err()
+            events = reactor._poller.poll(wait, len(selectables))
+        except OSError as error:
+            if error.errno == errno.EINTR:
+                return
+            raise
+        for fd, event in events:
+            selectable = selectables.get(fd)
+            if selectable is None:
+                continue  # an event before this one ended it
+            try:
+                if event == _READABLE:
+                    _read(reactor, selectable)
+                else:
+                    reactor._doReadOrWrite(selectable, fd, event)
+            except Exception:  # nothing is awaited; what raises when it is told of its end must not hold up the others
+                log.err()
+        wait = _idle_for(reactor)
+
+
+def _idle_for(reactor: Any) -> float | None:
+    """Return for how many seconds nothing is due, -1 if nothing ever is; ``None`` if something is now."""
+    if reactor._newTimedCalls or reactor.threadCallQueue or reactor._justStopped or not reactor._started:
+        return None
+    if not reactor._pendingTimedCalls:
+        return -1
+    idle = reactor._pendingTimedCalls[0].time - reactor.seconds()
+    return idle if idle > 0 else None
 
 
 def _read(reactor: Any, selectable: Any) -> None:
