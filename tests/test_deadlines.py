@@ -142,3 +142,16 @@ def test_a_wait_that_is_over_by_the_new_length_ends_soon() -> None:
     deadlines.change(0)
     clock.advance(1000)
     assert expired == ["item"]
+
+
+def test_the_newest_is_given_back_with_whether_it_was_due() -> None:
+    clock = Clock()
+    deadlines: Deadlines[str] = Deadlines(clock, 10, lambda item: None)
+    assert deadlines.pop_newest() is None
+    deadlines.set("old")
+    clock.advance(10)
+    deadlines.set("new")
+    assert deadlines.pop_newest() == ("new", False)
+    assert deadlines.pop_newest() == ("old", True)
+    assert deadlines.pop_newest() is None
+    deadlines.close()

@@ -77,6 +77,14 @@ class Deadlines(Generic[T]):
             del self._due[item]
         return item
 
+    def pop_newest(self) -> tuple[T, bool] | None:
+        """End the wait that was begun last, and return whose it was, and whether it was due; ``None`` where there is
+        none."""
+        if not self._due:
+            return None
+        item, due = self._due.popitem()
+        return item, due <= self._clock.seconds()
+
     def longest(self) -> float:
         """Return for how many seconds the wait that is to expire first has lasted; -1 where there is none."""
         due = next(iter(self._due.values()), None)

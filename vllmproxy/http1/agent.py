@@ -93,11 +93,9 @@ class UpstreamAgent:
         self._origin_length = len(origin)
         self._origin = origin
         self._limits = limits
-        self._idle: dict[ClientConnection, float] = {}
-        self._idle_seconds = idle
         self._connect_seconds = connect_timeout
         self._busy: set[ClientConnection] = set()
-        self._expiry: Deadlines[ClientConnection] = Deadlines(clock, idle, self._too_old)
+        self._idle: Deadlines[ClientConnection] = Deadlines(clock, idle, ClientConnection.abort)
         self._deadlines = ConnectionDeadlines(clock, handshake=handshake_timeout, write=write_timeout)
         self._factory = _ConnectionFactory(self._build)
         self._name = origin.decode("ascii")
@@ -136,11 +134,9 @@ class UpstreamAgent:
         return sent.addErrback(self._again, request)
 
     def _take(self) -> ClientConnection | None:
-        youngest = self._clock.seconds() - self._idle_seconds
-        while self._idle:
-            connection, since = self._idle.popitem()
-            self._expiry.clear(connection)
-            if since > youngest and not connection.has_ended():
+        while (newest := self._idle.pop_newest()) is not None:
+            connection, is_due = newest
+            if not (is_due or connection.has_ended()):
                 self._busy.add(connection)
                 return connection
             connection.abort()
@@ -206,30 +202,24 @@ class UpstreamAgent:
 
     def _released(self, connection: ClientConnection) -> None:
         self._busy.discard(connection)
-        self._idle[connection] = self._clock.seconds()
-        self._expiry.set(connection)
+        self._idle.set(connection)
 
     def _gone(self, connection: ClientConnection) -> None:
         self._busy.discard(connection)
-        self._idle.pop(connection, None)
-        self._expiry.clear(connection)
-
-    def _too_old(self, connection: ClientConnection) -> None:
-        self._idle.pop(connection, None)
-        connection.abort()
+        self._idle.clear(connection)
 
     @property
     def is_idle(self) -> bool:
         """Whether it has no connection."""
-        return not (self._busy or self._idle)
+        return not self._busy and next(iter(self._idle), None) is None
 
     def close(self) -> None:
         """Reset every connection."""
-        self._expiry.close()
+        idle = list(self._idle)
+        self._idle.close()
         self._deadlines.close()
-        for connection in [*self._idle, *self._busy]:
+        for connection in [*idle, *self._busy]:
             connection.abort()
-        self._idle.clear()
 
 
 def _send(connection: ClientConnection, request: Request) -> "Deferred[IResponse]":

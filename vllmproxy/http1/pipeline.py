@@ -17,6 +17,9 @@ class Pipeline:
     """Takes bytes and gives requests, in order (RFC 9112 §9.3.2).
 
     :param make: makes a stream of a head that has just been read.
+    :ivar error: why nothing more is read of this connection. Requests that were whole before are still to be answered.
+    :ivar in_head: whether some of a head has come, and not all of it.
+    :ivar has_early: whether bytes came behind a WebSocket handshake that is not answered yet.
     """
 
     def __init__(self, make: Callable[[RequestHead], Stream], limits: Limits) -> None:
@@ -25,25 +28,17 @@ class Pipeline:
         self._incoming: Stream | None = None
         self._unparsed = b""
         self._reader = RequestReader(self, limits)
+        self.error: WireError | None = None
+        self.in_head = self.has_early = False
 
     def feed(self, data: bytes) -> None:
         """Take what was read."""
         self._unparsed += data
         self._parse()
 
-    @property
-    def error(self) -> WireError | None:
-        """Why nothing more is read of this connection. Requests that were whole before are still to be answered."""
-        return self._reader.error
-
     def fail(self, error: WireError) -> None:
         """Read nothing more."""
-        self._reader.error = error
-
-    @property
-    def in_head(self) -> bool:
-        """Whether some of a head has come, and not all of it."""
-        return self._reader.in_head
+        self.error = self._reader.error = error
 
     @property
     def is_empty(self) -> bool:
@@ -60,19 +55,16 @@ class Pipeline:
         """Take that one: it begins."""
         return self._queue.popleft()
 
-    @property
-    def has_early(self) -> bool:
-        """Whether bytes came behind a WebSocket handshake that is not answered yet."""
-        return self._reader.early is not None
-
     def take_early(self) -> bytes:
         """The connection is a tunnel: return what came behind the handshake."""
         early, self._unparsed = self._reader.take_early() + self._unparsed, b""
+        self.has_early = False
         return early
 
     def resume(self) -> None:
         """The connection stays HTTP although a WebSocket was asked for."""
         self._reader.resume()
+        self._look()
 
     def close(self) -> None:
         """The connection is gone: let go of it, and of whose body was coming."""
@@ -88,6 +80,12 @@ class Pipeline:
             reader.feed(data[at:end])
             at = end
         self._unparsed = data[at:] if reader.error is None else b""
+        self._look()
+
+    def _look(self) -> None:
+        """The reader has read something."""
+        reader = self._reader
+        self.error, self.in_head, self.has_early = reader.error, reader.in_head, reader.early is not None
 
     # vllmproxy.http1.requests.RequestSink
 

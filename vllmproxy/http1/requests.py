@@ -202,8 +202,8 @@ class RequestReader:
             check_request(head)
         except WireError as error:
             self._refuse(error.status, error.message)
-        self._count_body(head.content_length or 0)
-        self._body_bytes = 0
+        if (head.content_length or 0) > self._limits.body > 0:
+            self._refuse_body()
         self._body_follows_upgrade = self._parser.should_upgrade() and not head.websocket
         self._chunks = Chunks() if head.chunked else None
         self._head = head
@@ -231,13 +231,13 @@ class RequestReader:
         self._progressed = True
         if self._chunks is None:
             self._at += len(data)
-        self._count_body(len(data))
+        self._body_bytes += len(data)
+        if self._body_bytes > self._limits.body > 0:
+            self._refuse_body()
         self._sink.body_read(data)
 
-    def _count_body(self, size: int) -> None:
-        self._body_bytes += size
-        if self._body_bytes > self._limits.body > 0:
-            self._refuse(413, f"The request's body has more than {self._limits.body} bytes.")
+    def _refuse_body(self) -> None:
+        self._refuse(413, f"The request's body has more than {self._limits.body} bytes.")
 
     def on_message_complete(self) -> None:
         self._progressed = True

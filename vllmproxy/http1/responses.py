@@ -168,7 +168,9 @@ class ResponseReader:
         # After HEAD, an upstream that sends the body it announced would answer the next request with it.
         bodiless_for_sure = not (self._method == b"HEAD" and (head.content_length or head.chunked))
         self._inform = None
-        self.reusable = version == "1.1" and bodiless_for_sure and not _says_close(head)
+        self.reusable = (
+            version == "1.1" and bodiless_for_sure and (b"connection" not in head.fields or not _says_close(head))
+        )
         self.whole = head.bodiless and head.status != 101
 
     def on_body(self, data: bytes) -> None:
@@ -185,4 +187,4 @@ class ResponseReader:
 
 
 def _says_close(head: ResponseHead) -> bool:
-    return any(b"close" in value.lower() for value in head.fields.get(b"connection", ()))
+    return any(b"close" in value.lower() for value in head.fields[b"connection"])

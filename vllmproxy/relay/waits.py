@@ -160,7 +160,8 @@ class Patience:
 
     def end(self) -> None:
         """It is over."""
-        if self._exchange is not None:
-            self._begin(None)
-            self._waits.total.clear(self._exchange)
-            self._exchange = None  # which leads here
+        exchange, self._exchange = self._exchange, None  # which leads here
+        if exchange is not None:
+            self._waits.total.clear(exchange)
+            if self._wait is not None:
+                self._wait.clear(exchange)
