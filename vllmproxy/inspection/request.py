@@ -1,13 +1,13 @@
 """What a body asks for, as one value: model, stream, tokens, usage, end user. Nothing ambiguous passes for clear."""
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Final, Literal
 
 import attrs
 from attrs import define
 
+from vllmproxy.inspection.attachments import Attachment, attachments_in, read_around
 from vllmproxy.inspection.document import Document, Member, TooMuch, Unreadable, read_document
 from vllmproxy.inspection.form import Form, is_form, read_form
 from vllmproxy.inspection.lax import MOST, count_of, truth_of
@@ -42,9 +42,8 @@ _COUNTED: Final = frozenset(
 _END_USERS: Final = frozenset({"metadata", "safety_identifier", "user"})
 _READ: Final = _KEPT | _COUNTED | _END_USERS
 
-#: What is no text in a prompt: images, sounds and files, in base64, in OpenAI's and Anthropic's forms.
-_OTHERS: Final = re.compile(rb'"data:[\w/+.-]*;base64,[\w+/=]{256,}"|"data"\s*:\s*"[\w+/=]{256,}"')
 _BYTES_PER_TOKEN: Final = 4
+#: An image, a sound or a file.
 _TOKENS_PER_OTHER: Final = 1024
 
 
@@ -100,7 +99,9 @@ def read_request(path: str, body: bytes, content_type: bytes | None, content_enc
         form = is_form(content_type)
         if form:
             return _of_form(read_form(body, content_type or b""), path)
-        return _of_document(read_document(body, _READ), path, _prompt_tokens(body))
+        attachments = attachments_in(body)
+        document = read_around(body, attachments, _READ, _LARGE) if attachments else read_document(body, _READ)
+        return _of_document(document, path, _prompt_tokens(body, attachments))
     except Unreadable as unreadable:
         reason = str(unreadable)
         clear = not form and not isinstance(unreadable, TooMuch) and not _takes(body)
@@ -115,11 +116,11 @@ def _takes(body: bytes) -> bool:
         return False
 
 
-def _prompt_tokens(body: bytes) -> int:
-    if b'"data' not in body:
-        return -(-len(body) // _BYTES_PER_TOKEN)
-    others = [len(match[0]) for match in _OTHERS.finditer(body)]
-    return -(-(len(body) - sum(others)) // _BYTES_PER_TOKEN) + len(others) * _TOKENS_PER_OTHER
+def _prompt_tokens(body: bytes, attachments: list[Attachment]) -> int:
+    text = len(body)
+    for attachment in attachments:
+        text -= attachment.end + 1 - attachment.start
+    return -(-text // _BYTES_PER_TOKEN) + len(attachments) * _TOKENS_PER_OTHER
 
 
 def _of_document(document: Document, path: str, prompt_tokens: int) -> Asked:

@@ -1,0 +1,112 @@
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from vllmproxy.inspection.attachments import attachments_in, read_around
+from vllmproxy.inspection.document import Document, Unreadable, read_document
+from vllmproxy.inspection.request import LONGEST_END_USER, Asked, read_request
+from vllmproxy.inspection.splice import with_usage
+
+RUN = b"iVBO" * 100
+PICTURE = b'"data:image/png;base64,' + RUN + b'"'
+SOURCE = b'{"type":"base64","data" : "' + RUN + b'"}'
+WANTED = frozenset({"messages", "model", "stream", "user"})
+UNREAD = frozenset({"messages"})
+
+#: What, put together at random, is JSON with attachments in it, or nearly.
+PIECES = st.sampled_from(
+    [
+        *(b"{", b"}", b"[", b"]", b",", b":", b" ", b'"', b"\\", b'\\"', b"\xc3\xa9", b"1", b'"a"', b'"data"'),
+        *(b'"messages":', b'"model":', b'"user":', b'"stream":true,', b',"model":"m"'),
+        *(PICTURE, PICTURE[:-1], b"\\" + PICTURE, b"\\" + PICTURE[:-1] + b'\\"', PICTURE[:-1] + b' "', RUN),
+        *(SOURCE, SOURCE[1:-1], b'"data":"' + RUN + b'"', b'\\"data":"' + RUN + b'"'),
+    ]
+)
+
+
+def asked(body: bytes, path: str = "/v1/chat/completions") -> Asked:
+    return read_request(path, body, b"application/json")
+
+
+def members(document: Document, *, without: frozenset[str]) -> dict[str, tuple[object, int, int]]:
+    return {
+        name: (None if name in without else repr(member.value), member.start, member.end)
+        for name, member in document.members.items()
+    }
+
+
+def reads_alike(body: bytes) -> None:
+    """What is read without the attachments is what is read with them."""
+    found = attachments_in(body)
+    try:
+        whole = read_document(body, WANTED)
+    except Unreadable as error:
+        with pytest.raises(Unreadable, match=str(error)):
+            read_around(body, found, WANTED, UNREAD)
+        return
+    around = read_around(body, found, WANTED, UNREAD)
+    assert members(around, without=UNREAD) == members(whole, without=UNREAD)
+    assert (around.repeated, around.opening, around.empty) == (whole.repeated, whole.opening, whole.empty)
+
+
+@given(st.lists(PIECES, max_size=10).map(b"".join))
+@example(b'{"model":"m","messages":[' + PICTURE + b"," + SOURCE + b'],"stream":true}')
+@example('{"user":"é","messages":['.encode() + PICTURE + b',"\xc3\xa9",' + PICTURE + b'],"model":"m"}')
+@example(b'{"messages":[],"user":' + PICTURE + b',"model":"m"}')
+@example(b'{"a\\"data":"' + RUN + b'","model":"m"}')
+@example(b'{"model":"a","x":' + PICTURE + b',"model":"b"}')
+def test_a_body_reads_alike_with_and_without_its_attachments(body: bytes) -> None:
+    reads_alike(body)
+
+
+@given(st.lists(PIECES, max_size=6).map(b"".join), st.lists(PIECES, max_size=4).map(b"".join))
+def test_members_behind_attachments_are_where_they_are(inside: bytes, behind: bytes) -> None:
+    reads_alike(b'{"messages":[' + inside + PICTURE + b'],"model":"m"' + behind + b"}")
+
+
+@pytest.mark.parametrize(
+    ("body", "number"),
+    [
+        (b"[" + PICTURE + b"," + SOURCE + b"]", 2),
+        (b'"data:;base64,' + b"A" * 256 + b'"', 1),
+        (b'"data:;base64,' + b"A" * 255 + b'"', 0),
+        (b'"data:;base64,' + b"A" * 200_000 + b'"', 1),
+        (b'"data:;base64,' + b"A" * 200_000 + b' "', 0),
+        (b'"data:;base64,' + b"A" * 100_000 + b"\\n" + b"A" * 100_000 + b'"' + PICTURE, 1),
+        (b'"data:;base64,' + b"A" * 300, 0),
+        (b'"data":"' + b"A" * 300 + b"\n" + b'"', 0),
+        (b'"data":1,' + PICTURE[:50], 0),
+    ],
+)
+def test_only_base64_is_an_attachment(body: bytes, number: int) -> None:
+    found = attachments_in(body)
+    assert len(found) == number
+    for attachment in found:
+        assert body.startswith(b'"data', attachment.start)
+        assert body[attachment.end : attachment.end + 1] == b'"'
+        assert not body[attachment.begun : attachment.end].strip(b"AiVBO")
+
+
+def test_what_decides_is_read_whole_though_it_looks_like_an_attachment() -> None:
+    name = "data:;base64," + "A" * 3000
+    body: dict[str, Any] = {"model": name, "user": name, "metadata": {"data": "A" * 500, "user_id": "u"}}
+    found = asked(json.dumps(body).encode())
+    assert (found.surety, found.model) == ("named", name)
+    assert found.end_user == name[:LONGEST_END_USER]
+    assert asked(b'{"metadata":{"data":"' + RUN + b'","user_id":"u"}}').end_user == "u"
+
+
+def test_prompts_are_counted_though_they_are_attachments() -> None:
+    body = b'{"prompt_embeds":[' + b",".join([PICTURE] * 3) + b'],"max_tokens":5}'
+    assert (asked(body, "/v1/completions").answers, asked(body, "/v1/completions").output_tokens) == (3, 15)
+    assert asked(b'{"prompt":' + PICTURE + b"}", "/v1/completions").answers == 1
+
+
+def test_what_is_changed_behind_an_attachment_is_changed_in_its_place() -> None:
+    options = b'],"model":"m","stream":true,"stream_options":%b}'
+    body = b'{"messages":[' + PICTURE + options
+    changed = with_usage("/v1/chat/completions", body % b"null", asked(body % b"null"))
+    assert changed == body % b'{"include_usage":true}'

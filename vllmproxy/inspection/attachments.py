@@ -1,0 +1,82 @@
+"""Images, sounds and files in a JSON body, in base64, as OpenAI's and Anthropic's forms have them.
+
+They may be all but a few bytes of it. What is around them is read without them: they are looked at once, for being
+base64, and neither decoded nor copied.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Collection
+from typing import Final
+
+from attrs import define
+
+from vllmproxy.inspection.document import Document, read_document
+
+#: How one begins. Shorter ones count as text.
+_BEGINNING: Final = re.compile(rb'"data(?::[\w/+.-]*;base64,|"\s*:\s*")[\w+/=]{256}')
+_BASE64: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=_"
+#: Bytes that are looked at in one step: what is made of them is made in the processor's cache.
+_STEP: Final = 65_536
+
+
+@define  # not frozen, which takes three times as long to make
+class Attachment:
+    """Where one is in a body.
+
+    :ivar start: its opening quote, or that of the name before it.
+    :ivar begun: behind its first characters, 256 of base64; ``end``: its closing quote. Between the two there is only
+        base64, so nothing that could end a string or break JSON.
+    """
+
+    start: int
+    begun: int
+    end: int
+
+
+def attachments_in(body: bytes) -> list[Attachment]:
+    """Return those in ``body``, in order. They may stand where no JSON value can; the body is no JSON then, with or
+    without them."""
+    found: list[Attachment] = []
+    if b'"data' not in body:
+        return found
+    match = _BEGINNING.search(body)
+    while match is not None:
+        end = body.find(b'"', match.end())
+        if end < 0:
+            break
+        if _is_base64(body, match.end(), end):
+            found.append(Attachment(match.start(), match.end(), end))
+        match = _BEGINNING.search(body, end)
+    return found
+
+
+def _is_base64(body: bytes, start: int, end: int) -> bool:
+    steps = range(start, end, _STEP)
+    return not any(body[at : min(at + _STEP, end)].translate(None, _BASE64) for at in steps)
+
+
+def read_around(
+    body: bytes, attachments: list[Attachment], wanted: Collection[str], unread: Collection[str]
+) -> Document:
+    """Read ``body`` as :func:`~vllmproxy.inspection.document.read_document` does, without its attachments.
+
+    :param unread: names whose value nobody reads: attachments in it are cut off behind their beginning. For one in any
+        other value, all of the body is read.
+    :raises Unreadable: as there.
+    """
+    pieces, at = [], 0
+    cuts, gone = [], [0]  # where in what is left some is left out, and how much is before that
+    for attachment in attachments:
+        pieces.append(body[at : attachment.begun])
+        cuts.append(attachment.begun - gone[-1])
+        gone.append(gone[-1] + attachment.end - attachment.begun)
+        at = attachment.end
+    document = read_document(b"".join([*pieces, body[at:]]), wanted)
+    for name, member in document.members.items():
+        before, within = bisect_right(cuts, member.start), bisect_right(cuts, member.end)
+        if before != within and name not in unread:
+            return read_document(body, wanted)
+        member.start += gone[before]
+        member.end += gone[within]
+    return document
