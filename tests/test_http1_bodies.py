@@ -24,7 +24,7 @@ def body_of(sent: bytes) -> bytes:
 @pytest.mark.parametrize("data", [b"", b"x", b"x" * REPLAYABLE, LONG], ids=len)
 def test_it_arrives(data: bytes, chunked: bool) -> None:
     upstream = Upstream()
-    pending = upstream.ask(b"POST", WholeBody(data, chunked=chunked))
+    pending = upstream.ask(b"POST", WholeBody([data], chunked=chunked))
     (wire,) = upstream.wires
     assert body_of(wire.sent) == data
     wire.receive(OK)
@@ -36,7 +36,7 @@ def test_it_arrives(data: bytes, chunked: bool) -> None:
 def test_a_short_one_leaves_with_the_head() -> None:
     upstream = Upstream()
     upstream.endpoint.hold = True
-    upstream.ask(b"POST", WholeBody(b"{}", chunked=False))
+    upstream.ask(b"POST", WholeBody([b"{}"], chunked=False))
     upstream.endpoint.go()
     (wire,) = upstream.wires
     assert wire.sent.endswith(b"\r\n\r\n{}")
@@ -49,7 +49,7 @@ def test_a_long_one_waits_for_the_upstream() -> None:
     wire.receive(OK)
     wire.take()
     wire.stall()
-    pending = upstream.ask(b"POST", WholeBody(LONG, chunked=False))
+    pending = upstream.ask(b"POST", WholeBody([LONG], chunked=False))
     sent = b""
     while len(sent) < len(LONG):
         assert 0 < len(wire.queued) < 3 * REPLAYABLE
@@ -63,7 +63,7 @@ def test_a_long_one_waits_for_the_upstream() -> None:
 
 def test_it_is_sent_again_from_its_beginning() -> None:
     upstream = Upstream()
-    body = WholeBody(LONG, chunked=False)
+    body = WholeBody([LONG], chunked=False)
     upstream.ask(b"POST", body)
     upstream.wires[0].stall()
     upstream.ask(b"POST", body)
@@ -76,7 +76,7 @@ def test_an_early_answer_ends_it() -> None:
     (wire,) = upstream.wires
     wire.receive(OK)
     wire.stall()
-    body = WholeBody(LONG, chunked=False)
+    body = WholeBody([LONG], chunked=False)
     pending = upstream.ask(b"POST", body)
     wire.receive(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
     body.forget()

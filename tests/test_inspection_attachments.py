@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from vllmproxy.inspection.attachments import attachments_in, read_around
 from vllmproxy.inspection.document import Document, Unreadable, read_document
 from vllmproxy.inspection.request import LONGEST_END_USER, Asked, read_request
-from vllmproxy.inspection.splice import with_usage
+from vllmproxy.inspection.splice import edited, usage_edits
 
 RUN = b"iVBO" * 100
 PICTURE = b'"data:image/png;base64,' + RUN + b'"'
@@ -108,5 +108,5 @@ def test_prompts_are_counted_though_they_are_attachments() -> None:
 def test_what_is_changed_behind_an_attachment_is_changed_in_its_place() -> None:
     options = b'],"model":"m","stream":true,"stream_options":%b}'
     body = b'{"messages":[' + PICTURE + options
-    changed = with_usage("/v1/chat/completions", body % b"null", asked(body % b"null"))
-    assert changed == body % b'{"include_usage":true}'
+    edits = usage_edits("/v1/chat/completions", body % b"null", asked(body % b"null"))
+    assert b"".join(edited(body % b"null", edits)) == body % b'{"include_usage":true}'

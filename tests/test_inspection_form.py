@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from vllmproxy.inspection.form import LONGEST_FIELD
 from vllmproxy.inspection.request import Asked, read_request
-from vllmproxy.inspection.splice import with_model, with_usage
+from vllmproxy.inspection.splice import edited, model_edits, usage_edits
 
 PATH = "/v1/audio/transcriptions"
 TYPE = b"multipart/form-data; boundary=b0"
@@ -37,10 +37,10 @@ def test_the_fields_of_a_form() -> None:
     asked = read(body)
     assert (asked.surety, asked.model, asked.stream, asked.usage) == ("named", "whispér", True, True)
     assert (asked.answers, asked.output_tokens, asked.end_user) == (1, 50, "u")
-    assert with_model(body, asked, "large-v3") == body.replace("whispér".encode(), b"large-v3")
-    assert with_usage(PATH, body, asked) is None
+    assert b"".join(edited(body, model_edits(asked, "large-v3"))) == body.replace("whispér".encode(), b"large-v3")
+    assert usage_edits(PATH, body, asked) == []
     with pytest.raises(ValueError, match="no model"):
-        with_model(body, asked, "a\r\nb")
+        model_edits(asked, "a\r\nb")
 
 
 def test_what_is_not_there() -> None:
@@ -139,4 +139,4 @@ def test_a_file_may_hold_anything(audio: bytes, model: str) -> None:
     assert asked.model == model
     start = body.rindex(b"\r\n\r\n") + 4 if b"\r\n\r\n" not in model.encode() else -1
     if start > 0:
-        assert with_model(body, asked, "new") == form(FILE + audio, part(b"model", b"new"))
+        assert b"".join(edited(body, model_edits(asked, "new"))) == form(FILE + audio, part(b"model", b"new"))

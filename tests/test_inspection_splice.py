@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vllmproxy.inspection.document import read_document
 from vllmproxy.inspection.lax import truth_of
 from vllmproxy.inspection.request import read_request
-from vllmproxy.inspection.splice import with_model, with_usage
+from vllmproxy.inspection.splice import edited, model_edits, usage_edits
 
 CHAT = "/v1/chat/completions"
 JSON = b"application/json"
@@ -18,7 +18,12 @@ TRUE = st.sampled_from([True, 1, "true", "YES"])
 
 
 def usage(body: bytes, path: str = CHAT) -> bytes | None:
-    return with_usage(path, body, read_request(path, body, JSON))
+    edits = usage_edits(path, body, read_request(path, body, JSON))
+    return b"".join(edited(body, edits)) if edits else None
+
+
+def with_model(body: bytes, model: str) -> bytes:
+    return b"".join(edited(body, model_edits(read_request(CHAT, body, JSON), model)))
 
 
 @st.composite
@@ -154,8 +159,7 @@ def model_bodies(draw: st.DrawFn) -> bytes:
 
 @given(model_bodies(), st.text(max_size=20))
 def test_the_models_value_alone_is_replaced(body: bytes, model: str) -> None:
-    asked = read_request(CHAT, body, JSON)
-    spliced = with_model(body, asked, model)
+    spliced = with_model(body, model)
     member = read_document(body).members["model"]
     assert spliced == body[: member.start] + json.dumps(model).encode() + body[member.end :]
     changed = {**json.loads(body), "model": model}
@@ -165,14 +169,22 @@ def test_the_models_value_alone_is_replaced(body: bytes, model: str) -> None:
 @given(stream_bodies(), st.text(max_size=20))
 def test_both_splices_go_together(bodies: tuple[bytes, bytes], model: str) -> None:
     body, _ = bodies
-    first = with_model(body, read_request(CHAT, body, JSON), model)
-    one = usage(first)
+    asked = read_request(CHAT, body, JSON)
+    both = b"".join(edited(body, model_edits(asked, model) + usage_edits(CHAT, body, asked)))
+    assert both == usage(with_model(body, model))
     second = usage(body)
     assert second is not None
-    assert one == with_model(second, read_request(CHAT, second, JSON), model)
+    assert both == with_model(second, model)
+
+
+def test_what_stays_is_not_copied() -> None:
+    body = b'{"model":"a","messages":[' + b" " * 1000 + b"]}"
+    pieces = edited(body, [(9, 12, b'"longer"')])
+    assert b"".join(pieces) == body.replace(b'"a"', b'"longer"')
+    assert [piece.obj is body for piece in pieces if isinstance(piece, memoryview)] == [True, True]
 
 
 @pytest.mark.parametrize("body", [b'{"model":"a","model":"b"}', b'{"model":null}', b"{}", b"[]", b'{"model":5}'])
 def test_no_model_no_splice(body: bytes) -> None:
     with pytest.raises(ValueError, match="no model"):
-        with_model(body, read_request(CHAT, body, JSON), "b")
+        with_model(body, "b")

@@ -14,7 +14,7 @@ def is_plain(transport: Any) -> bool:
     return type(transport) in _PLAIN and not getattr(transport, "TLS", False)
 
 
-def write_now(transport: Any, data: bytes) -> None:
+def write_now(transport: Any, data: bytes | memoryview) -> None:
     """Write to a plain transport: straight to the socket where nothing is queued before it, the rest by queue.
 
     ``transport.write`` alone costs two ``epoll_ctl`` calls and another turn of the reactor.
@@ -34,4 +34,4 @@ def write_now(transport: Any, data: bytes) -> None:
             return
         if sent:
             data = data[sent:]
-    transport.write(data)
+    transport.write(bytes(data))

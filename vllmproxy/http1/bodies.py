@@ -1,5 +1,7 @@
 """A request's body on its way from a server stream to an upstream connection."""
 
+from collections.abc import Iterator
+from mmap import mmap
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -9,8 +11,10 @@ from zope.interface import implementer
 
 from vllmproxy.http1.stream import Stream
 
-#: What is kept of a body that is piped so that it can be sent once more, a longer one is sent only once; and the pieces
-#: that one is sent in which is here.
+#: Some of a body.
+Piece = bytes | memoryview | mmap
+#: What is kept of a body that is piped so that it can be sent once more, a longer one is sent only once; and what is
+#: sent at a time of one that is here.
 REPLAYABLE = 65_536
 
 
@@ -100,17 +104,19 @@ class WholeBody:
     """A body that is all here.
 
     :ivar length: bytes; ``UNKNOWN_LENGTH`` where it is to be sent in chunks, as it came.
-    :ivar whole: all of it where it is short: a connection writes that with the head. A long one is written piece by
-        piece as the upstream takes it, for what waits in a transport is copied there more than once.
+    :ivar whole: all of it where it is short: a connection writes that with the head. A long one is written bit by bit
+        as the upstream takes it, for what waits in a transport is copied there more than once.
     """
 
     replayable = True
 
-    def __init__(self, data: bytes, *, chunked: bool) -> None:
-        self.length: Any = UNKNOWN_LENGTH if chunked else len(data)
-        self.whole = data if len(data) <= REPLAYABLE else None
-        self._data = data
-        self._at = 0
+    def __init__(self, pieces: list[Piece], *, chunked: bool) -> None:
+        size = sum(map(len, pieces))
+        self.length: Any = UNKNOWN_LENGTH if chunked else size
+        self.whole = b"".join(pieces) if size <= REPLAYABLE else None
+        self._pieces = pieces
+        self._size = self._left = size
+        self._bits: Iterator[bytes | memoryview] = iter(())
         self._paused = False
         self._consumer: Any = None
         self._done: Deferred[None] | None = None
@@ -118,16 +124,17 @@ class WholeBody:
     def startProducing(self, consumer: IConsumer) -> "Deferred[None]":
         """Send all of it, from the beginning."""
         done: Deferred[None] = Deferred()
-        self._consumer, self._done, self._at, self._paused = consumer, done, 0, False
+        self._consumer, self._done, self._paused = consumer, done, False
+        self._left, self._bits = self._size, _bits_of(self._pieces)
         consumer.registerProducer(self, True)
         self.resumeProducing()
         return done
 
     def _write(self) -> None:
-        piece = self._data[self._at : self._at + REPLAYABLE]
-        self._at += len(piece)
-        self._consumer.write(piece)
-        if self._at == len(self._data) and self._done is not None:
+        bit = next(self._bits, b"")
+        self._left -= len(bit)
+        self._consumer.write(bit)
+        if not self._left and self._done is not None:
             done, self._done = self._done, None
             self._consumer.unregisterProducer()
             done.callback(None)
@@ -137,7 +144,7 @@ class WholeBody:
         self.whole = None
         self.replayable = False
         if self._done is None:
-            self._data = b""
+            self._pieces, self._bits = [], iter(())
 
     def pauseProducing(self) -> None:
         self._paused = True
@@ -150,6 +157,13 @@ class WholeBody:
     def stopProducing(self) -> None:
         """The connection wants no more."""
         self._paused = True
+
+
+def _bits_of(pieces: list[Piece]) -> Iterator[memoryview]:
+    for piece in pieces:
+        view = memoryview(piece)
+        for at in range(0, len(view), REPLAYABLE):
+            yield view[at : at + REPLAYABLE]
 
 
 def is_replayable(body: Any) -> bool:

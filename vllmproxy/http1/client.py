@@ -82,7 +82,7 @@ class ClientConnection(Protocol):
         self._waiting: Deferred[IResponse] | None = None
         self._receiver: AnswerReceiver | None = None
         self._producer: Any = None
-        self._cork: list[bytes] | None = None
+        self._cork: list[bytes | memoryview] | None = None
         self._body_sent = True
         self._verdict = Verdict(clock, lambda: delivery(self._sock))
         self._half_closed = False
@@ -184,7 +184,7 @@ class ClientConnection(Protocol):
         else:
             self._fail(reason)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """``IConsumer``: a piece of the request's body."""
         if not data:
             return
@@ -193,7 +193,7 @@ class ClientConnection(Protocol):
             data = b"%x\r\n%s\r\n" % (len(data), data)
         self._out(data)
 
-    def _out(self, data: bytes) -> None:
+    def _out(self, data: bytes | memoryview) -> None:
         if self._cork is not None:
             self._cork.append(data)
             if len(data) > _SHORT:  # then its sender is to hear whether the upstream takes it
@@ -201,13 +201,13 @@ class ClientConnection(Protocol):
         else:
             self._write(data)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes | memoryview) -> None:
         if self._closed:
             return
         if self._plain:
             write_now(self.transport, data)
         else:
-            self.transport.write(data)  # type: ignore[union-attr]
+            self.transport.write(bytes(data))  # type: ignore[union-attr]
 
     def write_raw(self, data: bytes) -> None:
         """Send tunnel bytes, after a 101."""

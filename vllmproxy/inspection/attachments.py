@@ -7,6 +7,7 @@ base64, and neither decoded nor copied.
 import re
 from bisect import bisect_right
 from collections.abc import Collection
+from mmap import mmap
 from typing import Final
 
 from attrs import define
@@ -34,12 +35,10 @@ class Attachment:
     end: int
 
 
-def attachments_in(body: bytes) -> list[Attachment]:
+def attachments_in(body: bytes | mmap) -> list[Attachment]:
     """Return those in ``body``, in order. They may stand where no JSON value can; the body is no JSON then, with or
     without them."""
     found: list[Attachment] = []
-    if b'"data' not in body:
-        return found
     match = _BEGINNING.search(body)
     while match is not None:
         end = body.find(b'"', match.end())
@@ -51,13 +50,13 @@ def attachments_in(body: bytes) -> list[Attachment]:
     return found
 
 
-def _is_base64(body: bytes, start: int, end: int) -> bool:
+def _is_base64(body: bytes | mmap, start: int, end: int) -> bool:
     steps = range(start, end, _STEP)
     return not any(body[at : min(at + _STEP, end)].translate(None, _BASE64) for at in steps)
 
 
 def read_around(
-    body: bytes, attachments: list[Attachment], wanted: Collection[str], unread: Collection[str]
+    body: bytes | mmap, attachments: list[Attachment], wanted: Collection[str], unread: Collection[str]
 ) -> Document:
     """Read ``body`` as :func:`~vllmproxy.inspection.document.read_document` does, without its attachments.
 
@@ -76,7 +75,7 @@ def read_around(
     for name, member in document.members.items():
         before, within = bisect_right(cuts, member.start), bisect_right(cuts, member.end)
         if before != within and name not in unread:
-            return read_document(body, wanted)
+            return read_document(body[:], wanted)
         member.start += gone[before]
         member.end += gone[within]
     return document

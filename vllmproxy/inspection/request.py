@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from mmap import mmap
 from typing import Final, Literal
 
 import attrs
@@ -84,7 +85,9 @@ class Asked:
     form: Form | None = attrs.field(default=None, repr=False)
 
 
-def read_request(path: str, body: bytes, content_type: bytes | None, content_encoding: bytes | None = None) -> Asked:
+def read_request(
+    path: str, body: bytes | mmap, content_type: bytes | None, content_encoding: bytes | None = None
+) -> Asked:
     """Return what ``body`` asks for. It never raises: what cannot be read is ambiguous and says nothing else.
 
     :param path: as in :func:`vllmproxy.inspection.routes.takes_model`.
@@ -98,13 +101,13 @@ def read_request(path: str, body: bytes, content_type: bytes | None, content_enc
     try:
         form = is_form(content_type)
         if form:
-            return _of_form(read_form(body, content_type or b""), path)
-        attachments = attachments_in(body)
-        document = read_around(body, attachments, _READ, _LARGE) if attachments else read_document(body, _READ)
+            return _of_form(read_form(body[:], content_type or b""), path)
+        attachments = attachments_in(body) if body.find(b'"data', 0) >= 0 else []
+        document = read_around(body, attachments, _READ, _LARGE) if attachments else read_document(body[:], _READ)
         return _of_document(document, path, _prompt_tokens(body, attachments))
     except Unreadable as unreadable:
         reason = str(unreadable)
-        clear = not form and not isinstance(unreadable, TooMuch) and not _takes(body)
+        clear = not form and not isinstance(unreadable, TooMuch) and not _takes(body[:])
         return Asked(surety="ambiguous", reason=reason, unclear="" if clear else reason)
 
 
@@ -116,7 +119,7 @@ def _takes(body: bytes) -> bool:
         return False
 
 
-def _prompt_tokens(body: bytes, attachments: list[Attachment]) -> int:
+def _prompt_tokens(body: bytes | mmap, attachments: list[Attachment]) -> int:
     text = len(body)
     for attachment in attachments:
         text -= attachment.end + 1 - attachment.start

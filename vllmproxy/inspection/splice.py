@@ -1,66 +1,66 @@
 """The two changes ever made to a body, each of a few bytes; every other byte stays as it was sent.
 
-Both take the bytes and what :func:`vllmproxy.inspection.request.read_request` read in exactly these. To make both, make
-one, and read the outcome again for the other.
+Both follow from what :func:`vllmproxy.inspection.request.read_request` read in exactly the bytes that are changed, and
+concern different members: they are made together.
 """
 
 import json
-from collections.abc import Iterable
+from mmap import mmap
 
 from vllmproxy.inspection.document import Document, Member, Unreadable, read_document
 from vllmproxy.inspection.lax import truth_of
 from vllmproxy.inspection.request import Asked
 from vllmproxy.inspection.routes import needed_of, streams_usage
 
-_Edit = tuple[int, int, bytes]
+#: From where to where, and what is there instead.
+Edit = tuple[int, int, bytes]
 
 
-def with_model(body: bytes, asked: Asked, model: str) -> bytes:
-    """Return ``body`` with ``model`` in place of the value that it names.
+def model_edits(asked: Asked, model: str) -> list[Edit]:
+    """Return what puts ``model`` in place of the value that a body names.
 
     :raises ValueError: it names none, or ``model`` cannot stand in a form's field.
     """
     if asked.surety == "named" and asked.document is not None:
         member = asked.document.members["model"]
-        return _spliced(body, [(member.start, member.end, json.dumps(model).encode())])
+        return [(member.start, member.end, json.dumps(model).encode())]
     if asked.surety == "named" and asked.form is not None and model.isprintable():
         field = asked.form.fields["model"]
-        return _spliced(body, [(field.start, field.end, model.encode())])
+        return [(field.start, field.end, model.encode())]
     raise ValueError("there is no model to be replaced")
 
 
-def with_usage(path: str, body: bytes, asked: Asked) -> bytes | None:
-    """Return ``body`` with what makes vLLM tell the usage of the stream in one more event, and changes nothing else.
+def usage_edits(path: str, body: bytes | mmap, asked: Asked) -> list[Edit]:
+    """Return what makes vLLM tell the usage of the stream in one more event, and changes nothing else.
 
     :param path: as in :func:`vllmproxy.inspection.routes.takes_model`.
-    :return: ``None`` if it is not to be touched: another route; no stream; the client asked for usage itself; what
-        says so is given twice; or it is plain that vLLM refuses the request, whose error may count the members.
+    :return: nothing if ``body`` is not to be touched: another route; no stream; the client asked for usage itself;
+        what says so is given twice; or it is plain that vLLM refuses the request, whose error may count the members.
     """
     document = asked.document
     if document is None or not asked.stream or asked.usage or not streams_usage(path):
-        return None
+        return []
     if not document.repeated.isdisjoint(("stream", "stream_options")) or needed_of(path).isdisjoint(document.members):
-        return None
+        return []
     options = document.members.get("stream_options")
     if options is None:
-        return _spliced(body, [(document.opening, document.opening, b'"stream_options":{"include_usage":true},')])
+        return [(document.opening, document.opening, b'"stream_options":{"include_usage":true},')]
     if options.value is None:
-        return _spliced(body, [(options.start, options.end, b'{"include_usage":true}')])
-    edits = _edits_within(body, options)
-    return None if edits is None else _spliced(body, edits)
+        return [(options.start, options.end, b'{"include_usage":true}')]
+    return _edits_within(body, options)
 
 
-def _edits_within(body: bytes, options: Member) -> list[_Edit] | None:
+def _edits_within(body: bytes | mmap, options: Member) -> list[Edit]:
     try:
         inner = read_document(body[options.start : options.end])
     except Unreadable:  # it is no object
-        return None
+        return []
     if not inner.repeated.isdisjoint(("include_usage", "continuous_usage_stats")):
-        return None
+        return []
     include = truth_of(inner.value("include_usage"))
     continuous = truth_of(inner.value("continuous_usage_stats"))
     if include is None or continuous is None:
-        return None
+        return []
     edits = [_set_true(inner)]
     if continuous:  # without include_usage, vLLM passes over it
         member = inner.members["continuous_usage_stats"]
@@ -68,17 +68,18 @@ def _edits_within(body: bytes, options: Member) -> list[_Edit] | None:
     return [(options.start + start, options.start + end, new) for start, end, new in edits]
 
 
-def _set_true(inner: Document) -> _Edit:
+def _set_true(inner: Document) -> Edit:
     member = inner.members.get("include_usage")
     if member is not None:
         return member.start, member.end, b"true"
     return inner.opening, inner.opening, b'"include_usage":true' + (b"" if inner.empty else b",")
 
 
-def _spliced(body: bytes, edits: Iterable[_Edit]) -> bytes:
-    """Return ``body`` with each span, none of which overlaps another, replaced."""
-    pieces, at = [], 0
+def edited(body: bytes | mmap, edits: list[Edit]) -> list[bytes | memoryview | mmap]:
+    """Return ``body`` with ``edits`` made, none of which overlaps another: in pieces, and what stays is not copied."""
+    view, at = memoryview(body), 0
+    pieces: list[bytes | memoryview | mmap] = []
     for start, end, new in sorted(edits):
-        pieces += [body[at:start], new]
+        pieces += [view[at:start], new]
         at = end
-    return b"".join([*pieces, body[at:]])
+    return [*pieces, view[at:]]

@@ -1,16 +1,19 @@
 """What a request has to pass before it is forwarded: who calls, where to, for which model, and for how much."""
 
+from mmap import mmap
 from typing import TYPE_CHECKING, Final
 
 from twisted.internet.defer import Deferred
 
 from vllmproxy.errors import BadRequest, Forbidden, ModelDenied, StoreDown, TooLarge
+from vllmproxy.http1.bodies import Piece
 from vllmproxy.http1.stream import Stream
 from vllmproxy.inspection.request import Asked, printable, read_request
-from vllmproxy.inspection.splice import with_model, with_usage
+from vllmproxy.inspection.splice import edited, model_edits, usage_edits
 from vllmproxy.keys.gate import ANONYMOUS, RETRY_AFTER, Caller
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.relay.demand import NO_DEMAND, Demand, expected_tokens, guessed_prompt
+from vllmproxy.relay.holding import HeldBody
 from vllmproxy.relay.quotas import Reservation
 from vllmproxy.relay.ways import Way
 
@@ -36,7 +39,7 @@ class Admission:
 
     :ivar way: where it is going.
     :ivar end_user: what it names as its own user, if anything.
-    :ivar body: all of the request's body, as it is forwarded, where that had to be read; else ``None``.
+    :ivar body: all of the request's body, in pieces, as it is forwarded, where that had to be read; else ``None``.
     :ivar demand: what it is expected to use.
     :ivar withholds: the answer has one event that the client did not ask for.
     """
@@ -48,10 +51,11 @@ class Admission:
         self.way = way
         self.caller = ANONYMOUS
         self.end_user = end_user
-        self.body: bytes | None = None
+        self.body: list[Piece] | None = None
         self.demand: Demand = NO_DEMAND
         self.withholds = False
-        self._pieces: list[bytes] = []
+        self._first = b""
+        self._more: HeldBody | None = None
         self._held = 0
 
     @property
@@ -103,7 +107,13 @@ class Admission:
     def hold(self, data: bytes) -> None:
         """Keep a piece of the body. Raises :class:`TooLarge`, :class:`StoreDown`."""
         self._check_size(self._held + len(data))
-        self._pieces.append(data)
+        if not self._held:  # nearly always, that is all
+            self._first = data
+        elif self._more is None:
+            self._more = HeldBody(self._first + data, self._stream.head.content_length)
+            self._first = b""
+        else:
+            self._more.add(data)
         self._held += len(data)
         self._relay.hold(self.caller.key_id, len(data))
 
@@ -122,8 +132,8 @@ class Admission:
         an alias or ``--usage exact`` change. Raises :class:`~vllmproxy.errors.ApiError`."""
         key = self.caller.key
         assert key is not None
-        body = b"".join(self._pieces)
-        self._pieces.clear()
+        body = self._first if self._more is None else self._more.whole
+        self._first, self._more = b"", None
         asked = self._read(body)
         if key.counts_tokens and asked.unclear:
             raise BadRequest(
@@ -131,15 +141,13 @@ class Admission:
                 "Send plain UTF-8 JSON, each member once."
             )
         named, model = asked.model, self._model_for(key, asked)
-        if model is not None and model != named:
-            body = with_model(body, asked, model)
-            asked = self._read(body)
+        edits = [] if model is None or model == named else model_edits(asked, model)
         if self._is_exact_for(key):
-            changed = with_usage(self.way.route, body, asked)
-            self.withholds = changed is not None
-            body = body if changed is None else changed
+            told = usage_edits(self.way.route, body, asked)
+            self.withholds = bool(told)
+            edits += told
         self.end_user = self.end_user or asked.end_user
-        self.body = body
+        self.body = edited(body, edits) if edits else [body]
         prompt, output = expected_tokens(self.way.route, asked.prompt_tokens, asked.output_tokens)
         self.demand = Demand(
             asked=named,
@@ -152,7 +160,7 @@ class Admission:
             spend=self._price(key, model, prompt, output),
         )
 
-    def _read(self, body: bytes) -> Asked:
+    def _read(self, body: bytes | mmap) -> Asked:
         fields = self._stream.head.fields
         deciding: list[bytes | None] = []
         for name, said in _DECIDING.items():
@@ -207,7 +215,7 @@ class Admission:
         if self._held:
             self._relay.hold(self.caller.key_id, -self._held)
             self._held = 0
-        self._pieces.clear()
+        self._first, self._more = b"", None
 
 
 def end_user_in(fields: dict[bytes, list[bytes]]) -> str | None:

@@ -17,16 +17,19 @@ def headers_of(stream: Stream, admission: Admission, client: Client, id: bytes, 
         id,
         host=server.upstream.authority,
         authorization=server.authorization,
-        length=None if admission.body is None else len(admission.body),
+        length=None if admission.body is None else sum(map(len, admission.body)),
     )
     return OutgoingHeaders(lines, upgrade=stream.head.websocket)
 
 
 def body_of(stream: Stream, admission: Admission) -> StreamedBody | WholeBody | None:
     """Return the request's body, which is the connection's from here on; ``None`` where the request has none."""
-    whole, admission.body = admission.body, None
+    pieces, admission.body = admission.body, None
     if not stream.head.has_body:
         return None
-    if whole is None:
+    if pieces is None:
         whole = stream.take_body()
-    return StreamedBody(stream) if whole is None else WholeBody(whole, chunked=stream.head.chunked)
+        if whole is None:
+            return StreamedBody(stream)
+        pieces = [whole]
+    return WholeBody(pieces, chunked=stream.head.chunked)

@@ -25,7 +25,7 @@ _FINGERPRINT_KEY: Final = b'"system_fingerprint":'
 
 
 class Withholder:
-    """The filter for the answer of one request that :func:`vllmproxy.inspection.splice.with_usage` changed.
+    """The filter for the answer of one request that :func:`vllmproxy.inspection.splice.usage_edits` changed.
 
     What has come is passed in the same call, but for an event that has not ended yet, and one with a ``finish_reason``,
     which waits for the next event: vLLM sends the usage right behind the last of them. Comments are events, too.
