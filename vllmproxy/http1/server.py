@@ -18,6 +18,7 @@ from vllmproxy.http1.sockets import (
     is_closing,
     queued_bytes,
     raw_socket,
+    read_long,
     remains,
     reset_now,
 )
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 #: Bytes of a body kept while its handler does not want it yet (the key is being looked up, say).
 HOLD = 65_536
+#: From so many bytes on a body is long: reads are, too.
+_LONG = 1 << 20
 #: Requests of a connection that are begun in one turn of the reactor: others wait for theirs.
 _TURN = 8
 #: How much of an unwanted body is read and thrown away so that the answer before it survives (RFC 9112 §9.6).
@@ -300,6 +303,8 @@ class ServerChannel(Protocol):
             self._set_reading(wanted)
         if wanted and stream is not None and not stream.complete and not stream.awaits_continue:
             self._times_body = True
+            if self._plain:
+                read_long(self.transport, stream.flowing and (stream.head.content_length or 0) > _LONG)
             self.factory.body_deadlines.set(self)
             if self.factory.rate_deadlines.begin(self):
                 self._body_before = stream.bytes_in + stream.held_bytes
@@ -309,6 +314,8 @@ class ServerChannel(Protocol):
     def _time_no_body(self) -> None:
         if self._times_body:
             self._times_body = False
+            if self._plain:
+                read_long(self.transport, False)
             self.factory.body_deadlines.clear(self)
             self.factory.rate_deadlines.clear(self)
 

@@ -20,6 +20,15 @@ _BYTES_ACKED = struct.Struct("=120xQ")
 _DATA_SEGMENTS_OUT = struct.Struct("=156xI")
 _TCP_CLOSE = 7
 
+#: Bytes that are read at a time of what is known to be long. Each read costs a turn of the reactor.
+LONG_READ = 262_144
+
+
+def read_long(transport: Any, long: bool) -> None:
+    """Read more at a time from a plain transport, or as much as Twisted does, which also is how much may be queued in
+    it before its producer is paused."""
+    transport.bufferSize = LONG_READ if long else FileDescriptor.bufferSize
+
 
 def reset_now(transport: Any) -> None:
     """Reset a plain connection before anything else happens; its protocol hears of that from within. By itself,
