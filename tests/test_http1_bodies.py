@@ -1,5 +1,7 @@
 """A body that is all here, on its way to an upstream in memory."""
 
+import mmap
+
 import pytest
 from _memory import OK, Upstream
 
@@ -31,6 +33,18 @@ def test_it_arrives(data: bytes, chunked: bool) -> None:
     assert pending.whole == b"ok"
     assert upstream.ask().answer is None
     assert len(upstream.wires) == 1  # the connection is used again
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_one_in_pieces_arrives(chunked: bool) -> None:
+    own = mmap.mmap(-1, len(LONG))
+    own.write(LONG)
+    upstream = Upstream()
+    body = WholeBody([memoryview(LONG)[:-5], b"", b"new", own, memoryview(LONG)[:0]], chunked=chunked)
+    upstream.ask(b"POST", body)
+    assert body_of(upstream.wires[0].sent) == LONG[:-5] + b"new" + LONG
+    upstream.ask(b"POST", short := WholeBody([memoryview(b"abc")[1:], b"d"], chunked=chunked))
+    assert short.whole == b"bcd"
 
 
 def test_a_short_one_leaves_with_the_head() -> None:

@@ -16,6 +16,7 @@ from twisted.internet.task import deferLater
 
 from vllmproxy.http1.agent import UpstreamAgent
 from vllmproxy.http1.answer import AnswerLost, OutgoingHeaders
+from vllmproxy.http1.bodies import WholeBody
 
 reactor: Any = installed_reactor
 SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
@@ -102,6 +103,17 @@ class Greedy(Body):
         while last != len(self.calls) or self.calls[-1] != "pause":
             last = len(self.calls)
             await deferLater(reactor, 0.1, lambda: None)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_body_in_pieces_arrives(authority: Authority) -> None:
+    data = bytes(range(256)) * 4096
+    async with upstream_of(authority) as upstream:
+        await upstream.ask(WholeBody([memoryview(data)[:-1], data[-1:], b"end"], chunked=False))
+        had = b""
+        while not had.endswith(b"end"):
+            had += await upstream.peer.receive()
+        assert had.endswith(data[65_536:] + b"end")
 
 
 @pytest.mark.parametrize("how", ENDS)

@@ -14,7 +14,7 @@ from twisted.internet.error import ConnectionDone
 from twisted.internet.task import deferLater
 
 from vllmproxy.http1.server import HOLD
-from vllmproxy.http1.sockets import raw_socket
+from vllmproxy.http1.sockets import LONG_READ, raw_socket
 
 reactor: Any = installed_reactor
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -59,6 +59,29 @@ async def test_a_stalled_reader_is_let_go() -> None:
         Filler(stream, 50_000_000)
         await until(lambda: stream.over)
         assert stream.receiver.events == ["client_gone"]  # type: ignore[union-attr]
+        sock.close()
+
+
+@pytest.mark.parametrize("size", [200_000, 3_000_000])
+@pytest_twisted.ensureDeferred
+async def test_a_long_body_is_read_in_long_pieces_while_it_is_wanted(size: int) -> None:
+    async with site() as server:
+        sock = server.connect()
+        body = bytes(range(250)) * (size // 250)
+        head = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % size
+        stream = await server.ask(sock, head + body[:100])
+        transport: Any = stream.channel.transport
+        short = transport.bufferSize
+        stream.read_body()
+        assert transport.bufferSize == (LONG_READ if size > 1_000_000 else short)
+        stream.pause_body()
+        assert transport.bufferSize == short
+        stream.resume_body()
+        await send(sock, body[100:])
+        await until(lambda: stream.complete)
+        receiver: Any = stream.receiver
+        assert receiver.body == body
+        assert transport.bufferSize == short
         sock.close()
 
 

@@ -1,4 +1,5 @@
 import json
+import mmap
 from typing import Any
 
 import pytest
@@ -29,6 +30,13 @@ PIECES = st.sampled_from(
 
 def asked(body: bytes, path: str = "/v1/chat/completions") -> Asked:
     return read_request(path, body, b"application/json")
+
+
+def mapped(body: bytes) -> mmap.mmap:
+    """Return ``body`` as a large one is held: written, so that its position is at its end."""
+    made = mmap.mmap(-1, len(body))
+    made.write(body)
+    return made
 
 
 def members(document: Document, *, without: frozenset[str]) -> dict[str, tuple[object, int, int]]:
@@ -103,6 +111,32 @@ def test_prompts_are_counted_though_they_are_attachments() -> None:
     body = b'{"prompt_embeds":[' + b",".join([PICTURE] * 3) + b'],"max_tokens":5}'
     assert (asked(body, "/v1/completions").answers, asked(body, "/v1/completions").output_tokens) == (3, 15)
     assert asked(b'{"prompt":' + PICTURE + b"}", "/v1/completions").answers == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"messages":[' + PICTURE + b'],"model":"m","stream":true,"stream_options":{"include_usage":false},"n":2}',
+        b'{"user":' + PICTURE + b',"model":"m"}',
+        b'{"messages":[],"model":"m","stream":true}',
+        '{"model":"m"}'.encode("utf-16"),
+        b"[]",
+    ],
+)
+def test_a_body_in_memory_of_its_own_reads_alike(body: bytes) -> None:
+    path = "/v1/chat/completions"
+    found = read_request(path, mapped(body), b"application/json")
+    assert found == asked(body)
+    edits = usage_edits(path, mapped(body), found)
+    assert edits == usage_edits(path, body, asked(body))
+    assert b"".join(edited(mapped(body), edits)) == b"".join(edited(body, edits))
+
+
+def test_a_form_in_memory_of_its_own_reads_alike() -> None:
+    body = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n--b--\r\n'
+    kind = b"multipart/form-data; boundary=b"
+    found = read_request("/v1/audio/transcriptions", mapped(body), kind)
+    assert (found.model, found.form) == ("whisper", read_request("/v1/audio/transcriptions", body, kind).form)
 
 
 def test_what_is_changed_behind_an_attachment_is_changed_in_its_place() -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from _asking import make_key
 from _raw import (
     OK,
     PATIENCE,
@@ -95,6 +96,37 @@ def test_an_upstream_that_does_not_read_stops_the_client(upstream: Upstream, scr
         assert client.message().body == b"ok"
         assert seen == [hashlib.sha256(BLOCK * blocks).hexdigest()]
         assert scripted_proxy.rss() - before < 20 * MiB
+
+
+def test_a_body_that_is_read_is_held_once_and_given_back(upstream: Upstream, scripted_proxy: Twistd) -> None:
+    """An alias and what asks for usage change it in two places, and it is not copied for that."""
+    made = make_key(scripted_proxy, tpm_limit=10**9, aliases={"fast": "slow"})
+    picture = b'"data:image/png;base64,' + b"iVBO" * (7 * MiB) + b'"'
+    had: list[bytes] = []
+    held: list[int] = []
+
+    def script(wire: Wire) -> None:
+        for _ in range(2):
+            size = int(wire.head().get(b"content-length"))
+            held.append(scripted_proxy.rss())
+            had.append(wire.exactly(size))
+            wire.send(OK)
+
+    def ask(content: bytes) -> bytes:
+        body = b'{"messages":[{"content":%b}],"model":"fast","stream":true}' % content
+        key = b"Authorization: Bearer " + made["key"].encode()
+        client.send(request(b"POST", b"/vllm/v1/chat/completions", body=body, key=key))
+        assert client.message().body == b"ok"
+        return body
+
+    with upstream.playing(script), connect(scripted_proxy) as client:
+        ask(b'"hi"')
+        before = scripted_proxy.rss()
+        body = ask(picture)
+        assert scripted_proxy.rss() - before < 4 * MiB
+    changed = body.replace(b'"fast"', b'"slow"')
+    assert had[1] == b'{"stream_options":{"include_usage":true},' + changed[1:]
+    assert len(body) / 2 < held[1] - before < 1.25 * len(body)
 
 
 def test_an_upload_reaches_the_upstream_piece_by_piece(upstream: Upstream, scripted_proxy: Twistd) -> None:
