@@ -75,7 +75,7 @@ def read_around(
     for name, member in document.members.items():
         before, within = bisect_right(cuts, member.start), bisect_right(cuts, member.end)
         if before != within and name not in unread:
-            return read_document(body[:], wanted)
+            return read_document(body, wanted)
         member.start += gone[before]
         member.end += gone[within]
     return document

@@ -103,7 +103,7 @@ def read_request(
         if form:
             return _of_form(read_form(body[:], content_type or b""), path)
         attachments = attachments_in(body) if body.find(b'"data', 0) >= 0 else []
-        document = read_around(body, attachments, _READ, _LARGE) if attachments else read_document(body[:], _READ)
+        document = read_around(body, attachments, _READ, _LARGE) if attachments else read_document(body, _READ)
         return _of_document(document, path, _prompt_tokens(body, attachments))
     except Unreadable as unreadable:
         reason = str(unreadable)
