@@ -11,8 +11,9 @@ from vllmproxy.inspection.document import Document, Unreadable, read_document
 from vllmproxy.inspection.request import LONGEST_END_USER, Asked, read_request
 from vllmproxy.inspection.splice import edited, usage_edits
 
-RUN = b"iVBO" * 100
+RUN = b"iVBO" * 1500  # longer than those that are not cut
 PICTURE = b'"data:image/png;base64,' + RUN + b'"'
+SHORT = b'"data:image/png;base64,' + RUN[:400] + b'"'
 SOURCE = b'{"type":"base64","data" : "' + RUN + b'"}'
 WANTED = frozenset({"messages", "model", "stream", "user"})
 UNREAD = frozenset({"messages"})
@@ -22,6 +23,7 @@ PIECES = st.sampled_from(
     [
         *(b"{", b"}", b"[", b"]", b",", b":", b" ", b'"', b"\\", b'\\"', b"\xc3\xa9", b"1", b'"a"', b'"data"'),
         *(b'"messages":', b'"model":', b'"user":', b'"stream":true,', b',"model":"m"'),
+        *(SHORT, SHORT[:-1], b'"data":"' + RUN[:4096] + b'"', b"\\" + SHORT[:-1] + b'\\"'),
         *(PICTURE, PICTURE[:-1], b"\\" + PICTURE, b"\\" + PICTURE[:-1] + b'\\"', PICTURE[:-1] + b' "', RUN),
         *(SOURCE, SOURCE[1:-1], b'"data":"' + RUN + b'"', b'\\"data":"' + RUN + b'"'),
     ]
@@ -80,6 +82,13 @@ def test_members_behind_attachments_are_where_they_are(inside: bytes, behind: by
     [
         (b"[" + PICTURE + b"," + SOURCE + b"]", 2),
         (b'"data:;base64,' + b"A" * 256 + b'"', 1),
+        (b'"data:;base64,' + b"A" * 4095 + b'"', 1),
+        (b'"data:;base64,' + b"A" * 4096 + b'"', 1),
+        (b'"data:;base64,' + b"A" * 4096 + b' "', 0),
+        (b'"data:;base64,' + b"A" * 4097 + b'"', 1),
+        (b'"data:;base64,' + b"A" * 300 + b'\\n"' + SHORT, 1),
+        (b'"data:;base64,' + b"A" * 5000, 0),
+        (SHORT[:-1] + SHORT + PICTURE[:-1] + PICTURE, 2),
         (b'"data:;base64,' + b"A" * 255 + b'"', 0),
         (b'"data:;base64,' + b"A" * 200_000 + b'"', 1),
         (b'"data:;base64,' + b"A" * 200_000 + b' "', 0),
@@ -99,8 +108,8 @@ def test_only_base64_is_an_attachment(body: bytes, number: int) -> None:
 
 
 def test_what_decides_is_read_whole_though_it_looks_like_an_attachment() -> None:
-    name = "data:;base64," + "A" * 3000
-    body: dict[str, Any] = {"model": name, "user": name, "metadata": {"data": "A" * 500, "user_id": "u"}}
+    name = "data:;base64," + "A" * 9000
+    body: dict[str, Any] = {"model": name, "user": name, "metadata": {"data": "A" * 9000, "user_id": "u"}}
     found = asked(json.dumps(body).encode())
     assert (found.surety, found.model) == ("named", name)
     assert found.end_user == name[:LONGEST_END_USER]

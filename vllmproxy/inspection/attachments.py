@@ -14,8 +14,10 @@ from attrs import define
 
 from vllmproxy.inspection.document import Document, read_document
 
-#: How one begins. Shorter ones count as text.
-_BEGINNING: Final = re.compile(rb'"data(?::[\w/+.-]*;base64,|"\s*:\s*")[\w+/=]{256}')
+#: From so many characters of base64 on it is none of the short ones, which the pattern takes whole.
+_LONG: Final = 4096
+#: How one begins. With less base64 it counts as text.
+_BEGINNING: Final = re.compile(rb'"data(?::[\w/+.-]*;base64,|"\s*:\s*")([\w+/=]{256,%d})' % _LONG)
 _BASE64: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=_"
 #: Bytes that are looked at in one step: what is made of them is made in the processor's cache.
 _STEP: Final = 65_536
@@ -26,8 +28,8 @@ class Attachment:
     """Where one is in a body.
 
     :ivar start: its opening quote, or that of the name before it.
-    :ivar begun: behind its first characters, 256 of base64; ``end``: its closing quote. Between the two there is only
-        base64, so nothing that could end a string or break JSON.
+    :ivar begun: behind its first characters, which are all that a short one has; ``end``: its closing quote. Between
+        the two there is only base64, so nothing that could end a string or break JSON.
     """
 
     start: int
@@ -41,11 +43,14 @@ def attachments_in(body: bytes | mmap) -> list[Attachment]:
     found: list[Attachment] = []
     match = _BEGINNING.search(body)
     while match is not None:
-        end = body.find(b'"', match.end())
-        if end < 0:
-            break
-        if _is_base64(body, match.end(), end):
-            found.append(Attachment(match.start(), match.end(), end))
+        begun = end = match.end()
+        if begun - match.start(1) == _LONG:
+            end = body.find(b'"', begun)
+            if end < 0:
+                break
+        if body[end : end + 1] == b'"' and (begun == end or _is_base64(body, begun, end)):
+            found.append(Attachment(match.start(), begun, end))
+            end += 1
         match = _BEGINNING.search(body, end)
     return found
 
@@ -67,6 +72,8 @@ def read_around(
     pieces, at = [], 0
     cuts, gone = [], [0]  # where in what is left some is left out, and how much is before that
     for attachment in attachments:
+        if attachment.begun == attachment.end:
+            continue
         pieces.append(body[at : attachment.begun])
         cuts.append(attachment.begun - gone[-1])
         gone.append(gone[-1] + attachment.end - attachment.begun)
