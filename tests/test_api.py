@@ -9,7 +9,7 @@ import pytest_twisted
 from attrs import frozen
 from treq.client import HTTPClient
 from twisted.internet import reactor
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, fail
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, Logger, formatEvent, globalLogPublisher
 from twisted.python.failure import Failure
@@ -56,10 +56,8 @@ class FragileStore(MemoryStore):
 
     fault: Exception | None = None
 
-    async def get_key(self, token: str) -> VirtualKey | None:
-        if self.fault is not None:
-            raise self.fault
-        return await super().get_key(token)
+    def get_key(self, token: str) -> Deferred[VirtualKey | None]:
+        return super().get_key(token) if self.fault is None else fail(self.fault)
 
     async def ping(self) -> None:
         if self.fault is not None:

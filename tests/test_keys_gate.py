@@ -36,10 +36,10 @@ class SlowStore:
 
     async def add_key(self, key: VirtualKey) -> None: ...
 
-    async def get_key(self, token: str) -> VirtualKey | None:
+    def get_key(self, token: str) -> Deferred[VirtualKey | None]:
         answer: Deferred[VirtualKey | None] = Deferred()
         self.asked.append((token, answer))
-        return await answer
+        return answer
 
     async def find_aliases(self, aliases: Sequence[str]) -> dict[str, str]:
         return {}

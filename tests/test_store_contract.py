@@ -188,7 +188,7 @@ async def test_a_large_row(store: Store) -> None:
 @pytest_twisted.ensureDeferred
 async def test_a_cancelled_call_disturbs_no_other(store: Store) -> None:
     await store.add_key(key("one"))
-    calls = [Deferred.fromCoroutine(store.get_key(hash_key(name))) for name in ("one", "two", "one")]
+    calls = [store.get_key(hash_key(name)) for name in ("one", "two", "one")]
     calls[0].addErrback(lambda failure: failure.type.__name__)
     calls[0].cancel()
     # A store without waiting has answered before it could be cancelled.
@@ -218,7 +218,7 @@ async def test_store_is_unavailable_before_it_is_opened(url: str) -> None:
 async def test_close_fails_what_is_pending(url: str) -> None:
     store = make_store(url, reactor=reactor)
     await store.open()
-    pending = [Deferred.fromCoroutine(store.get_key(hash_key(f"k{number}"))) for number in range(20)]
+    pending = [store.get_key(hash_key(f"k{number}")) for number in range(20)]
     await store.close()
     for success, result in await DeferredList(pending, consumeErrors=True):
         assert (success and result is None) or result.type is StoreUnavailable

@@ -271,8 +271,8 @@ async def test_a_cancelled_call_leaves_the_replies_in_order(server: RedisServer)
     await store.open()
     await store.add_key(KEY)
     server.stall()
-    first = Deferred.fromCoroutine(store.get_key("unknown"))
-    second = Deferred.fromCoroutine(store.get_key(KEY.token))
+    first = store.get_key("unknown")
+    second = store.get_key(KEY.token)
     third = Deferred.fromCoroutine(store.find_aliases(["one"]))
     first.cancel()
     with pytest.raises(CancelledError):
@@ -317,9 +317,7 @@ async def test_a_killed_server_fails_fast_and_a_new_one_is_found(
 ) -> None:
     await store.add_key(KEY)
     server.kill()
-    results = await DeferredList(
-        [Deferred.fromCoroutine(store.get_key(KEY.token)) for _ in range(200)], consumeErrors=True
-    )
+    results = await DeferredList([store.get_key(KEY.token) for _ in range(200)], consumeErrors=True)
     assert {failure.type for success, failure in results if not success} == {StoreUnavailable}
     await until_refused(store, "refused")
     assert sum("no connection to" in line for line in logged) <= 2

@@ -172,8 +172,7 @@ class Gate:
             self._pending[token].append(waiter)
             return answer
         waiters = self._pending[token] = [waiter]
-        asked = Deferred.fromCoroutine(self._store.get_key(token))
-        asked.addBoth(self._settle, token, waiters)
+        self._store.get_key(token).addBoth(self._settle, token, waiters)
         return answer
 
     def _settle(

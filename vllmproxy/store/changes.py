@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from attrs import frozen
+from twisted.internet.defer import Deferred
 
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.store.interface import AliasTaken, AuditEntry, Decide, TokenTaken, Writes
@@ -16,7 +17,7 @@ LIST_SECONDS: Final = 10.0
 class Changes(Protocol):
     """The part of a :class:`~vllmproxy.store.interface.Store` that rests on ``change_keys``."""
 
-    async def get_key(self, token: str) -> VirtualKey | None: ...
+    def get_key(self, token: str) -> Deferred[VirtualKey | None]: ...
 
     async def find_aliases(self, aliases: Sequence[str]) -> dict[str, str]: ...
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from attrs import field, frozen
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 
 from vllmproxy.keys.key import VirtualKey
@@ -119,7 +120,7 @@ class Store(Protocol):
     def limiter(self, clock: IReactorTime) -> Limiter:
         """Return what counts requests where this store keeps keys; ``docs/limits.rst`` says what it guarantees."""
 
-    async def get_key(self, token: str) -> VirtualKey | None:
+    def get_key(self, token: str) -> Deferred[VirtualKey | None]:
         """Return the key with that id (sha256 hex), ``None`` when there is none."""
 
     async def find_aliases(self, aliases: Sequence[str]) -> dict[str, str]:

@@ -91,6 +91,14 @@ class Wire(Line):
         super().connectionMade()
         self._plain = is_plain(self.transport)
 
+    def ask(self, words: tuple[bytes, ...], answered: Callable[[Any], None]) -> None:
+        """Send one command. ``answered`` gets the reply, or the ``RedisError`` that it failed with."""
+        if not self.connected:
+            answered(ConnectionError("Not connected"))
+            return
+        self.replyQueue.waiting.append(answered)
+        self.transport.write(pack_command(words))  # type: ignore[arg-type]  # its stubs
+
     def dataReceived(self, data: bytes, unpause: bool = False) -> None:
         """Do what txredisapi does, without what it does for transactions."""
         self._unanswered_since = None

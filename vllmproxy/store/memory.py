@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.interfaces import IReactorTime
 
 from vllmproxy.keys.key import VirtualKey
@@ -47,7 +48,10 @@ class MemoryStore(Changes):
     async def ping(self) -> None:
         self._check_open()
 
-    async def get_key(self, token: str) -> VirtualKey | None:
+    def get_key(self, token: str) -> Deferred[VirtualKey | None]:
+        return maybeDeferred(self._get_key, token)
+
+    def _get_key(self, token: str) -> VirtualKey | None:
         self._check_open()
         row = self._rows.get(token)
         return None if row is None else load_row(row)

@@ -38,8 +38,9 @@ from vllmproxy.store.interface import (
 from vllmproxy.store.limits_redis import RedisLimiter
 from vllmproxy.store.link import Link, Wire
 from vllmproxy.store.listing import KeyPage, KeyQuery, Selection
+from vllmproxy.store.lookups import Lookups
 from vllmproxy.store.redis_schema import AUDIT_KEY, INDEX_KEY, account_name, alias_name, key_name
-from vllmproxy.store.rows import dump_entry, dump_row, load_entry, load_row, name_bytes, name_text
+from vllmproxy.store.rows import dump_entry, dump_row, load_entry, name_bytes, name_text
 from vllmproxy.store.subscription import Subscription
 from vllmproxy.store.usage_redis import RedisUsage
 from vllmproxy.usage.event import UsageEvent
@@ -129,9 +130,9 @@ class RedisStore(Changes):
         self._address = parse_redis_url(url)
         self._clock = reactor
         self._timeout = timeout
-        self._lookup_timeout = lookup_timeout
         self._link = Link(self._address, reactor)
         self._calls = Calls(reactor)
+        self._lookups = Lookups(self._link, reactor, lookup_timeout, str(self._address))
         self._usage = RedisUsage(self._link, reactor, timeout)
         self._limiters: list[RedisLimiter] = []
         self._subscriptions: list[Subscription] = []
@@ -160,6 +161,7 @@ class RedisStore(Changes):
 
     async def close(self) -> None:
         self._calls.end()
+        self._lookups.end()
         self._usage.end()
         for limiter in self._limiters:
             limiter.close()
@@ -170,10 +172,8 @@ class RedisStore(Changes):
     async def ping(self) -> None:
         await self._ask(self._timeout, Wire.ping)
 
-    async def get_key(self, token: str) -> VirtualKey | None:
-        name = key_name(name_bytes(token))
-        row = await self._ask(self._lookup_timeout, lambda wire: wire.execute_command("HGET", name, "row"))
-        return None if row is None else self._load(row)
+    def get_key(self, token: str) -> Deferred[VirtualKey | None]:
+        return self._lookups.get(token)
 
     async def find_aliases(self, aliases: Sequence[str]) -> dict[str, str]:
         names = [alias_name(name_bytes(alias)) for alias in aliases]
@@ -188,7 +188,7 @@ class RedisStore(Changes):
         not_after = self._clock.seconds() + self._timeout
         while True:
             rows = await self._rows(tokens, not_after - self._clock.seconds())
-            found = {token: self._load(row) for token, row in rows.items()}
+            found = {token: self._lookups.load(row) for token, row in rows.items()}
             writes = decide(found)
             changes = alias_changes(found, writes), account_changes(found, writes)
             names, values = _arguments(tokens, rows, writes, *changes)
@@ -249,7 +249,7 @@ class RedisStore(Changes):
 
     def _load_all(self, rows: Iterable[bytes | None]) -> tuple[VirtualKey, ...]:
         """Return those of the keys that are there; an index may name one that an older version has deleted."""
-        return tuple(self._load(row) for row in rows if row is not None)
+        return tuple(self._lookups.load(row) for row in rows if row is not None)
 
     async def _rows(self, tokens: Sequence[str], seconds: float) -> dict[str, bytes]:
         names = [key_name(name_bytes(token)) for token in tokens]
@@ -262,12 +262,6 @@ class RedisStore(Changes):
 
         seconds = not_after - self._clock.seconds()
         return await self._ask(seconds, lambda wire: wire.eval(_CHANGE, names, limited(wire)))
-
-    def _load(self, row: bytes) -> VirtualKey:
-        try:
-            return load_row(row)
-        except ValueError as error:
-            raise StoreUnavailable(f"{self._address} holds something else than a key's row: {error}") from error
 
     async def _ask(self, seconds: float, command: Callable[[Wire], Deferred[Any]]) -> Any:
         """Return Redis's reply. A call that is cancelled or late leaves its place in the queue of replies."""

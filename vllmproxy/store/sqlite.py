@@ -104,8 +104,8 @@ class SqliteStore(Changes):
         self._limiters.changed(writes)
         return writes
 
-    async def get_key(self, token: str) -> VirtualKey | None:
-        return await self._run(_get, token)
+    def get_key(self, token: str) -> Deferred[VirtualKey | None]:
+        return Deferred.fromCoroutine(self._run(_get, token))
 
     async def find_aliases(self, aliases: Sequence[str]) -> dict[str, str]:
         return await self._run(_find_aliases, tuple(aliases))
