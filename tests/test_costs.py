@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Iterator
 from hashlib import sha1
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
 from _memory import House
 from hiredis import Reader
 from twisted.internet.defer import Deferred, succeed
+from twisted.internet.task import Clock
 
 from vllmproxy.keys.cache import KeyCache
 from vllmproxy.keys.gate import Gate
@@ -30,12 +31,14 @@ from vllmproxy.relay.quotas import Quotas
 from vllmproxy.store.limits_lua import RESERVE
 from vllmproxy.store.limits_redis import RedisLimiter
 from vllmproxy.store.link import Wire
+from vllmproxy.store.lookups import Lookups
+from vllmproxy.store.rows import dump_row
 from vllmproxy.testing import MemoryTransport
 from vllmproxy.usage.bookkeeper import Bookkeeper
 
 #: Calls for one small POST, with everything off and on (a key, three limits in Redis, exact usage, the journal, the
-#: access log, metrics), and for one event of a stream.
-BUDGETS = {"post off": 268, "post on": 385, "event off": 15.5, "event on": 15.5}
+#: access log, metrics), for one event of a stream, and for a key that is not in the cache.
+BUDGETS = {"post off": 268, "post on": 385, "event off": 15.5, "event on": 15.5, "look-up": 60}
 
 KEY = "sk-0123456789abcdef"
 BODY = b'{"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 16%b}'
@@ -169,6 +172,29 @@ def test_a_small_post(bench: tuple[str, Bench]) -> None:
     name, made = bench
     asked = request(streams=False)
     assert 100 < calls_of(lambda: made.ask(asked, WHOLE)) <= BUDGETS[f"post {name}"]
+
+
+def test_a_look_up() -> None:
+    clock, wire = Clock(), Wire()
+    redis = MemoryTransport(clock)
+    redis.connect(wire)
+    link: Any = Link(wire)
+    lookups = Lookups(link, clock, 0.2, "the Redis")
+    store: Any = SimpleNamespace(get_key=lookups.get)
+    gate = Gate(store, KeyCache(clock, ttl=0), MasterKey("sk-master-0123456789"), clock)
+    key = VirtualKey(token=hash_key(KEY), key_name="sk-...cdef", rpm_limit=10**8)
+    row = dump_row(key).encode()
+    let_in = []
+
+    def look_up() -> None:
+        caller = gate.admit(key.token)
+        assert isinstance(caller, Deferred)
+        caller.addCallback(let_in.append)
+        assert redis.take()
+        redis.receive(b"$%d\r\n%b\r\n" % (len(row), row))
+
+    assert 10 < calls_of(look_up) <= BUDGETS["look-up"]
+    assert [caller.key for caller in let_in] == [key] * 40
 
 
 def test_an_event(bench: tuple[str, Bench]) -> None:

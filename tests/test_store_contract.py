@@ -1,5 +1,6 @@
 """What every store promises; the same tests on memory, on SQLite and on a real Redis."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -537,6 +538,23 @@ def test_rows_round_trip(value: VirtualKey) -> None:
     assert row.isascii()
     assert load_row(row) == value
     assert load_row(row.encode()) == value
+
+
+@given(virtual_keys)
+def test_a_row_that_says_everything_is_the_same_key(value: VirtualKey) -> None:
+    """As versions wrote it that left nothing out."""
+    assert load_row(json.dumps(attrs.asdict(value, recurse=False))) == value
+
+
+def test_a_row_says_what_is_not_as_by_default() -> None:
+    assert json.loads(dump_row(key("bare"))) == {"token": hash_key("bare"), "key_name": key("bare").key_name}
+    assert json.loads(dump_row(attrs.evolve(key("bare"), blocked=True, rpm_limit=0, tags=("a",)))) == {
+        "token": hash_key("bare"),
+        "key_name": key("bare").key_name,
+        "blocked": True,
+        "rpm_limit": 0,
+        "tags": ["a"],
+    }
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from typing import Final
 
-from attrs import frozen
+from attrs import define
 from twisted.internet.interfaces import IReactorTime
 
 from vllmproxy.keys.key import VirtualKey
@@ -12,7 +12,7 @@ from vllmproxy.keys.key import VirtualKey
 MAX_UNKNOWN: Final = 10_000
 
 
-@frozen
+@define  # not frozen, which takes three times as long to make: there is one for each look-up
 class _Known:
     """A key as the store gave it.
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from attrs import field, frozen
@@ -108,4 +108,10 @@ class VirtualKey:
     @cached_property
     def policy(self) -> Policy:
         """What this key opens; compiled when first asked for."""
-        return compile_policy(self.key_type, self.allowed_routes, granted_by_master=self.granted_by_master)
+        return _policy_of(self.key_type, self.allowed_routes, self.granted_by_master)
+
+
+@lru_cache(maxsize=1024)
+def _policy_of(key_type: str, allowed_routes: tuple[str, ...], granted_by_master: bool) -> Policy:
+    """Return what many keys have in common."""
+    return compile_policy(key_type, allowed_routes, granted_by_master=granted_by_master)

@@ -1,21 +1,33 @@
 """A virtual key as the text that every store keeps, and names as the bytes it is found by."""
 
 import json
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.store.interface import AuditEntry
 
+#: What a row says only where it is otherwise. None of this can ever be changed: there are rows that go by it.
+_DEFAULTS: Final = attrs.asdict(
+    VirtualKey(token="", key_name=""), recurse=False, filter=lambda a, _: bool(a.default is not attrs.NOTHING)
+)
+#: What JSON has lists for.
+_TUPLES: Final = tuple(name for name, value in _DEFAULTS.items() if value == ())
+
+# json.loads would find out the encoding of bytes, and whether it has been told of another decoder, each time.
+_decode = json.JSONDecoder().decode
+
 
 def dump_row(key: VirtualKey) -> str:
-    """Return ``key`` as one line of ASCII JSON, with the field names of :class:`VirtualKey`.
+    """Return ``key`` as one line of ASCII JSON, with the field names of :class:`VirtualKey`; what is as by default is
+    left out.
 
     ASCII, because ``metadata`` may hold anything that JSON can say, lone surrogates among it, which neither
     SQLite nor a UTF-8 connection would take.
     """
-    return _dump(attrs.asdict(key, recurse=False))
+    fields = attrs.asdict(key, recurse=False)
+    return _dump({name: value for name, value in fields.items() if name not in _DEFAULTS or value != _DEFAULTS[name]})
 
 
 def load_row(text: str | bytes) -> VirtualKey:
@@ -26,10 +38,12 @@ def load_row(text: str | bytes) -> VirtualKey:
 
     :raises ValueError: the text is not such a row.
     """
-    fields: Any = json.loads(text)
+    fields: Any = _decode(text if isinstance(text, str) else text.decode("ascii"))
     try:
-        lists = {name: tuple(fields.get(name, ())) for name in ("tags", "allowed_routes", "models")}
-        key = VirtualKey(**{**fields, **lists})
+        for name in _TUPLES:
+            if name in fields:
+                fields[name] = tuple(fields[name])
+        key = VirtualKey(**fields)
         key.policy  # noqa: B018  # compiled here, so that a key which cannot be judged is never in anybody's hands
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"not a row of a virtual key: {error}") from error
