@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import pytest_twisted
-from _limits import TOKEN, close_link, make_link, parallel, requests, tokens
+from _limits import START, TOKEN, RedisBench, close_link, make_link, parallel, requests, tokens, virtual_time
 from _redis import RedisServer, redis_server
 from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
@@ -89,6 +89,44 @@ async def test_everything_has_a_time_to_live_and_one_hash_tag(server: RedisServe
     # Nothing is let go of before it has left the window, and a settled request soon after.
     assert all(kept[f"vllmproxy:{{{TOKEN}}}:{name}"] > 60_476 - HUNG * 1000 for name in ("clock", *counters))
     assert kept[f"vllmproxy:{{{TOKEN}}}:request:settled"] <= 5000
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_a_window_says_of_its_oldest_bucket_may_be_missing_or_too_early(
+    server: RedisServer, links: list[Link]
+) -> None:
+    """As in one that an older version keeps as well, which does not write it."""
+    name = f"vllmproxy:{{{TOKEN}}}:requests:"
+    with virtual_time():
+        bench = RedisBench(server, links[0])
+        assert await bench.reserve(requests(2)) == Granted((1,))
+        bench.advance(30)
+        assert await bench.reserve(requests(2)) == Granted((0,))
+        server.command("HDEL", name, "leaves")
+        bench.advance(29.9)
+        assert isinstance(await bench.reserve(requests(2)), Denied)
+        bench.advance(0.2)
+        assert await bench.reserve(requests(2)) == Granted((0,))
+        server.command("HSET", name, "leaves", str(START))
+        bench.advance(29.8)
+        assert isinstance(await bench.reserve(requests(2)), Denied)
+        assert server.command("HGET", name, "leaves") == b"$16\r\n%d\r\n" % (START + 90_000_000)
+        bench.advance(0.2)
+        assert await bench.reserve(requests(2)) == Granted((0,))
+
+
+@pytest_twisted.ensureDeferred
+async def test_places_of_leases_that_ended_are_cleared_away(server: RedisServer, links: list[Link]) -> None:
+    name = f"vllmproxy:{{{TOKEN}}}:max_parallel_requests:"
+    with virtual_time():
+        bench = RedisBench(server, links[0])
+        for _ in range(3):
+            assert isinstance(await bench.reserve(parallel(3)), Granted)
+        bench.advance(45)
+        assert await bench.reserve(parallel(3)) == Granted((2,))
+        bench.advance(0.000_016 - bench.now % 16 / 1e6)
+        assert await bench.reserve(parallel(3)) == Granted((1,))
+        assert server.command("ZCARD", name) == b":2\r\n"
 
 
 @pytest_twisted.ensureDeferred
@@ -191,9 +229,9 @@ async def test_a_late_script_does_nothing(server: RedisServer, links: list[Link]
     before = server.command("GET", f"vllmproxy:{{{TOKEN}}}:request:one")
     name = f"vllmproxy:{{{TOKEN}}}:request:one"
     late = round((time.time() - 0.001) * 1e6)
-    lengths, rules = "60000000 476191 45000000 1000000 61000", "requests 10 1 0 1"
+    lengths, rules = [60_000_000, 476_191, 45_000_000, 1_000_000, 61_000], '["requests",10,1,0,1]'
     calls = [
-        (RESERVE, ["clock", "fresh", "counter"], [late, lengths, "fresh", rules]),
+        (RESERVE, ["clock", "fresh", "counter"], [late, *lengths, "fresh", rules]),
         (SETTLE, [name], [late, 5000, "one", "0 0"]),
         (RENEW, ["clock", name], [late, 45_000_000, 61_000, "one"]),
     ]

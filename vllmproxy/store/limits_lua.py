@@ -1,11 +1,14 @@
 """The limits as Redis does them: what :mod:`vllmproxy.limits.window` and :mod:`vllmproxy.limits.leases` do, in Lua.
 
 A window is a hash: ``head`` and ``tail``, the numbers of the oldest and the newest bucket, ``start``, when the newest
-began, ``total``, and for each bucket N ``tN``, when it took something last, and ``aN``, its amount. Places are a sorted
-set of request ids by the end of their lease. An account is a hash: ``period``, ``spend`` and ``tokens``, and what
-requests under way hold of it, ``held`` and ``held_tokens``; ``touched`` is when something was held last: what nobody
-let go of within a day was lost with a proxy. A reservation is what was taken for one request, empty once it is settled.
-All times are microseconds. What every script begins with is said in :mod:`vllmproxy.store.scripts`.
+began, ``total``, and for each bucket N ``tN``, when it took something last, and ``aN``, its amount; ``leaves`` is a
+time before which the oldest does not leave: it may be missing, or too early. Places are a sorted set of request ids by
+the end of their lease. An account is a hash: ``period``, ``spend`` and ``tokens``, and what requests under way hold of
+it, ``held`` and ``held_tokens``; ``touched`` is when something was held last: what nobody let go of within a day was
+lost with a proxy. A reservation is what was taken for one request, empty once it is settled; only the proxy that made
+it reads it. All times are microseconds. What every script begins with is said in :mod:`vllmproxy.store.scripts`.
+
+Numbers go to Redis as text: it would write those of Lua with 17 digits, which takes longer than many a command.
 """
 
 from typing import Final
@@ -17,53 +20,78 @@ REFUSED: Final = 0
 GRANTED: Final = 1
 DUPLICATE: Final = -2
 
-# See vllmproxy.limits.steady. 'steady' is what everything but the answer goes by.
+# See vllmproxy.limits.steady. 'steady' is what everything but the answer goes by. Nearly always the clock has gone on
+# and was never set back: then what is to be kept is known before what was.
 _STEADY = """
+local call, format = redis.call, string.format
+
 local function steady_time(name, now, kept)
-  local latest, offset = string.match(redis.call('GET', name) or '', '(%S+) (%S+)')
+  local last = call('SET', name, format('%d 0', now), 'PX', kept, 'GET')
+  local latest, offset = string.match(last or '', '(%S+) (%S+)')
   local steady = math.max(now + tonumber(offset or 0), tonumber(latest or 0))
-  redis.call('SET', name, string.format('%.0f %.0f', steady, steady - now), 'PX', kept)
+  if steady ~= now then call('SET', name, format('%d %d', steady, steady - now), 'PX', kept) end
   return steady
 end
 """
 
+# What was read once holds for all requests of one call, and is written when all are decided.
 _WINDOW = """
-local function load(name, length, width, now)
-  local fields = redis.call('HMGET', name, 'head', 'tail', 'start', 'total')
-  -- A new window's buckets have higher numbers than those of one that was here before.
-  local head = tonumber(fields[1]) or math.floor(now / width)
-  local window = {name = name, head = head, tail = tonumber(fields[2]) or head - 1,
-                  start = tonumber(fields[3]) or 0, total = tonumber(fields[4]) or 0}
-  local first = head
+local windows = {}
+
+local function prune(name, window)
+  local first, leaves = window.head, nil
   while window.head <= window.tail do
-    local bucket = redis.call('HMGET', name, 't' .. window.head, 'a' .. window.head)
-    if bucket[1] + length > now then break end
-    window.total = window.total - bucket[2]
-    redis.call('HDEL', name, 't' .. window.head, 'a' .. window.head)
+    local time, amount = format('t%d', window.head), format('a%d', window.head)
+    local bucket = call('HMGET', name, time, amount)
+    leaves = bucket[1] + length
+    if leaves > steady then break end
+    window.total, leaves = window.total - bucket[2], nil
+    call('HDEL', name, time, amount)
     window.head = window.head + 1
   end
-  if window.head > first then redis.call('HSET', name, 'head', window.head, 'total', window.total) end
+  if window.head == first and not leaves then return end
+  local head, total = format('%d', window.head), format('%d', window.total)
+  call('HSET', name, 'head', head, 'total', total, 'leaves', format('%d', leaves or 0))
+end
+
+local function window_of(name)
+  local window = windows[name]
+  if window then return window end
+  local fields = call('HMGET', name, 'head', 'tail', 'start', 'total', 'leaves')
+  -- A new window's buckets have higher numbers than those of one that was here before.
+  local head = tonumber(fields[1]) or math.floor(steady / width)
+  window = {head = head, tail = tonumber(fields[2]) or head - 1, start = tonumber(fields[3]) or 0,
+            total = tonumber(fields[4]) or 0, added = false, is_begun = false}
+  if steady >= tonumber(fields[5] or 0) then prune(name, window) end
+  windows[name] = window
   return window
 end
 
-local function wait(window, length, now, limit, cost)
-  local excess, leaves, number = window.total + cost - limit, now, window.head
-  while excess > 0 do
-    local bucket = redis.call('HMGET', window.name, 't' .. number, 'a' .. number)
-    excess, leaves, number = excess - bucket[2], bucket[1] + length, number + 1
+local function write_window(name, window)
+  local tail, total = format('%d', window.tail), format('%d', window.total)
+  local added = format('%d', window.added)
+  if window.is_begun then
+    local head = format('%d', window.head)
+    call('HSET', name, 'head', head, 'tail', tail, 'start', now_text, 'total', total,
+               't' .. tail, now_text, 'a' .. tail, added)
+    if head == tail then call('HSET', name, 'leaves', format('%d', steady + length)) end
+    -- Whatever is taken while this bucket is open has left before that.
+    call('PEXPIRE', name, kept)
+  else
+    call('HSET', name, 'total', total, 't' .. tail, now_text)
+    call('HINCRBY', name, 'a' .. tail, added)
   end
-  return leaves - now
+  window.added, window.is_begun = false, false
 end
 
-local function take(window, width, now, cost)
-  if window.head > window.tail or now >= window.start + width then
-    window.tail, window.start = window.tail + 1, now
+local function wait(name, window, limit, cost)
+  if window.added then write_window(name, window) end
+  local excess, leaves, number = window.total + cost - limit, steady, window.head
+  while excess > 0 do
+    local bucket = call('HMGET', name, format('t%d', number), format('a%d', number))
+    excess, leaves, number = excess - bucket[2], bucket[1] + length, number + 1
   end
-  window.total = window.total + cost
-  redis.call('HSET', window.name, 'head', window.head, 'tail', window.tail, 'start', window.start,
-             'total', window.total, 't' .. window.tail, now)
-  redis.call('HINCRBY', window.name, 'a' .. window.tail, cost)
-  return window.tail
+  return leaves - steady
 end
 """
 
@@ -71,117 +99,139 @@ end
 _ACCOUNT = """
 local spent = {budget = 'spend', budget_tokens = 'tokens'}
 local holds = {budget = 'held', budget_tokens = 'held_tokens'}
-local forgotten = 86400000000
+local accounts, forgotten = {}, 86400000000
 
-local function begin(name, period, now)
-  local fields = redis.call('HMGET', name, 'period', 'touched')
-  local current = tonumber(fields[1]) or -1
-  if period > current then
-    redis.call('HSET', name, 'period', period, 'spend', 0, 'tokens', 0, 'held', 0, 'held_tokens', 0)
-    return period
+local function account_of(name, period)
+  local account = accounts[name]
+  if not account then
+    local fields = call('HMGET', name, 'period', 'touched', 'spend', 'tokens', 'held', 'held_tokens')
+    account = {period = tonumber(fields[1]) or -1, spend = tonumber(fields[3] or 0), tokens = tonumber(fields[4] or 0),
+               held = tonumber(fields[5] or 0), held_tokens = tonumber(fields[6] or 0)}
+    if now - tonumber(fields[2] or 0) > forgotten then
+      account.held, account.held_tokens, account.is_changed = 0, 0, true
+    end
+    accounts[name] = account
   end
-  if now - tonumber(fields[2] or 0) > forgotten then redis.call('HSET', name, 'held', 0, 'held_tokens', 0) end
-  return current
-end
-
-local function used_of(name, kind)
-  local fields = redis.call('HMGET', name, spent[kind], holds[kind])
-  return tonumber(fields[1] or 0) + tonumber(fields[2] or 0)
+  if period > account.period then
+    account.period, account.spend, account.tokens, account.held, account.held_tokens = period, 0, 0, 0, 0
+    account.is_changed, account.is_begun = true, true
+  end
+  return account
 end
 """
 
-# A window that was loaded once holds for all requests of one call.
 _ONE = """
-local windows = {}
+local places = {}
 
-local function window_of(name, length, width, steady)
-  windows[name] = windows[name] or load(name, length, width, steady)
-  return windows[name]
-end
-
-local function reserve(reservation, id, words, from)
-  if redis.call('EXISTS', reservation) == 1 then return {-2} end
-  local rules, longest, refusing = {}, 0, nil
-  for at = 1, #words, 5 do
-    local rule = {name = KEYS[from + #rules], kind = words[at], limit = tonumber(words[at + 1]),
-                  cost = tonumber(words[at + 2]), period = tonumber(words[at + 3]), least = tonumber(words[at + 4])}
-    local delay = 0
-    if rule.least > rule.limit then
-      delay, rule.used = math.huge, 0
-    elseif holds[rule.kind] then
-      rule.is_current = begin(rule.name, rule.period, now) == rule.period
-      rule.used = used_of(rule.name, rule.kind)
-      if rule.used + rule.least > rule.limit then delay = math.huge end
-    elseif rule.kind == 'max_parallel_requests' then
-      redis.call('ZREMRANGEBYSCORE', rule.name, '-inf', steady)
-      rule.used = redis.call('ZCARD', rule.name)
-      if rule.used >= rule.limit then delay = pause end
+local function reserve(reservation, id, rules, from)
+  if call('EXISTS', reservation) == 1 then return {-2} end
+  local count, used, longest, refusing = #rules / 5, {}, 0, nil
+  for place = 1, count do
+    local name, at, delay = KEYS[from + place], 5 * place - 4, 0
+    local kind, limit, least = rules[at], rules[at + 1], rules[at + 4]
+    if least > limit then
+      delay, used[place] = math.huge, 0
+    elseif holds[kind] then
+      local account = account_of(name, rules[at + 3])
+      used[place] = account[spent[kind]] + account[holds[kind]]
+      if used[place] + least > limit then delay = math.huge end
+    elseif kind == 'max_parallel_requests' then
+      places[name] = places[name] or {count = call('ZCOUNT', name, '(' .. now_text, '+inf')}
+      used[place] = places[name].count
+      if used[place] >= limit then delay = pause end
     else
-      rule.window = window_of(rule.name, length, width, steady)
-      rule.used = rule.window.total
-      delay = wait(rule.window, length, steady, rule.limit, rule.least)
+      local window = window_of(name)
+      used[place] = window.total
+      if window.total + least > limit then delay = wait(name, window, limit, least) end
     end
-    if delay > longest then longest, refusing = delay, #rules end
-    rules[#rules + 1] = rule
+    if delay > longest then longest, refusing = delay, place end
   end
   if refusing then
-    local left = math.max(0, rules[refusing + 1].limit - rules[refusing + 1].used)
-    if longest == math.huge then return {0, refusing, length, 1, left} end
-    return {0, refusing, longest, 0, left}
+    local left = math.max(0, rules[5 * refusing - 3] - used[refusing])
+    if longest == math.huge then return {0, refusing - 1, length, 1, left} end
+    return {0, refusing - 1, longest, 0, left}
   end
 
   local taken, answer = {}, {1}
-  for place, rule in ipairs(rules) do
-    local bucket = false
-    local cost = math.min(rule.cost, math.max(rule.limit - rule.used, rule.least))
-    if holds[rule.kind] then
-      bucket = holds[rule.kind]
-      if rule.is_current then redis.call('HINCRBY', rule.name, bucket, cost) end
-      redis.call('HSET', rule.name, 'touched', now)
-    elseif rule.window then
-      bucket = take(rule.window, width, steady, cost)
-      redis.call('PEXPIRE', rule.name, kept)
+  for place = 1, count do
+    local name, at, bucket = KEYS[from + place], 5 * place - 4, false
+    local kind, left, period = rules[at], rules[at + 1] - used[place], rules[at + 3]
+    local cost = math.min(rules[at + 2], math.max(left, rules[at + 4]))
+    if holds[kind] then
+      bucket = holds[kind]
+      local account = accounts[name]
+      if account.period == period then account[bucket] = account[bucket] + cost end
+      account.is_changed, account.is_touched = true, true
+    elseif kind == 'max_parallel_requests' then
+      local held = places[name]
+      held.count = held.count + 1
+      held[#held + 1] = ends_text
+      held[#held + 1] = id
     else
-      redis.call('ZADD', rule.name, steady + lease, id)
-      redis.call('PEXPIRE', rule.name, kept)
+      local window = windows[name]
+      if window.head > window.tail or steady >= window.start + width then
+        window.tail, window.start, window.is_begun = window.tail + 1, steady, true
+      end
+      window.total, window.added = window.total + cost, (window.added or 0) + cost
+      bucket = window.tail
     end
-    taken[place] = {rule.name, bucket, cost, rule.period}
-    answer[place + 1] = math.max(0, rule.limit - rule.used - cost)
-    answer[place + 1 + #rules] = cost
+    taken[4 * place - 3] = name
+    taken[4 * place - 2] = bucket
+    taken[4 * place - 1] = cost
+    taken[4 * place] = period
+    answer[place + 1] = math.max(0, left - cost)
+    answer[place + 1 + count] = cost
   end
-  redis.call('SET', reservation, cmsgpack.pack(taken), 'PX', kept)
+  call('SET', reservation, cmsgpack.pack(taken), 'PX', kept)
   return answer
 end
 """
 
 #: Requests of one key, in order. KEYS: the key's clock; of each request the reservation and each rule's counter. ARGV:
-#: not after; in one text the lengths of window, bucket, lease and pause, and milliseconds to keep things; of each
-#: request its id, and in one text of each of its rules the kind, limit, cost, period and the least that will do.
+#: not after; the lengths of window, bucket, lease and pause, and milliseconds to keep things; of each request its id,
+#: and as one list in JSON of each of its rules the kind, limit, cost, period and the least that will do.
 #: Answers GRANTED, now, and of each request: GRANTED, what remains of each rule, what was taken of each; or REFUSED,
 #: which rule (from 0), wait, 1 if that is for ever, what is left of it; or DUPLICATE.
 RESERVE: Final = (
     PUNCTUAL
     + """
-local function split(text)
-  local words = {}
-  for word in string.gmatch(text, '%S+') do words[#words + 1] = word end
-  return words
-end
-local lengths = split(ARGV[2])
-local length, width = tonumber(lengths[1]), tonumber(lengths[2])
-local lease, pause, kept = tonumber(lengths[3]), tonumber(lengths[4]), lengths[5]
+local length, width, lease, pause = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local kept = ARGV[6]
 """
     + _STEADY
-    + "local steady = steady_time(KEYS[1], now, kept)"
+    + """
+local steady = steady_time(KEYS[1], now, kept)
+local now_text, ends_text = format('%d', steady), format('%d', steady + lease)
+"""
     + _WINDOW
     + _ACCOUNT
     + _ONE
     + """
 local answers, from = {1, now}, 2
-for place = 3, #ARGV, 2 do
-  local words = split(ARGV[place + 1])
-  answers[#answers + 1] = reserve(KEYS[from], ARGV[place], words, from + 1)
-  from = from + 1 + #words / 5
+for place = 7, #ARGV, 2 do
+  local rules = cjson.decode(ARGV[place + 1])
+  answers[#answers + 1] = reserve(KEYS[from], ARGV[place], rules, from)
+  from = from + 1 + #rules / 5
+end
+for name, window in pairs(windows) do
+  if window.added then write_window(name, window) end
+end
+for name, held in pairs(places) do
+  if #held > 0 then
+    call('ZADD', name, unpack(held))
+    call('PEXPIRE', name, kept)
+    -- Those whose lease is over do not count, and are cleared away now and then.
+    if steady % 16 == 0 then call('ZREMRANGEBYSCORE', name, '-inf', now_text) end
+  end
+end
+for name, account in pairs(accounts) do
+  if account.is_begun then
+    call('HSET', name, 'period', format('%d', account.period), 'spend', '0', 'tokens', '0')
+  end
+  if account.is_changed then
+    call('HSET', name, 'held', format('%d', account.held), 'held_tokens', format('%d', account.held_tokens))
+  end
+  if account.is_touched then call('HSET', name, 'touched', format('%d', now)) end
 end
 return answers
 """
@@ -192,23 +242,34 @@ return answers
 SETTLE: Final = (
     PUNCTUAL
     + """
+local call, format = redis.call, string.format
+
 local function settle(reservation, id, text)
-  local taken = redis.call('GET', reservation)
+  local taken = call('GET', reservation)
   if not taken or taken == '' then return end
-  redis.call('SET', reservation, '', 'PX', ARGV[2])
+  call('SET', reservation, '', 'PX', ARGV[2])
   local words = string.gmatch(text, '%S+')
-  for _, rule in ipairs(cmsgpack.unpack(taken)) do
-    local name, bucket, cost, period = rule[1], rule[2], rule[3], rule[4]
-    local used = tonumber(words() or '')
+  taken = cmsgpack.unpack(taken)
+  for at = 1, #taken, 4 do
+    local name, bucket, cost = taken[at], taken[at + 1], taken[at + 2]
+    local change = (tonumber(words() or '') or cost) - cost
     if not bucket then
-      redis.call('ZREM', name, id)
+      call('ZREM', name, id)
+    elseif change == 0 then
+      -- It was as expected.
     elseif type(bucket) == 'string' then
-      if used and tonumber(redis.call('HGET', name, 'period') or -1) == period then
-        redis.call('HINCRBY', name, bucket, used - cost)
+      if tonumber(call('HGET', name, 'period') or -1) == taken[at + 3] then
+        call('HINCRBY', name, bucket, format('%d', change))
       end
-    elseif used and redis.call('HEXISTS', name, 'a' .. bucket) == 1 then
-      redis.call('HINCRBY', name, 'a' .. bucket, used - cost)
-      redis.call('HINCRBY', name, 'total', used - cost)
+    else
+      local field, by = format('a%d', bucket), format('%d', change)
+      -- One that is nothing but the change may have left; then it is not to come back.
+      if call('HINCRBY', name, field, by) == change
+         and call('HEXISTS', name, format('t%d', bucket)) == 0 then
+        call('HDEL', name, field)
+      else
+        call('HINCRBY', name, 'total', by)
+      end
     end
   end
 end
@@ -228,14 +289,15 @@ local steady = steady_time(KEYS[1], now, kept)
 local answer = {1, now}
 for place = 2, #KEYS do
   local id, lost = ARGV[place + 2], true
-  local reservation = redis.call('GET', KEYS[place])
+  local reservation = call('GET', KEYS[place])
   if reservation and reservation ~= '' then
-    for _, rule in ipairs(cmsgpack.unpack(reservation)) do
-      local name, bucket = rule[1], rule[2]
-      local ends = not bucket and redis.call('ZSCORE', name, id)
+    local taken = cmsgpack.unpack(reservation)
+    for at = 1, #taken, 4 do
+      local name, bucket = taken[at], taken[at + 1]
+      local ends = not bucket and call('ZSCORE', name, id)
       if ends and tonumber(ends) > steady then
-        redis.call('ZADD', name, steady + lease, id)
-        redis.call('PEXPIRE', name, kept)
+        call('ZADD', name, steady + lease, id)
+        call('PEXPIRE', name, kept)
         lost = false
       end
     end
@@ -243,7 +305,7 @@ for place = 2, #KEYS do
   if lost then
     answer[#answer + 1] = place - 2
   else
-    redis.call('PEXPIRE', KEYS[place], kept)
+    call('PEXPIRE', KEYS[place], kept)
   end
 end
 return answer

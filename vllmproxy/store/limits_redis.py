@@ -56,7 +56,7 @@ class RedisLimiter:
         self._kept = self._spans.kept // 1000 + _MARGIN
         width = bucket_width(self._spans.window)
         lengths = (self._spans.window, width, self._spans.lease, micros(BUSY_RETRY_AFTER), self._kept)
-        self._lengths = b"%d %d %d %d %d" % lengths
+        self._lengths = [b"%d" % length for length in lengths]
         self._memory = b"%d" % (self._spans.memory // 1000)
         self._calls = Calls(clock)
         self._scripts = Scripts(link, clock, timeout)
@@ -79,7 +79,7 @@ class RedisLimiter:
     def reserve_ahead(
         self, key: str, rules: tuple[Rule, ...], request_ids: Sequence[str], ahead: float
     ) -> Deferred[list[Granted]]:
-        names, words = [_name(key, b"clock")], [self._lengths]
+        names, words = [_name(key, b"clock")], [*self._lengths]
         counters, text = _counted(name_bytes(key), rules)
         prefix = _name(key, b"request", b"")
         for request_id in request_ids:
@@ -134,7 +134,7 @@ class RedisLimiter:
             self._reserving.done(key)
             return
         key_bytes = name_bytes(key)
-        names, words = [b"vllmproxy:{%b}:clock" % key_bytes], [self._lengths]
+        names, words = [b"vllmproxy:{%b}:clock" % key_bytes], [*self._lengths]
         for each in asked:
             each.add_to(names, words, key_bytes)
         call = self._scripts.call(RESERVE, names, words)
@@ -227,8 +227,8 @@ def _counted(key: bytes, rules: tuple[Rule, ...]) -> tuple[list[bytes], bytes]:
             names.append(b"vllmproxy:{%b}:budget" % key)
         else:
             names.append(b"vllmproxy:{%b}:%b:%b" % (key, kind, name_bytes(rule.scope)))
-        words.append(b"%b %d %d %d %d" % (kind, rule.limit, rule.cost, rule.period, rule.needed))
-    return names, b" ".join(words)
+        words.append(b'"%b",%d,%d,%d,%d' % (kind, rule.limit, rule.cost, rule.period, rule.needed))
+    return names, b"[%b]" % b",".join(words)
 
 
 #: What a reservation fails with whose answer cannot be read.
