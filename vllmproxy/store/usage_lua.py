@@ -30,58 +30,71 @@ if last >= first then
 end
 redis.call('SET', KEYS[1], string.format('%.0f', first + count - 1), 'EX', writer_kept)
 
-local function bounded(known, name, most)
-  if name == '' then return name end
-  if redis.call('SCARD', known) < most then
-    redis.call('SADD', known, name)
-    return name
-  end
-  return redis.call('SISMEMBER', known, name) == 1 and name or other
+local call = redis.call
+
+local function text(number)
+  return string.format(number < 9007199254740992 and '%d' or '%.0f', number)
 end
 
-local function add(sums, row, numbers)
-  local total = {}
-  for number in string.gmatch(numbers, '%d+') do total[#total + 1] = tonumber(number) end
-  local place = 0
-  for number in string.gmatch(redis.call('HGET', sums, row) or '', '%d+') do
-    place = place + 1
-    total[place] = total[place] + number
+local function bounded(known, name, most)
+  if name == '' then return name end
+  if call('SCARD', known) < most then
+    call('SADD', known, name)
+    return name
   end
-  for place, number in ipairs(total) do total[place] = string.format('%.0f', number) end
-  redis.call('HSET', sums, row, table.concat(total, ' '))
+  return call('SISMEMBER', known, name) == 1 and name or other
+end
+
+local function added(before, numbers)
+  local sums, earlier = {}, string.gmatch(before, '%d+')
+  for number in string.gmatch(numbers, '%d+') do
+    local sum = earlier() or '0'
+    sums[#sums + 1] = number == '0' and sum or text(sum + number)
+  end
+  return table.concat(sums, ' ')
 end
 
 local name, arg = 1, 9
 for _ = 1, keydays do
   local day, sums, models, end_users = unpack(KEYS, name + 1, name + 4)
-  redis.call('SADD', day, ARGV[arg + 1])
-  local rows = tonumber(ARGV[arg + 2])
+  local key, rows, is_known = ARGV[arg + 1], tonumber(ARGV[arg + 2]), true
   arg = arg + 2
   for _ = 1, rows do
-    local model = bounded(models, ARGV[arg + 1], most_models)
-    local end_user = bounded(end_users, ARGV[arg + 2], most_end_users)
-    add(sums, #model .. ':' .. model .. end_user, ARGV[arg + 3])
+    local model, end_user = ARGV[arg + 1], ARGV[arg + 2]
+    local row = #model .. ':' .. model .. end_user
+    local before = call('HGET', sums, row)
+    -- Where there is a row, its names have rows of their own, unless it may be everybody's.
+    if not before or model == other or end_user == other then
+      is_known = false
+      model, end_user = bounded(models, model, most_models), bounded(end_users, end_user, most_end_users)
+      row = #model .. ':' .. model .. end_user
+      before = call('HGET', sums, row)
+    end
+    call('HSET', sums, row, before and added(before, ARGV[arg + 3]) or ARGV[arg + 3])
     arg = arg + 3
   end
-  for place = name + 1, name + 4 do redis.call('EXPIRE', KEYS[place], kept) end
+  if not is_known then call('SADD', day, key) end
+  for place = name + 1, name + 4 do call('EXPIRE', KEYS[place], kept) end
   name = name + 4
 end
 
 local charged = {'spend', 'tokens', 'held', 'held_tokens'}
 for place = name + 1, #KEYS do
   local account, period = KEYS[place], tonumber(ARGV[arg + 1])
-  local fields = redis.call('HMGET', account, 'period', unpack(charged))
+  local fields = call('HMGET', account, 'period', 'spend', 'tokens', 'held', 'held_tokens')
   local current = tonumber(fields[1] or 0)
   if period >= current then
-    local values = {'period', ARGV[arg + 1]}
+    local values = (period > current or not fields[1]) and {'period', ARGV[arg + 1]} or {}
     for number, field in ipairs(charged) do
-      local value, amount = tonumber(fields[number + 1] or 0), tonumber(ARGV[arg + 1 + number])
-      if period > current then value = 0 end
-      if number <= 2 then value = value + amount else value = math.max(0, value - amount) end
-      values[#values + 1] = field
-      values[#values + 1] = string.format('%.0f', value)
+      local amount = ARGV[arg + 1 + number]
+      if amount ~= '0' or period > current or not fields[number + 1] then
+        local value = period == current and tonumber(fields[number + 1] or 0) or 0
+        value = number <= 2 and value + amount or math.max(0, value - amount)
+        values[#values + 1] = field
+        values[#values + 1] = text(value)
+      end
     end
-    redis.call('HSET', account, unpack(values))
+    if #values > 0 then call('HSET', account, unpack(values)) end
   end
   arg = arg + 5
 end
