@@ -134,7 +134,7 @@ class Bench:
         while words := commands.gets():
             assert self._redis is not None
             _, script, count, *rest = words
-            granted = len(rest[int(count) + 6 :]) // 2 if script in RESERVING else 0
+            granted = len(rest[int(count) + 7 :]) // 2 if script in RESERVING else 0
             self._redis.receive(b"*%d\r\n" % (granted + 2) + DONE + GRANTED * granted)
 
     def close(self) -> None:

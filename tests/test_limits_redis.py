@@ -1,5 +1,6 @@
 """The Redis limiter in real time: shared, stopped, killed, cancelled, late; and what it leaves behind."""
 
+import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from vllmproxy.store.limits_memory import MemoryLimiter
 from vllmproxy.store.limits_redis import RedisLimiter
 from vllmproxy.store.link import Link
 from vllmproxy.store.scripts import LATE
+from vllmproxy.usage.sums import Account
 
 RULES = requests(10), tokens(1000, 100), parallel(10)
 FIRST = Granted((9, 900, 9))
@@ -70,6 +72,12 @@ def left_behind(server: RedisServer) -> dict[str, int]:
     assert "vllmproxy:schema" in names
     names.remove("vllmproxy:schema")
     return {name: int(server.command("PTTL", name)[1:]) for name in names}
+
+
+def runs_of(server: RedisServer) -> int:
+    """Return how many scripts it has been asked to run."""
+    stats = server.command("INFO", "commandstats").decode()
+    return sum(int(calls) for calls in re.findall(r"cmdstat_eval(?:sha)?:calls=(\d+)", stats))
 
 
 @pytest_twisted.ensureDeferred
@@ -389,6 +397,34 @@ async def test_what_comes_together_is_decided_as_one_by_one(server: RedisServer,
     assert await limiter.reserve(ask("after", requests(9), tokens(1000, 1000), parallel(6))) == Granted((8, 0, 5))
 
 
+@pytest_twisted.ensureDeferred
+async def test_what_comes_together_is_of_its_own_key_each(server: RedisServer, links: list[Link]) -> None:
+    """Requests of different keys go in one call as well, and nothing of one is another's."""
+    limiter, alone = RedisLimiter(links[0], reactor), MemoryLimiter(Clock())
+    budget = Rule("budget_tokens", "", 500, 60)
+    rules = (
+        (requests(4), tokens(1000, 300)),
+        (parallel(3),),
+        (requests(9), parallel(5), budget),
+        (requests(2, scope="m"),),
+    )
+    asks = [Ask(f"key-{n % 4}", f"r{n}", rules[n % 4]) for n in range(100)]
+    for key in ("key-0", "key-1", "key-2", "key-3"):
+        alone.accounts.open(key, Account())
+    together = await gatherResults([limiter.reserve(each) for each in asks])
+    for each, decided in zip(asks, together, strict=True):
+        expected = alone.reserve_now(each)
+        assert type(decided) is type(expected)
+        if isinstance(decided, Granted) and isinstance(expected, Granted):
+            assert (decided.remaining, decided.taken) == (expected.remaining, expected.taken)
+    assert sum(isinstance(each, Granted) for each in together) == 3 + 3 + 5 + 2
+    assert runs_of(server) < len(asks)
+    await gatherResults([limiter.settle_all(each.key, [(each.request_id, (0,) * 3)]) for each in asks])
+    assert await limiter.reserve(Ask("key-1", "after", (parallel(3),))) == Granted((2,))
+    assert await limiter.reserve(Ask("key-0", "after", (tokens(1000, 1000),))) == Granted((0,))
+    assert server.command("HGET", "vllmproxy:{key-2}:budget", "held_tokens") == b"$1\r\n0\r\n"
+
+
 @pytest.mark.parametrize("answers", [[], [None], [[]], [[1]], [[0, 1]], ["text"]], ids=str)
 @pytest_twisted.ensureDeferred
 async def test_an_answer_that_makes_no_sense_is_a_failure_and_given_back(
@@ -406,3 +442,55 @@ async def test_an_answer_that_makes_no_sense_is_a_failure_and_given_back(
     with pytest.raises(StoreUnavailable):
         await limiter.reserve(ask("odd"))
     assert await limiter.reserve(ask("next")) == FIRST
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_is_reserved_ahead_counts_from_when_its_requests_may_come(
+    server: RedisServer, links: list[Link]
+) -> None:
+    with virtual_time():
+        bench = RedisBench(server, links[0])
+        limiter = bench.limiter
+        assert isinstance(limiter, RedisLimiter)
+        made = await limiter.reserve_ahead(TOKEN, (requests(4), parallel(9)), ["a", "b"], 0.5)
+        assert made == [Granted((3, 8)), Granted((2, 7))]
+        assert [each.request_id for each in made] == ["a", "b"]
+        bench.advance(0.1)
+        assert await bench.reserve(requests(4)) == Granted((1,))  # which does not make that bucket leave sooner
+        bench.advance(0.8)
+        assert await bench.reserve(requests(4)) == Granted((0,))
+        assert isinstance(await bench.reserve(requests(4)), Denied)
+        bench.advance(60.5 - 0.9 - 0.000001)
+        refusal = await bench.reserve(requests(4))
+        assert isinstance(refusal, Denied)
+        assert refusal.retry_after == 0.000001
+        bench.advance(0.000001)
+        assert await bench.reserve(requests(4)) == Granted((2,))
+        bench.advance(0.4)
+        assert await bench.reserve(requests(4)) == Granted((2,))  # that of 0.9 s has left 60 s after
+
+
+@pytest_twisted.ensureDeferred
+async def test_of_what_is_reserved_ahead_some_may_be_granted(links: list[Link]) -> None:
+    limiter = RedisLimiter(links[0], reactor)
+    made = await limiter.reserve_ahead(TOKEN, (requests(3),), ["a", "b", "c", "d"], 0.5)
+    assert [each.request_id for each in made] == ["a", "b", "c"]
+    await limiter.settle_all(TOKEN, [(id, (0,)) for id in "abc"])
+    assert await limiter.reserve(ask("one", requests(3))) == Granted((2,))
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_was_reserved_ahead_unheard_is_given_back(server: RedisServer, links: list[Link]) -> None:
+    limiter = RedisLimiter(links[0], reactor)
+    await limiter.settle_all(TOKEN, [("unknown", ())])
+    wire = await links[0].get()
+    server.stall()
+    try:
+        wire.offset += 3600  # the not-after time is in an hour
+        with pytest.raises(StoreUnavailable):
+            await limiter.reserve_ahead(TOKEN, RULES, ["a", "b"], 0.5)
+    finally:
+        server.resume()
+    assert await eventually(limiter, "after") == FIRST
+    for id in ("a", "b"):
+        assert server.command("GET", f"vllmproxy:{{{TOKEN}}}:request:{id}") == b"$0\r\n\r\n"

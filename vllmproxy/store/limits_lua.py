@@ -2,11 +2,13 @@
 
 A window is a hash: ``head`` and ``tail``, the numbers of the oldest and the newest bucket, ``start``, when the newest
 began, ``total``, and for each bucket N ``tN``, when it took something last, and ``aN``, its amount; ``leaves`` is a
-time before which the oldest does not leave: it may be missing, or too early. Places are a sorted set of request ids by
-the end of their lease. An account is a hash: ``period``, ``spend`` and ``tokens``, and what requests under way hold of
-it, ``held`` and ``held_tokens``; ``touched`` is when something was held last: what nobody let go of within a day was
-lost with a proxy. A reservation is what was taken for one request, empty once it is settled; only the proxy that made
-it reads it. All times are microseconds. What every script begins with is said in :mod:`vllmproxy.store.scripts`.
+time before which the oldest does not leave: it may be missing, or too early. What is reserved for requests that come
+later is taken when the last of them may come; ``latest`` is that time, and what is taken before it counts from it, too,
+so that buckets leave in their order. Places are a sorted set of request ids by the end of their lease. An account is a
+hash: ``period``, ``spend`` and ``tokens``, and what requests under way hold of it, ``held`` and ``held_tokens``;
+``touched`` is when something was held last: what nobody let go of within a day was lost with a proxy. A reservation is
+what was taken for one request, empty once it is settled; only the proxy that made it reads it. All times are
+microseconds. What every script begins with is said in :mod:`vllmproxy.store.scripts`.
 
 Numbers go to Redis as text: it would write those of Lua with 17 digits, which takes longer than many a command.
 """
@@ -34,6 +36,22 @@ local function steady_time(name, now, kept)
 end
 """
 
+# A key's clock is read once in a call; the three locals are of the key whose request is being decided.
+_CLOCK = """
+local clocks, steady, now_text, ends_text = {}, nil, nil, nil
+
+local function clock_of(name)
+  local clock = clocks[name]
+  if not clock then
+    local time = steady_time(name, now, kept)
+    clock = {steady = time, now_text = format('%d', time), ends_text = format('%d', time + lease)}
+    clocks[name] = clock
+  end
+  steady, now_text, ends_text = clock.steady, clock.now_text, clock.ends_text
+  return clock
+end
+"""
+
 # What was read once holds for all requests of one call, and is written when all are decided.
 _WINDOW = """
 local windows = {}
@@ -54,14 +72,15 @@ local function prune(name, window)
   call('HSET', name, 'head', head, 'total', total, 'leaves', format('%d', leaves or 0))
 end
 
-local function window_of(name)
+local function window_of(name, clock)
   local window = windows[name]
   if window then return window end
-  local fields = call('HMGET', name, 'head', 'tail', 'start', 'total', 'leaves')
+  local fields = call('HMGET', name, 'head', 'tail', 'start', 'total', 'leaves', 'latest')
   -- A new window's buckets have higher numbers than those of one that was here before.
   local head = tonumber(fields[1]) or math.floor(steady / width)
   window = {head = head, tail = tonumber(fields[2]) or head - 1, start = tonumber(fields[3]) or 0,
-            total = tonumber(fields[4]) or 0, added = false, is_begun = false}
+            total = tonumber(fields[4]) or 0, latest = tonumber(fields[6]) or 0, added = false, is_begun = false,
+            clock = clock}
   if steady >= tonumber(fields[5] or 0) then prune(name, window) end
   windows[name] = window
   return window
@@ -69,16 +88,23 @@ end
 
 local function write_window(name, window)
   local tail, total = format('%d', window.tail), format('%d', window.total)
-  local added = format('%d', window.added)
+  local added, began = format('%d', window.added), window.clock.now_text
+  local last, counts_from = window.clock.steady + ahead, began
+  if last <= window.latest then
+    counts_from = format('%d', window.latest)
+  elseif ahead > 0 then
+    counts_from = format('%d', last)
+    call('HSET', name, 'latest', counts_from)
+  end
   if window.is_begun then
     local head = format('%d', window.head)
-    call('HSET', name, 'head', head, 'tail', tail, 'start', now_text, 'total', total,
-               't' .. tail, now_text, 'a' .. tail, added)
-    if head == tail then call('HSET', name, 'leaves', format('%d', steady + length)) end
+    call('HSET', name, 'head', head, 'tail', tail, 'start', began, 'total', total, 't' .. tail, counts_from,
+         'a' .. tail, added)
+    if head == tail then call('HSET', name, 'leaves', format('%d', window.clock.steady + length)) end
     -- Whatever is taken while this bucket is open has left before that.
     call('PEXPIRE', name, kept)
   else
-    call('HSET', name, 'total', total, 't' .. tail, now_text)
+    call('HSET', name, 'total', total, 't' .. tail, counts_from)
     call('HINCRBY', name, 'a' .. tail, added)
   end
   window.added, window.is_begun = false, false
@@ -123,11 +149,12 @@ end
 _ONE = """
 local places = {}
 
-local function reserve(reservation, id, rules, from)
-  if call('EXISTS', reservation) == 1 then return {-2} end
+local function reserve(from, id, rules)
+  if call('EXISTS', KEYS[from + 1]) == 1 then return {-2} end
+  local clock = clock_of(KEYS[from])
   local count, used, longest, refusing = #rules / 5, {}, 0, nil
   for place = 1, count do
-    local name, at, delay = KEYS[from + place], 5 * place - 4, 0
+    local name, at, delay = KEYS[from + 1 + place], 5 * place - 4, 0
     local kind, limit, least = rules[at], rules[at + 1], rules[at + 4]
     if least > limit then
       delay, used[place] = math.huge, 0
@@ -136,11 +163,11 @@ local function reserve(reservation, id, rules, from)
       used[place] = account[spent[kind]] + account[holds[kind]]
       if used[place] + least > limit then delay = math.huge end
     elseif kind == 'max_parallel_requests' then
-      places[name] = places[name] or {count = call('ZCOUNT', name, '(' .. now_text, '+inf')}
+      places[name] = places[name] or {count = call('ZCOUNT', name, '(' .. now_text, '+inf'), clock = clock}
       used[place] = places[name].count
       if used[place] >= limit then delay = pause end
     else
-      local window = window_of(name)
+      local window = window_of(name, clock)
       used[place] = window.total
       if window.total + least > limit then delay = wait(name, window, limit, least) end
     end
@@ -154,7 +181,7 @@ local function reserve(reservation, id, rules, from)
 
   local taken, answer = {}, {1}
   for place = 1, count do
-    local name, at, bucket = KEYS[from + place], 5 * place - 4, false
+    local name, at, bucket = KEYS[from + 1 + place], 5 * place - 4, false
     local kind, left, period = rules[at], rules[at + 1] - used[place], rules[at + 3]
     local cost = math.min(rules[at + 2], math.max(left, rules[at + 4]))
     if holds[kind] then
@@ -182,36 +209,33 @@ local function reserve(reservation, id, rules, from)
     answer[place + 1] = math.max(0, left - cost)
     answer[place + 1 + count] = cost
   end
-  call('SET', reservation, cmsgpack.pack(taken), 'PX', kept)
+  call('SET', KEYS[from + 1], cmsgpack.pack(taken), 'PX', kept)
   return answer
 end
 """
 
-#: Requests of one key, in order. KEYS: the key's clock; of each request the reservation and each rule's counter. ARGV:
-#: not after; the lengths of window, bucket, lease and pause, and milliseconds to keep things; of each request its id,
-#: and as one list in JSON of each of its rules the kind, limit, cost, period and the least that will do.
+#: Requests, in order. KEYS: of each its key's clock, the reservation and each rule's counter. ARGV: not after; the
+#: lengths of window, bucket, lease and pause; milliseconds to keep things; how much later the requests may come; of
+#: each its id, and as one list in JSON of each of its rules the kind, limit, cost, period and the least that will do.
 #: Answers GRANTED, now, and of each request: GRANTED, what remains of each rule, what was taken of each; or REFUSED,
 #: which rule (from 0), wait, 1 if that is for ever, what is left of it; or DUPLICATE.
 RESERVE: Final = (
     PUNCTUAL
     + """
 local length, width, lease, pause = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-local kept = ARGV[6]
+local kept, ahead = ARGV[6], tonumber(ARGV[7])
 """
     + _STEADY
-    + """
-local steady = steady_time(KEYS[1], now, kept)
-local now_text, ends_text = format('%d', steady), format('%d', steady + lease)
-"""
+    + _CLOCK
     + _WINDOW
     + _ACCOUNT
     + _ONE
     + """
-local answers, from = {1, now}, 2
-for place = 7, #ARGV, 2 do
+local answers, from = {1, now}, 1
+for place = 8, #ARGV, 2 do
   local rules = cjson.decode(ARGV[place + 1])
-  answers[#answers + 1] = reserve(KEYS[from], ARGV[place], rules, from)
-  from = from + 1 + #rules / 5
+  answers[#answers + 1] = reserve(from, ARGV[place], rules)
+  from = from + 2 + #rules / 5
 end
 for name, window in pairs(windows) do
   if window.added then write_window(name, window) end
@@ -221,7 +245,7 @@ for name, held in pairs(places) do
     call('ZADD', name, unpack(held))
     call('PEXPIRE', name, kept)
     -- Those whose lease is over do not count, and are cleared away now and then.
-    if steady % 16 == 0 then call('ZREMRANGEBYSCORE', name, '-inf', now_text) end
+    if held.clock.steady % 16 == 0 then call('ZREMRANGEBYSCORE', name, '-inf', held.clock.now_text) end
   end
 end
 for name, account in pairs(accounts) do

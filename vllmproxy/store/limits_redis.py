@@ -73,18 +73,19 @@ class RedisLimiter:
         if not ask.rules:
             return Granted(())
         asked = _Reserve(ask)
-        self._reserving.add(ask.key, asked)
+        self._reserving.add(asked)
         return asked.decided
 
     def reserve_ahead(
         self, key: str, rules: tuple[Rule, ...], request_ids: Sequence[str], ahead: float
     ) -> Deferred[list[Granted]]:
-        names, words = [_name(key, b"clock")], [*self._lengths]
+        names: list[bytes] = []
+        words = [*self._lengths, b"%d" % micros(ahead)]
         counters, text = _counted(name_bytes(key), rules)
-        prefix = _name(key, b"request", b"")
+        clock, prefix = _name(key, b"clock"), _name(key, b"request", b"")
         for request_id in request_ids:
             id = name_bytes(request_id)
-            names += prefix + id, *counters
+            names += clock, prefix + id, *counters
             words += id, text
         call = self._scripts.call(RESERVE, names, words)
         reserved: Deferred[Any] = self._scripts.run(call)
@@ -128,22 +129,22 @@ class RedisLimiter:
         told: Deferred[Any] = self._scripts.run(self._scripts.call(SETTLE, names, words))
         return told.addCallback(lambda _: None)
 
-    def _send_reserves(self, key: str, asked: list["_Reserve"]) -> None:
+    def _send_reserves(self, asked: list["_Reserve"]) -> None:
         asked = [each for each in asked if not each.decided.called]  # somebody may have given up meanwhile
         if not asked:
-            self._reserving.done(key)
+            self._reserving.done()
             return
-        key_bytes = name_bytes(key)
-        names, words = [b"vllmproxy:{%b}:clock" % key_bytes], [*self._lengths]
+        names: list[bytes] = []
+        words = [*self._lengths, b"0"]
         for each in asked:
-            each.add_to(names, words, key_bytes)
+            each.add_to(names, words)
         call = self._scripts.call(RESERVE, names, words)
         self._scripts.run(call).addCallbacks(
-            self._reserved, self._not_reserved, callbackArgs=(key, asked), errbackArgs=(key, asked, call)
+            self._reserved, self._not_reserved, callbackArgs=(asked,), errbackArgs=(asked, call)
         )
 
-    def _reserved(self, reply: list[Any], key: str, asked: list["_Reserve"]) -> None:
-        self._reserving.done(key)
+    def _reserved(self, reply: list[Any], asked: list["_Reserve"]) -> None:
+        self._reserving.done()
         answers = [_decision(each.ask, answer, reply[1]) for each, answer in zip(asked, reply[2:], strict=False)]
         for each, decision in zip_longest(asked, answers):
             if each.decided.called or decision is None:  # nobody waits for it any more, or knows what it says
@@ -151,9 +152,9 @@ class RedisLimiter:
             if not each.decided.called:
                 each.decided.callback(_NONSENSE if decision is None else decision)
 
-    def _not_reserved(self, reason: Failure, key: str, asked: list["_Reserve"], call: ScriptCall) -> None:
+    def _not_reserved(self, reason: Failure, asked: list["_Reserve"], call: ScriptCall) -> None:
         """Nobody heard what came of it, and nobody will."""
-        waiting = self._reserving.drop(key)
+        waiting = self._reserving.drop()
         if call.wire is not None:
             for each in asked:
                 Deferred.fromCoroutine(self._undo(each.ask, call.wire))
@@ -210,11 +211,11 @@ class _Reserve:
         self.ask = ask
         self.decided: Deferred[Granted | Denied] = Deferred()
 
-    def add_to(self, names: list[bytes], words: list[bytes], key: bytes) -> None:
+    def add_to(self, names: list[bytes], words: list[bytes]) -> None:
         """Add what :data:`RESERVE` wants of it."""
-        id = name_bytes(self.ask.request_id)
+        key, id = name_bytes(self.ask.key), name_bytes(self.ask.request_id)
         counters, text = _counted(key, self.ask.rules)
-        names += b"vllmproxy:{%b}:request:%b" % (key, id), *counters
+        names += b"vllmproxy:{%b}:clock" % key, b"vllmproxy:{%b}:request:%b" % (key, id), *counters
         words += id, text
 
 
