@@ -100,9 +100,12 @@ class Behind:
         if self._pause is not None:
             self._pause.cancel()
         self._tell_all()
+        if self._kept:
+            self._retry()
         if self._retrying.running:
             self._retrying.stop()
-        await DeferredList([told for telling in self._telling.values() for told in telling])
+        while self._telling:  # what was prompt meanwhile goes after these
+            await DeferredList([told for telling in self._telling.values() for told in telling])
 
     def _tell_all(self) -> None:
         self._pause = None

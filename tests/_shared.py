@@ -1,0 +1,166 @@
+"""A limiter that is somewhere else, in virtual time: the test says what becomes of each call."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from vllmproxy.limits.behind import Settlement
+from vllmproxy.limits.leases import Leases
+from vllmproxy.limits.spans import Spans, micros
+from vllmproxy.limits.values import Ask, Denied, Granted, Rule
+from vllmproxy.store.interface import StoreUnavailable
+from vllmproxy.store.limits_memory import MemoryLimiter
+
+#: Seconds that a call may take, and that one takes while all is well.
+DEADLINE = 0.2
+LATENCY = 0.001
+
+
+class Call:
+    """One call on its way. The store does it when it is :meth:`run`; who called hears of that when it is answered.
+
+    :ivar what: ``reserve``, ``ahead``, ``settle`` or ``renew``; of which requests.
+    """
+
+    def __init__(self, shared: "Shared", what: str, key: str, ids: Sequence[str], do: Callable[[], Any]) -> None:
+        self.what, self.key, self.ids = what, key, list(ids)
+        self._shared = shared
+        self._do = do
+        self._outcome: Any = None
+        self._has_run = False
+        self.result: Deferred[Any] = Deferred(self._cancelled)
+        self._deadline = shared.clock.callLater(DEADLINE, self.fail)
+        shared.under_way.append(self)
+
+    def run(self) -> None:
+        if not self._has_run:
+            self._has_run = True
+            self._outcome = self._do()
+
+    def answer(self) -> None:
+        if self in self._shared.under_way:
+            self.run()
+            self._end()
+            if self.what == "settle":
+                self._shared.heard += self.ids
+            self.result.callback(self._outcome)
+
+    def fail(self, error: Exception | None = None) -> None:
+        if self in self._shared.under_way:
+            self._end()
+            self._give_back()
+            self.result.errback(error or StoreUnavailable("away"))
+
+    def _cancelled(self, _: Deferred[Any]) -> None:
+        self._end()
+        self._give_back()
+
+    def _end(self) -> None:
+        self._shared.under_way.remove(self)
+        if self._deadline.active():
+            self._deadline.cancel()
+
+    def _give_back(self) -> None:
+        """What a reservation took that nobody heard of is taken back."""
+        if self._has_run and self.what in ("reserve", "ahead"):
+            for request_id in self.ids:
+                self._shared.settle_now(self.key, request_id, (0,) * 9)
+
+
+class Shared:
+    """The :class:`~vllmproxy.limits.behind.Shared` that counts in memory, far away.
+
+    :ivar mode: ``up``: a call is answered in :data:`LATENCY`. ``held``: the test does it, or the deadline. ``away``: it
+        fails at once. ``mute``: it is run and nobody hears of it.
+    :ivar asked: all calls, in order: ``what``, key and ids. :ivar under_way: those without an answer.
+    :ivar heard: the ids whose settlement was answered. :ivar reserved_at: when the store reserved, for each id.
+    """
+
+    def __init__(self, clock: Clock, **options: float) -> None:
+        self.clock = clock
+        self.mode = "up"
+        self.asked: list[tuple[str, str, list[str]]] = []
+        self.under_way: list[Call] = []
+        self.heard: list[str] = []
+        self.reserved_at: dict[str, float] = {}
+        self.costs: dict[str, tuple[int | None, ...]] = {}
+        self._limiter = MemoryLimiter(clock, **options)
+        spans = Spans.of(options.get("window", 60.0), options.get("lease", 45.0))
+        self._limiter._keys = Leases(spans.kept + 1_000_000)  # what is ahead counts so much longer
+
+    def reserve(self, ask: Ask) -> Deferred[Granted | Denied]:
+        return self._call("reserve", ask.key, [ask.request_id], lambda: self._reserve_now(ask))
+
+    def reserve_ahead(
+        self, key: str, rules: tuple[Rule, ...], request_ids: Sequence[str], ahead: float
+    ) -> Deferred[list[Granted]]:
+        assert request_ids
+        return self._call("ahead", key, request_ids, lambda: self._ahead(key, rules, request_ids, ahead))
+
+    def settle_all(self, key: str, settlements: Sequence[Settlement]) -> Deferred[None]:
+        return self._call("settle", key, [each for each, _ in settlements], lambda: self._settle_all(key, settlements))
+
+    def renew(self, key: str, request_ids: Sequence[str]) -> Deferred[list[str]]:
+        return self._call("renew", key, request_ids, lambda: self._limiter.renew(key, request_ids))
+
+    def settle_now(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> None:
+        self._limiter.settle(key, request_id, costs)
+
+    def counted(self, key: str) -> dict[tuple[str, str], int]:
+        """Return what counts of each of a key's limits just now, by kind and scope, where that is not 0."""
+        now = self._limiter._now()
+        counters = self._limiter._keys.get(now, key)
+        if counters is None:
+            return {}
+        found = {}
+        for name, window in counters._windows.items():
+            window.prune(now)
+            found[name] = window.total
+        for scope, places in counters._places.items():
+            found["max_parallel_requests", scope] = places.count(now)
+        return {name: amount for name, amount in found.items() if amount}
+
+    def of(self, what: str) -> list[list[str]]:
+        """Return the ids of all calls of a kind."""
+        return [ids for each, _, ids in self.asked if each == what]
+
+    def _call(self, what: str, key: str, ids: Sequence[str], do: Callable[[], Any]) -> Deferred[Any]:
+        self.asked.append((what, key, list(ids)))
+        call = Call(self, what, key, ids, do)
+        if self.mode == "up":
+            self.clock.callLater(LATENCY, call.answer)
+        elif self.mode == "away":
+            call.fail()
+        elif self.mode == "mute":
+            call.run()
+        return call.result
+
+    def _reserve_now(self, ask: Ask) -> Granted | Denied:
+        decision = self._limiter.reserve_now(ask)
+        if isinstance(decision, Granted):
+            self.reserved_at[ask.request_id] = self.clock.seconds()
+        return decision
+
+    def _ahead(self, key: str, rules: tuple[Rule, ...], request_ids: Sequence[str], ahead: float) -> list[Granted]:
+        made = []
+        for request_id in request_ids:
+            decision = self._reserve_now(Ask(key, request_id, rules))
+            if isinstance(decision, Granted):
+                decision.request_id = request_id
+                made.append(decision)
+                self._count_longer(key, ahead)
+        return made
+
+    def _count_longer(self, key: str, ahead: float) -> None:
+        now = self._limiter._now()
+        counters = self._limiter._keys.get(now, key)
+        assert counters is not None
+        for window in counters._windows.values():
+            window.take(now, 0, micros(ahead))
+
+    def _settle_all(self, key: str, settlements: Sequence[Settlement]) -> None:
+        for request_id, costs in settlements:
+            self.costs.setdefault(request_id, costs)
+            self._limiter.settle(key, request_id, costs)

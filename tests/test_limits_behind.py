@@ -1,0 +1,287 @@
+"""How settlements are told, together and again, in virtual time."""
+
+import pytest
+from _limits import TOKEN, parallel
+from _shared import LATENCY, Shared
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent
+
+from vllmproxy.limits.behind import _MOST_KEPT, _TOGETHER, MATTERS, PAUSE, RETRY, Behind
+from vllmproxy.limits.values import Ask
+
+OTHER = "cd" * 32
+
+
+class House:
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.clock.advance(1_500_000_000)
+        self.shared = Shared(self.clock)
+        self.behind = Behind(self.shared, self.clock)
+
+    def settle(self, *ids: str, prompt: bool = False, key: str = TOKEN) -> None:
+        for request_id in ids:
+            self.behind.settle(key, request_id, (None,), prompt=prompt)
+
+    @property
+    def told(self) -> list[list[str]]:
+        return self.shared.of("settle")
+
+    def pass_by(self, seconds: float) -> None:
+        """Let time pass in steps that are shorter than anything that is waited for."""
+        for _ in range(round(seconds / LATENCY)):
+            self.clock.advance(LATENCY)
+
+    def assert_nothing_is_left(self) -> None:
+        behind = self.behind
+        assert (behind._due, behind._hasty, behind._telling, behind._kept) == ({}, set(), {}, [])
+        assert self.clock.getDelayedCalls() == []
+
+
+def test_one_that_is_prompt_is_told_at_once() -> None:
+    house = House()
+    house.settle("a", prompt=True)
+    assert house.told == [["a"]]
+    house.pass_by(0.1)
+    assert house.told == [["a"]]
+    house.assert_nothing_is_left()
+
+
+def test_others_wait_for_each_other_and_no_longer_than_said() -> None:
+    house = House()
+    house.settle("a")
+    house.clock.advance(PAUSE * 0.9)
+    house.settle("b")
+    house.settle("c", key=OTHER)
+    assert house.told == []
+    house.clock.advance(PAUSE * 0.2)
+    assert house.shared.asked == [("settle", TOKEN, ["a", "b"]), ("settle", OTHER, ["c"])]
+    house.settle("d")
+    house.clock.advance(PAUSE)
+    assert house.told[2:] == [["d"]]
+    house.pass_by(0.1)
+    house.assert_nothing_is_left()
+
+
+def test_a_prompt_one_takes_along_what_waits() -> None:
+    house = House()
+    house.settle("a")
+    house.settle("b", prompt=True)
+    assert house.told == [["a", "b"]]
+    house.pass_by(0.1)
+    assert house.told == [["a", "b"]]
+    house.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("ends", ["answer", "fail"])
+def test_prompt_ones_wait_for_the_call_under_way_and_go_together(ends: str) -> None:
+    house = House()
+    house.shared.mode = "held"
+    house.settle("a", "b", prompt=True)
+    house.settle("c")
+    house.settle("other", prompt=True, key=OTHER)
+    house.settle("d", prompt=True)
+    assert house.told == [["a"], ["other"]]
+    getattr(house.shared.under_way[0], ends)()
+    assert house.told[2:] == [["b", "c", "d"]]
+
+
+def test_one_that_waits_goes_within_its_time_though_a_call_is_under_way() -> None:
+    house = House()
+    house.shared.mode = "held"
+    house.settle("a", prompt=True)
+    house.settle("b")
+    house.clock.advance(PAUSE)
+    assert house.told == [["a"], ["b"]]
+
+
+def test_what_is_due_is_told_when_somebody_is_about_to_ask() -> None:
+    house = House()
+    house.shared.mode = "held"
+    house.settle("a", "b", prompt=True)
+    house.settle("c")
+    house.settle("d", key=OTHER)
+    house.behind.tell(TOKEN)
+    assert house.told == [["a"], ["b", "c"]]
+    house.behind.tell(TOKEN)
+    house.behind.tell("nobody")
+    assert house.told == [["a"], ["b", "c"]]
+    house.shared.mode = "up"
+    for call in list(house.shared.under_way):
+        call.answer()
+    house.pass_by(0.1)
+    assert house.told == [["a"], ["b", "c"], ["d"]]  # and the prompt one not again
+    house.assert_nothing_is_left()
+
+
+def test_no_more_go_together_than_a_store_has_patience_for() -> None:
+    house = House()
+    ids = [f"r{number}" for number in range(2 * _TOGETHER + 1)]
+    house.settle(*ids)
+    house.clock.advance(PAUSE)
+    assert [len(each) for each in house.told] == [_TOGETHER, _TOGETHER, 1]
+    assert [each for together in house.told for each in together] == ids
+    house.pass_by(0.1)
+    house.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("mode", ["away", "mute"])
+def test_what_the_store_did_not_hear_is_told_again_until_it_does(mode: str) -> None:
+    house = House()
+    house.shared.mode = mode
+    house.settle("a", "b")
+    house.settle("c", prompt=True, key=OTHER)
+    house.pass_by(5)
+    assert 5 <= house.told.count(["a", "b"]) <= 6
+    assert 5 <= house.told.count(["c"]) <= 6
+    house.shared.mode = "up"
+    house.pass_by(2 * RETRY)
+    assert sorted(house.shared.heard) == ["a", "b", "c"]
+    times = len(house.told)
+    house.pass_by(2 * RETRY)
+    assert len(house.told) == times
+    house.assert_nothing_is_left()
+
+
+def test_what_no_longer_matters_is_forgotten() -> None:
+    house = House()
+    house.shared.mode = "away"
+    house.settle("old", prompt=True)
+    house.pass_by(MATTERS / 2)
+    house.settle("new", prompt=True)
+    house.pass_by(MATTERS / 2 + 2 * RETRY)
+    times = house.told.count(["old"])
+    assert MATTERS / RETRY <= times <= MATTERS / RETRY + 1
+    house.shared.mode = "up"
+    house.pass_by(2 * RETRY)
+    assert house.shared.heard == ["new"]
+    house.pass_by(2 * RETRY)
+    house.assert_nothing_is_left()
+
+
+def test_no_more_are_kept_than_there_is_memory_for() -> None:
+    house = House()
+    house.shared.mode = "away"
+    for number in range(_MOST_KEPT + 10):
+        house.settle(f"r{number}", prompt=True)
+    assert len(house.behind._kept) == _MOST_KEPT
+
+
+def test_a_fault_is_told_and_not_repeated(logged_errors: list[LogEvent]) -> None:
+    house = House()
+    house.shared.mode = "held"
+    house.settle("a", "b", prompt=True)
+    house.shared.under_way[0].fail(ZeroDivisionError())
+    assert [event["log_failure"].type for event in logged_errors] == [ZeroDivisionError]
+    logged_errors.clear()
+    house.shared.mode = "up"
+    house.shared.under_way[0].answer()
+    house.pass_by(2 * RETRY)
+    assert house.told == [["a"], ["b"]]
+    house.assert_nothing_is_left()
+
+
+def test_at_the_end_all_is_told_and_waited_for() -> None:
+    house = House()
+    house.shared.mode = "held"
+    house.settle("a", "b", prompt=True)
+    house.settle("c", key=OTHER)
+    ended: list[None] = []
+    Deferred.fromCoroutine(house.behind.finish()).addCallback(ended.append)
+    assert house.told == [["a"], ["b"], ["c"]]
+    house.settle("late", "later", prompt=True)  # given back meanwhile
+    for left in (4, 3, 2, 1):
+        assert not ended
+        assert len(house.shared.under_way) <= left
+        house.shared.under_way[0].answer()
+    assert ended == [None]
+    assert house.shared.heard == ["a", "b", "c", "late", "later"]
+    house.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("mode", ["away", "mute"])
+def test_the_end_does_not_wait_for_a_store_that_is_away(mode: str) -> None:
+    house = House()
+    house.shared.mode = mode
+    house.settle("a", prompt=True)
+    house.pass_by(0.3)
+    house.settle("b")
+    ended: list[None] = []
+    Deferred.fromCoroutine(house.behind.finish()).addCallback(ended.append)
+    house.pass_by(0.3)
+    assert ended == [None]
+    house.assert_nothing_is_left()
+
+
+def test_at_the_end_what_the_store_did_not_hear_is_told_once_more() -> None:
+    house = House()
+    house.shared.mode = "away"
+    house.settle("a", prompt=True)
+    house.shared.mode = "up"
+    ended: list[None] = []
+    Deferred.fromCoroutine(house.behind.finish()).addCallback(ended.append)
+    assert not ended
+    house.clock.advance(LATENCY)
+    assert ended == [None]
+    assert house.shared.heard == ["a"]
+    house.assert_nothing_is_left()
+
+
+def test_only_the_first_time_counts() -> None:
+    """It was heard, and its answer was not."""
+    house = House()
+    house.shared.reserve(Ask(TOKEN, "a", (parallel(1),)))
+    house.clock.advance(LATENCY)
+    house.shared.mode = "mute"
+    house.settle("a", prompt=True)
+    assert house.shared.counted(TOKEN) == {}
+    house.clock.advance(0.2)
+    house.shared.mode = "up"
+    house.shared.reserve(Ask(TOKEN, "b", (parallel(1),)))
+    house.pass_by(2 * RETRY)
+    assert house.told == [["a"], ["a"]]
+    assert house.shared.counted(TOKEN) == {("max_parallel_requests", ""): 1}
+
+
+_STEPS = st.one_of(
+    st.tuples(st.just("settle"), st.sampled_from([TOKEN, OTHER]), st.booleans()),
+    st.tuples(st.just("tell"), st.sampled_from([TOKEN, OTHER])),
+    st.tuples(st.just("pass"), st.sampled_from([0.0, 0.001, 0.009, 0.02, 0.3, 1.1])),
+    st.tuples(st.just("mode"), st.sampled_from(["up", "held", "away", "mute"])),
+    st.tuples(st.sampled_from(["run", "answer", "fail"]), st.integers(0, 5)),
+)
+
+
+@given(st.lists(_STEPS, max_size=40))
+def test_each_is_told_in_time_and_until_it_is_heard_and_then_never_again(steps: list[tuple[object, ...]]) -> None:
+    house = House()
+    due: dict[str, tuple[str, float, bool]] = {}
+    for number, (what, *rest) in enumerate(steps):
+        if what == "settle":
+            key, prompt = rest
+            house.settle(f"r{number}", prompt=bool(prompt), key=str(key))
+            due[f"r{number}"] = str(key), house.clock.seconds() + PAUSE, bool(prompt)
+        elif what == "tell":
+            house.behind.tell(str(rest[0]))
+        elif what == "pass":
+            house.clock.pump([LATENCY] * round(float(str(rest[0])) / LATENCY))
+        elif what == "mode":
+            house.shared.mode = str(rest[0])
+        elif house.shared.under_way:
+            call = house.shared.under_way[int(str(rest[0])) % len(house.shared.under_way)]
+            getattr(call, str(what))()
+        told = {each for ids in house.told for each in ids}
+        busy = {call.key for call in house.shared.under_way if call.what == "settle"}
+        for request_id, (key, latest, prompt) in due.items():
+            waits = not prompt and house.clock.seconds() <= latest + 1e-6
+            assert request_id in told or waits or (prompt and key in busy)
+        assert len(house.shared.heard) == len(set(house.shared.heard))
+    house.shared.mode = "up"
+    for call in list(house.shared.under_way):
+        call.answer()
+    house.pass_by(3 * RETRY)
+    assert sorted(house.shared.heard) == sorted(due)
+    house.assert_nothing_is_left()
