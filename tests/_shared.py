@@ -12,6 +12,7 @@ from vllmproxy.limits.spans import Spans, micros
 from vllmproxy.limits.values import Ask, Denied, Granted, Rule
 from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.limits_memory import MemoryLimiter
+from vllmproxy.usage.sums import NO_ACCOUNT
 
 #: Seconds that a call may take, and that one takes while all is well.
 DEADLINE = 0.2
@@ -138,6 +139,8 @@ class Shared:
         return call.result
 
     def _reserve_now(self, ask: Ask) -> Granted | Denied:
+        if ask.key not in self._limiter.accounts:
+            self._limiter.accounts.open(ask.key, NO_ACCOUNT)
         decision = self._limiter.reserve_now(ask)
         if isinstance(decision, Granted):
             self.reserved_at[ask.request_id] = self.clock.seconds()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from attrs import evolve
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -45,12 +45,16 @@ class Ahead:
         self._clock = clock
         self._stocks: dict[str, _Stock] = {}
         self._untouched: Deadlines[str] = Deadlines(clock, AHEAD, self._drop)
+        #: Calls that ask for more: the key, for which stock, how many, since when.
+        self._asking: dict[Deferred[list[Granted]], tuple[str, _Stock, int, float]] = {}
+        self._closed = False
 
     def reserve(self, ask: Ask) -> Granted | Denied | Deferred[Granted | Denied]:
         stock = self._stocks.get(ask.key)
-        if stock is not None:
-            if stock.ready and stock.ready[0][0] <= self._clock.seconds():
-                self._give_back(ask.key, stock.spoilt(self._clock.seconds()))
+        if stock is not None and stock.ready:
+            now = self._clock.seconds()
+            if not 0 <= now - stock.ready[0][0] < AHEAD:
+                self._give_back(ask.key, stock.spoilt(now))
             if stock.ready and stock.is_for(ask.rules):
                 _, made = stock.ready.popleft()
                 self._fill_soon(ask.key, stock)
@@ -67,9 +71,11 @@ class Ahead:
         return self._limiter.renew(key, request_ids)
 
     async def finish(self) -> None:
+        self._closed = True
         for key in list(self._stocks):
             self._drop(key)
         self._untouched.close()
+        await DeferredList(list(self._asking))  # what these make is given back
         await self._behind.finish()
 
     def _decided(self, decision: Granted | Denied, ask: Ask) -> Granted | Denied:
@@ -80,7 +86,8 @@ class Ahead:
         stock = self._stocks.get(ask.key)
         if stock is None or not stock.is_for(ask.rules):
             self._drop(ask.key)
-            if all(rule.kind not in BUDGETS for rule in ask.rules):  # a budget is not held for nobody
+            # A budget is not held for nobody, nor anything when nobody will give it back.
+            if not self._closed and all(rule.kind not in BUDGETS for rule in ask.rules):
                 self._stocks[ask.key] = _Stock(ask.rules, stock)
                 self._untouched.set(ask.key)
         else:
@@ -91,7 +98,7 @@ class Ahead:
 
     def _fill_soon(self, key: str, stock: "_Stock") -> None:
         """Ask for more when all is done that is to be done for a request, if a good part is missing."""
-        if not stock.is_due and stock.missing >= max(1, stock.size // 4):
+        if not stock.is_due and stock.is_low:
             stock.is_due = True
             self._clock.callLater(0, self._fill, key, stock)
 
@@ -103,27 +110,31 @@ class Ahead:
         if now < stock.filled + _FILLING:
             stock.grow()
         stock.filled = now
+        missing = stock.missing
+        if missing <= 0:  # little is left by now
+            return
         self._untouched.set(key)
-        ids = [fresh_id().decode("ascii") for _ in range(stock.missing)]
-        stock.asked += len(ids)
+        ids = [fresh_id().decode("ascii") for _ in range(missing)]
+        stock.asked += missing
         asked = self._limiter.reserve_ahead(key, stock.rules, ids, AHEAD)
-        asked.addCallbacks(
-            self._made, self._not_made, (key, stock, len(ids), now + AHEAD), errbackArgs=(key, stock, ids)
-        )
+        self._asking[asked] = key, stock, missing, now
+        asked.addCallbacks(self._made, self._not_made, (asked,), errbackArgs=(asked,))
         asked.addErrback(_failed)
 
-    def _made(self, made: list[Granted], key: str, stock: "_Stock", asked: int, until: float) -> None:
-        stock.asked -= asked
+    def _made(self, made: list[Granted], asked: Deferred[list[Granted]]) -> None:
+        key, stock, count, at = self._asking.pop(asked)
+        stock.asked -= count
         if self._stocks.get(key) is not stock:
             self._give_back(key, made)
         elif made:
             stock.left(made[-1].remaining)
-            stock.ready.extend([(until, each) for each in made])
-        if len(made) < asked:
+            stock.ready.extend([(at, each) for each in made])
+        if len(made) < count:
             self._drop(key)
 
-    def _not_made(self, reason: Failure, key: str, stock: "_Stock", ids: list[str]) -> None:
-        stock.asked -= len(ids)
+    def _not_made(self, reason: Failure, asked: Deferred[list[Granted]]) -> None:
+        key, stock, count, _ = self._asking.pop(asked)
+        stock.asked -= count
         self._drop(key)
         reason.trap(StoreUnavailable)  # whose request asks next, hears of it
 
@@ -145,7 +156,7 @@ class _Stock:
     :param rules: what a request asks for.
     :param before: the stock that did not do for it; costs grow in powers of two, so that most requests find theirs.
     :ivar size: how many it should be, as far as the limits afford that.
-    :ivar ready: until when each may be taken, oldest first.
+    :ivar ready: when each was asked for, oldest first.
     :ivar asked: how many are on their way. :ivar is_due: whether more are about to be asked for.
     :ivar filled: when some were asked for last.
     """
@@ -180,9 +191,9 @@ class _Stock:
         return True
 
     def spoilt(self, now: float) -> list[Granted]:
-        """Take out what has waited for too long: there was too much of it."""
+        """Take out what has waited for too long: there was too much of it. Or the clock was set back."""
         out = []
-        while self.ready and self.ready[0][0] <= now:
+        while self.ready and not 0 <= now - self.ready[0][0] < AHEAD:
             out.append(self.ready.popleft()[1])
         self.size = max(self.size - len(out), 1)
         return out
@@ -201,6 +212,12 @@ class _Stock:
     def is_far(self) -> bool:
         """Whether the limits are far away."""
         return self._most > 0
+
+    @property
+    def is_low(self) -> bool:
+        """Whether a good part is missing."""
+        wanted = min(self.size, self._most)
+        return wanted - len(self.ready) - self.asked >= max(1, wanted // 4)
 
     @property
     def missing(self) -> int:

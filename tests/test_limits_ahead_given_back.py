@@ -1,0 +1,228 @@
+"""What is reserved ahead and taken by nobody is given back, whatever happens, in virtual time."""
+
+import pytest
+from _ahead import FAR, LAPSED, House, now
+from _limits import TOKEN, parallel, requests, tokens
+from _shared import DEADLINE, LATENCY
+from twisted.internet.defer import CancelledError
+from twisted.logger import LogEvent
+
+from vllmproxy.limits.ahead import AHEAD
+from vllmproxy.limits.behind import PAUSE
+from vllmproxy.limits.values import Ask, Denied, Granted
+from vllmproxy.store.interface import StoreUnavailable
+
+
+def test_what_nobody_takes_is_given_back() -> None:
+    house = House()
+    house.warm(FAR, parallel(10**5))
+    ahead = {each for ids in house.shared.of("ahead") for each in ids}
+    assert house.counted["requests", ""] == 2 + len(ahead)
+    house.pass_by(LAPSED)
+    assert set(house.shared.heard) == ahead
+    assert house.counted == {("requests", ""): 2, ("max_parallel_requests", ""): 2}
+    house.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("under_way", [False, True])
+def test_a_refusal_gives_back_what_is_ahead(under_way: bool) -> None:
+    house, limit = House(), 1000
+    house.warm(tokens(limit, 1))
+    if under_way:
+        house.shared.mode = "held"
+        while house.ready:
+            now(house.ask(tokens(limit, 1)))
+        house.clock.advance(0)
+        (more,) = (call for call in house.shared.under_way if call.what == "ahead")
+        house.shared.mode = "up"
+    assert isinstance(house.asked(tokens(limit, limit)), Denied)
+    if under_way:
+        more.answer()
+    house.pass_by(5 * LATENCY)
+    assert house.counted == {("tokens", ""): house._ids - 1}
+    house.pass_by(LAPSED)
+    house.assert_nothing_is_left()
+
+
+def test_some_that_are_refused_give_back_the_rest() -> None:
+    """Others took what was left, after it was said that much is."""
+    house, limit = House(), 1000
+    house.warm(requests(limit))
+    house.shared.mode = "held"
+    while house.ready:
+        now(house.ask(requests(limit)))
+    house.clock.advance(0)
+    (more,) = house.shared.under_way
+    others = limit - house.counted["requests", ""] - len(more.ids) + 1
+    house.shared.reserve(Ask(TOKEN, "others", (requests(limit, cost=others),)))
+    house.shared.under_way[-1].answer()
+    house.shared.mode = "up"
+    more.answer()
+    house.pass_by(5 * LATENCY)
+    assert house.counted == {("requests", ""): house._ids + others}
+    assert house.ready == 0
+
+
+def test_when_limits_change_what_is_ahead_is_given_back() -> None:
+    house = House()
+    house.warm(requests(1000))
+    there = house.ready
+    assert house.asked(requests(999)) == Granted((996 - there,))
+    house.pass_by(5 * LATENCY)
+    assert house.counted == {("requests", ""): 3}
+    house.pass_by(LAPSED)
+    house.assert_nothing_is_left()
+
+
+def test_at_the_end_all_is_given_back() -> None:
+    house = House()
+    house.warm(FAR, parallel(10**5))
+    running = now(house.ask(FAR, parallel(10**5)))
+    assert isinstance(running, Granted)
+    house.ahead.settle(TOKEN, running.request_id, (None, None))
+    ended = house.finish()
+    assert not ended
+    house.pass_by(5 * LATENCY)
+    assert ended == [None]
+    assert house.counted == {("requests", ""): 3, ("max_parallel_requests", ""): 2}
+    house.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("ends", ["answer", "fail"])
+def test_the_end_waits_for_what_is_asked_for_ahead_just_then(ends: str) -> None:
+    house = House()
+    house.warm(FAR)
+    house.shared.mode = "held"
+    while house.ready:
+        now(house.ask(FAR))
+    house.clock.advance(0)
+    (more,) = house.shared.under_way
+    more.run()
+    ended = house.finish()
+    assert not ended
+    getattr(more, ends)()
+    while house.shared.under_way:
+        assert not ended
+        house.shared.under_way[0].answer()
+    assert ended == [None]
+    assert house.counted == {("requests", ""): house._ids}
+    house.assert_nothing_is_left()
+
+
+def test_after_the_end_nothing_is_asked_for_ahead() -> None:
+    """Requests may still wait for their answer, and end."""
+    house = House()
+    house.shared.mode = "held"
+    asked = [house.ask(FAR) for _ in range(4)]
+    assert house.finish() == [None]
+    house.shared.mode = "up"
+    for call in list(house.shared.under_way):
+        call.answer()
+    assert [type(now(each)) for each in asked] == [Granted] * 4
+    for number in range(4):
+        house.ahead.settle(TOKEN, f"r{number + 1}", (None,))
+    house.pass_by(5 * LATENCY)
+    assert house.shared.of("ahead") == []
+    assert house.counted == {("requests", ""): 4}
+    house.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("mode", ["away", "mute"])
+def test_in_an_outage_there_is_no_more_than_was_there(mode: str) -> None:
+    house = House()
+    house.warm(FAR, parallel(10**5))
+    house.shared.mode = mode
+    taken = 0
+    while house.ready:  # what is left of it is given back when the first call has failed
+        assert house.ask(FAR, parallel(10**5)).called
+        taken += 1
+        house.clock.advance(LATENCY)
+    for _ in range(5):
+        asked = house.ask(FAR, parallel(10**5))
+        house.clock.advance(DEADLINE)
+        with pytest.raises(StoreUnavailable):
+            now(asked)
+    house.shared.mode = "up"
+    house.pass_by(3)
+    assert house.counted == {("requests", ""): 2 + taken, ("max_parallel_requests", ""): 2 + taken}
+    house.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("mode", ["away", "mute"])
+def test_in_an_outage_what_is_there_is_no_longer_good_than_else(mode: str) -> None:
+    house = House()
+    house.warm(FAR)
+    house.shared.mode = mode
+    house.clock.rightNow += AHEAD
+    asked = house.ask(FAR)
+    house.clock.advance(DEADLINE)
+    with pytest.raises(StoreUnavailable):
+        now(asked)
+    house.shared.mode = "up"
+    house.pass_by(3)
+    assert house.counted == {("requests", ""): 2}
+    assert isinstance(house.asked(FAR), Granted)
+    house.pass_by(LAPSED)
+    house.assert_nothing_is_left()
+
+
+def test_a_fault_in_asking_ahead_is_told_and_nobody_waits_for_it(logged_errors: list[LogEvent]) -> None:
+    house = House()
+    house.warm(FAR)
+    house.shared.mode = "held"
+    while house.ready:
+        now(house.ask(FAR))
+    house.clock.advance(0)
+    house.shared.under_way[0].fail(ZeroDivisionError())
+    assert [event["log_failure"].type for event in logged_errors] == [ZeroDivisionError]
+    logged_errors.clear()
+    house.shared.mode = "up"
+    house.warm(FAR)
+    house.pass_by(LAPSED)
+    house.assert_nothing_is_left()
+
+
+def test_a_request_that_is_given_up_while_it_waits_leaves_nothing() -> None:
+    house = House()
+    house.shared.mode = "held"
+    asked = house.ask(FAR)
+    house.shared.under_way[0].run()
+    asked.cancel()
+    with pytest.raises(CancelledError):
+        now(asked)
+    assert house.counted == {}
+    house.assert_nothing_is_left()
+
+
+def test_what_is_settled_is_told_before_more_is_asked_for() -> None:
+    house = House()
+    house.warm(FAR)
+    taken = now(house.ask(FAR))
+    assert isinstance(taken, Granted)
+    house.ahead.settle(TOKEN, taken.request_id, (0,))
+    assert house.shared.of("settle") == []
+    house.ask(requests(5))
+    assert house.shared.asked[-2:] == [("settle", TOKEN, [taken.request_id]), ("reserve", TOKEN, [f"r{house._ids}"])]
+
+
+def test_what_is_given_back_is_told_at_once_where_a_limit_is_near() -> None:
+    house = House()
+    house.asked(parallel(20))
+    house.asked(parallel(20))
+    house.ahead.settle(TOKEN, "r1", (None,))
+    assert house.shared.of("settle") == [["r1"]]
+    house.ahead.settle(TOKEN, "r2", (None,))
+    assert house.shared.of("settle") == [["r1"]]
+    house.clock.advance(LATENCY)
+    assert house.shared.of("settle") == [["r1"], ["r2"]]
+
+
+def test_what_is_given_back_may_wait_where_limits_are_far() -> None:
+    house = House()
+    house.warm(parallel(10**5))
+    house.ahead.settle(TOKEN, "r1", (None,))
+    house.ahead.settle(TOKEN, "r2", (None,))
+    house.clock.advance(PAUSE - LATENCY)
+    assert house.shared.of("settle") == []
+    house.clock.advance(LATENCY)
+    assert house.shared.of("settle") == [["r1", "r2"]]
