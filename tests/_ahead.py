@@ -68,7 +68,7 @@ class House:
     def assert_nothing_is_left(self) -> None:
         behind = self.ahead._behind
         assert (self.ahead._stocks, list(self.ahead._untouched)) == ({}, [])
-        assert (behind._due, behind._hasty, behind._telling, behind._kept) == ({}, set(), {}, [])
+        assert (behind._due, behind._keys, behind._telling, behind._kept) == ([], set(), set(), [])
         assert self.shared.under_way == []
         assert self.clock.getDelayedCalls() == []
 

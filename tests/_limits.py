@@ -63,7 +63,7 @@ class Bench:
 
     async def settle(self, id: str, *costs: int | None, key: str = TOKEN) -> None:
         if isinstance(self.limiter, RedisLimiter):
-            await self.limiter.settle_all(key, [(id, costs)])
+            await self.limiter.settle_all([(key, id, costs)])
         else:
             self.limiter.settle(key, id, costs)
 

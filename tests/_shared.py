@@ -100,8 +100,9 @@ class Shared:
         assert request_ids
         return self._call("ahead", key, request_ids, lambda: self._ahead(key, rules, request_ids, ahead))
 
-    def settle_all(self, key: str, settlements: Sequence[Settlement]) -> Deferred[None]:
-        return self._call("settle", key, [each for each, _ in settlements], lambda: self._settle_all(key, settlements))
+    def settle_all(self, settlements: Sequence[Settlement]) -> Deferred[None]:
+        ids = [request_id for _, request_id, _ in settlements]
+        return self._call("settle", settlements[0][0], ids, lambda: self._settle_all(settlements))
 
     def renew(self, key: str, request_ids: Sequence[str]) -> Deferred[list[str]]:
         return self._call("renew", key, request_ids, lambda: self._limiter.renew(key, request_ids))
@@ -163,7 +164,7 @@ class Shared:
         for window in counters._windows.values():
             window.take(now, 0, micros(ahead))
 
-    def _settle_all(self, key: str, settlements: Sequence[Settlement]) -> None:
-        for request_id, costs in settlements:
+    def _settle_all(self, settlements: Sequence[Settlement]) -> None:
+        for key, request_id, costs in settlements:
             self.costs.setdefault(request_id, costs)
             self._limiter.settle(key, request_id, costs)

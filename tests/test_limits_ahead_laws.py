@@ -138,7 +138,7 @@ class World:
         for proxy in self.proxies:
             behind = proxy._behind
             assert (proxy._stocks, list(proxy._untouched), proxy._asking) == ({}, [], {})
-            assert (behind._due, behind._hasty, behind._telling, behind._kept) == ({}, set(), {}, [])
+            assert (behind._due, behind._keys, behind._telling, behind._kept) == ([], set(), set(), [])
         assert self.shared.under_way == []
         assert self.clock.getDelayedCalls() == []
 

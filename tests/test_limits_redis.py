@@ -87,7 +87,7 @@ async def test_everything_has_a_time_to_live_and_one_hash_tag(server: RedisServe
     for name in ("open", "settled", "renewed"):
         assert isinstance(await limiter.reserve(ask(name, *full)), Granted)
     assert isinstance(await limiter.reserve(ask("refused", requests(1))), Denied)
-    await limiter.settle_all(TOKEN, [("settled", (None, 5000, None, 0, 0))])
+    await limiter.settle_all([(TOKEN, "settled", (None, 5000, None, 0, 0))])
     assert await limiter.renew(TOKEN, ["renewed", "settled", "unknown"]) == ["settled", "unknown"]
     kept = left_behind(server)
     counters = [f"{kind}:{scope}" for kind in ("requests", "tokens", "max_parallel_requests") for scope in ("", "m")]
@@ -145,7 +145,7 @@ async def test_settling_and_renewing_revive_nothing(server: RedisServer, links: 
     for kind in ("requests", "tokens", "max_parallel_requests"):
         server.command("DEL", f"vllmproxy:{{{TOKEN}}}:{kind}:")
     assert await limiter.renew(TOKEN, ["one"]) == ["one"]
-    await limiter.settle_all(TOKEN, [("one", (0, 5000))])
+    await limiter.settle_all([(TOKEN, "one", (0, 5000))])
     assert set(left_behind(server)) == {f"vllmproxy:{{{TOKEN}}}:{name}" for name in ("clock", "request:one")}
     assert await limiter.reserve(ask("two")) == FIRST
 
@@ -164,7 +164,7 @@ async def test_a_stopped_redis_costs_the_deadline_and_takes_nothing(server: Redi
                 await call
         assert 0.15 < time.monotonic() - started < HUNG
         with pytest.raises(StoreUnavailable):
-            await limiter.settle_all(TOKEN, [("before", (0,))])
+            await limiter.settle_all([(TOKEN, "before", (0,))])
         with pytest.raises(StoreUnavailable):
             await limiter.renew(TOKEN, ["before"])
     finally:
@@ -177,7 +177,7 @@ async def test_a_stopped_redis_costs_the_deadline_and_takes_nothing(server: Redi
 async def test_what_was_taken_unheard_is_given_back(server: RedisServer, links: list[Link]) -> None:
     """Redis ran it in time, by the clocks, and its answer came late."""
     limiter = RedisLimiter(links[0], reactor)
-    await limiter.settle_all(TOKEN, [("unknown", ())])
+    await limiter.settle_all([(TOKEN, "unknown", ())])
     wire = await links[0].get()
     server.stall()
     try:
@@ -218,7 +218,7 @@ async def test_what_was_taken_unheard_is_given_back_over_the_next_connection(
 @pytest_twisted.ensureDeferred
 async def test_a_cancelled_reservation_is_given_back(server: RedisServer, links: list[Link]) -> None:
     limiter = RedisLimiter(links[0], reactor)
-    await limiter.settle_all(TOKEN, [("unknown", ())])
+    await limiter.settle_all([(TOKEN, "unknown", ())])
     for number in range(5):
         call = limiter.reserve(ask(f"gone-{number}"))
         call.cancel()
@@ -274,7 +274,7 @@ async def test_a_redis_that_died_is_used_again(server: RedisServer, links: list[
         with pytest.raises(StoreUnavailable):
             await limiter.reserve(ask(f"dead-{number}"))
     with pytest.raises(StoreUnavailable):
-        await limiter.settle_all(TOKEN, [("one", ())])
+        await limiter.settle_all([(TOKEN, "one", ())])
     server.start()
     assert await eventually(limiter, "after") == FIRST  # it came back without its data
 
@@ -285,7 +285,7 @@ async def test_a_redis_that_forgot_the_scripts_is_told_again(server: RedisServer
     for number in range(3):
         assert await limiter.reserve(ask(f"r{number}")) == Granted((9 - number, 900 - 100 * number, 9 - number))
         server.command("SCRIPT", "FLUSH")
-    await limiter.settle_all(TOKEN, [("r1", (0, 0))])
+    await limiter.settle_all([(TOKEN, "r1", (0, 0))])
     server.command("SCRIPT", "FLUSH")
     assert await limiter.renew(TOKEN, ["r0", "r1"]) == ["r1"]
     assert await limiter.reserve(ask("last")) == Granted((7, 700, 7))
@@ -393,7 +393,7 @@ async def test_what_comes_together_is_decided_as_one_by_one(server: RedisServer,
             assert isinstance(decided, Denied)
             assert (decided.rule, decided.never, decided.left) == (expected.rule, expected.never, expected.left)
     assert {type(each) for each in together} == {Granted, Denied}
-    await gatherResults([limiter.settle_all(TOKEN, [(each.request_id, (0, 0, 0))]) for each in asks])
+    await gatherResults([limiter.settle_all([(TOKEN, each.request_id, (0, 0, 0))]) for each in asks])
     assert await limiter.reserve(ask("after", requests(9), tokens(1000, 1000), parallel(6))) == Granted((8, 0, 5))
 
 
@@ -419,7 +419,7 @@ async def test_what_comes_together_is_of_its_own_key_each(server: RedisServer, l
             assert (decided.remaining, decided.taken) == (expected.remaining, expected.taken)
     assert sum(isinstance(each, Granted) for each in together) == 3 + 3 + 5 + 2
     assert runs_of(server) < len(asks)
-    await gatherResults([limiter.settle_all(each.key, [(each.request_id, (0,) * 3)]) for each in asks])
+    await gatherResults([limiter.settle_all([(each.key, each.request_id, (0,) * 3)]) for each in asks])
     assert await limiter.reserve(Ask("key-1", "after", (parallel(3),))) == Granted((2,))
     assert await limiter.reserve(Ask("key-0", "after", (tokens(1000, 1000),))) == Granted((0,))
     assert server.command("HGET", "vllmproxy:{key-2}:budget", "held_tokens") == b"$1\r\n0\r\n"
@@ -475,14 +475,14 @@ async def test_of_what_is_reserved_ahead_some_may_be_granted(links: list[Link]) 
     limiter = RedisLimiter(links[0], reactor)
     made = await limiter.reserve_ahead(TOKEN, (requests(3),), ["a", "b", "c", "d"], 0.5)
     assert [each.request_id for each in made] == ["a", "b", "c"]
-    await limiter.settle_all(TOKEN, [(id, (0,)) for id in "abc"])
+    await limiter.settle_all([(TOKEN, id, (0,)) for id in "abc"])
     assert await limiter.reserve(ask("one", requests(3))) == Granted((2,))
 
 
 @pytest_twisted.ensureDeferred
 async def test_what_was_reserved_ahead_unheard_is_given_back(server: RedisServer, links: list[Link]) -> None:
     limiter = RedisLimiter(links[0], reactor)
-    await limiter.settle_all(TOKEN, [("unknown", ())])
+    await limiter.settle_all([(TOKEN, "unknown", ())])
     wire = await links[0].get()
     server.stall()
     try:

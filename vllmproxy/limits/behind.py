@@ -14,8 +14,8 @@ from vllmproxy.store.interface import StoreUnavailable
 
 _log = Logger()
 
-#: The settlement of one request: its id, and what it did cost by each of its rules.
-Settlement = tuple[str, tuple[int | None, ...]]
+#: The settlement of one request: its key, its id, and what it did cost by each of its rules.
+Settlement = tuple[str, str, tuple[int | None, ...]]
 
 #: Seconds that one may wait for others, where nobody waits for what it gives back.
 PAUSE: Final = 0.01
@@ -45,7 +45,7 @@ class Shared(Protocol):
         """Take the same for each of several requests that may come within ``ahead`` seconds: what is taken counts so
         much longer. Return what was granted."""
 
-    def settle_all(self, key: str, settlements: Sequence[Settlement]) -> Deferred[None]:
+    def settle_all(self, settlements: Sequence[Settlement]) -> Deferred[None]:
         """Say what requests did cost, each as :meth:`~vllmproxy.limits.interface.Limiter.settle` does."""
 
     def renew(self, key: str, request_ids: Sequence[str]) -> list[str] | Deferred[list[str]]:
@@ -55,44 +55,40 @@ class Shared(Protocol):
 class Behind:
     """Tells a limiter what requests did cost. Whoever settles need not wait, nor care whether the store is there.
 
-    For one key there is one call at a time, and what comes meanwhile goes together with the next one.
+    There is one call at a time, and what comes meanwhile goes together with the next one.
     """
 
     def __init__(self, limiter: Shared, clock: IReactorTime) -> None:
         self._limiter = limiter
         self._clock = clock
-        self._due: dict[str, list[Settlement]] = {}
-        #: Keys of which something prompt waits for the call under way.
-        self._hasty: set[str] = set()
+        self._due: list[Settlement] = []
+        #: Whose they are.
+        self._keys: set[str] = set()
+        #: Whether something prompt waits for the call under way.
+        self._is_hasty = False
         self._pause: IDelayedCall | None = None
-        #: Of each key what is being told.
-        self._telling: dict[str, set[Deferred[None]]] = {}
+        self._telling: set[Deferred[None]] = set()
         #: What could not be told, and until when it matters.
-        self._kept: list[tuple[str, Sequence[Settlement], float]] = []
+        self._kept: list[tuple[Sequence[Settlement], float]] = []
         self._retrying = LoopingCall(self._retry)
         self._retrying.clock = clock
         self._closed = False
 
     def settle(self, key: str, request_id: str, costs: tuple[int | None, ...], *, prompt: bool) -> None:
         """Tell it, ``prompt`` or within :data:`PAUSE`."""
-        due = self._due.get(key)
-        if due is None:
-            self._due[key] = [(request_id, costs)]
-        else:
-            due.append((request_id, costs))
-        if prompt and key in self._telling:
-            self._hasty.add(key)
+        self._due.append((key, request_id, costs))
+        self._keys.add(key)
+        if prompt and self._telling:
+            self._is_hasty = True
         elif prompt:
-            self.tell(key)
+            self._tell_all()
         elif self._pause is None:
-            self._pause = self._clock.callLater(PAUSE, self._tell_all)
+            self._pause = self._clock.callLater(PAUSE, self._paused)
 
     def tell(self, key: str) -> None:
-        """Tell all that is due for a key: somebody is about to ask for what it gives back."""
-        due = self._due.pop(key, None)
-        while due:
-            self._tell(key, due[:_TOGETHER], self._clock.seconds() + MATTERS)
-            due = due[_TOGETHER:]
+        """Tell what is due for a key: somebody is about to ask for what it gives back."""
+        if key in self._keys:
+            self._tell_all()
 
     async def finish(self) -> None:
         """Tell all, and return when it has arrived; what does not arrive now ends by itself."""
@@ -105,42 +101,43 @@ class Behind:
         if self._retrying.running:
             self._retrying.stop()
         while self._telling:  # what was prompt meanwhile goes after these
-            await DeferredList([told for telling in self._telling.values() for told in telling])
+            await DeferredList(list(self._telling))
+
+    def _paused(self) -> None:
+        self._pause = None
+        self._tell_all()
 
     def _tell_all(self) -> None:
-        self._pause = None
-        for key in list(self._due):
-            self.tell(key)
+        due, self._due = self._due, []
+        self._keys.clear()
+        self._is_hasty = False
+        while due:
+            self._tell(due[:_TOGETHER], self._clock.seconds() + MATTERS)
+            due = due[_TOGETHER:]
 
-    def _tell(self, key: str, settlements: Sequence[Settlement], until: float) -> None:
-        told = self._limiter.settle_all(key, settlements)
-        self._telling.setdefault(key, set()).add(told)
-        told.addCallbacks(self._told, self._not_told, (key, told), errbackArgs=(key, told, settlements, until))
+    def _tell(self, settlements: Sequence[Settlement], until: float) -> None:
+        told = self._limiter.settle_all(settlements)
+        self._telling.add(told)
+        told.addCallbacks(self._told, self._not_told, (told,), errbackArgs=(told, settlements, until))
 
-    def _told(self, _: None, key: str, told: Deferred[None]) -> None:
-        telling = self._telling[key]
-        telling.discard(told)
-        if not telling:
-            del self._telling[key]
-            if key in self._hasty:
-                self._hasty.discard(key)
-                self.tell(key)
+    def _told(self, _: None, told: Deferred[None]) -> None:
+        self._telling.discard(told)
+        if self._is_hasty and not self._telling:
+            self._tell_all()
 
-    def _not_told(
-        self, reason: Failure, key: str, told: Deferred[None], settlements: Sequence[Settlement], until: float
-    ) -> None:
+    def _not_told(self, reason: Failure, told: Deferred[None], settlements: Sequence[Settlement], until: float) -> None:
         """The store is away: tell it again soon, as long as it matters. Only the first time counts."""
-        self._told(None, key, told)
+        self._told(None, told)
         if reason.check(StoreUnavailable) is None:
             _log.failure("Settling reservations failed", reason)
         elif not self._closed and len(self._kept) < _MOST_KEPT and until > self._clock.seconds():
-            self._kept.append((key, settlements, until))
+            self._kept.append((settlements, until))
             if not self._retrying.running:
                 self._retrying.start(RETRY, now=False)
 
     def _retry(self) -> None:
         kept, self._kept = self._kept, []
-        for key, settlements, until in kept:
-            self._tell(key, settlements, until)
+        for settlements, until in kept:
+            self._tell(settlements, until)
         if not kept:
             self._retrying.stop()

@@ -118,12 +118,11 @@ class RedisLimiter:
                 Deferred.fromCoroutine(self._undo(Ask(key, request_id, rules), call.wire))
         return reason
 
-    def settle_all(self, key: str, settlements: Sequence[Settlement]) -> Deferred[None]:
+    def settle_all(self, settlements: Sequence[Settlement]) -> Deferred[None]:
         names, words = [], [self._memory]
-        prefix = _name(key, b"request", b"")
-        for request_id, costs in settlements:
+        for key, request_id, costs in settlements:
             id = name_bytes(request_id)
-            names.append(prefix + id)
+            names.append(b"vllmproxy:{%b}:request:%b" % (name_bytes(key), id))
             used = [b"-" if cost is None else b"%d" % min(max(cost, 0), MAX_AMOUNT) for cost in costs]
             words += id, b" ".join(used)
         told: Deferred[Any] = self._scripts.run(self._scripts.call(SETTLE, names, words))
@@ -167,7 +166,7 @@ class RedisLimiter:
         until = self._clock.seconds() + self._spans.kept / 1e6
         while not self._closed and self._clock.seconds() < until:
             try:
-                await self.settle_all(ask.key, [(ask.request_id, (0,) * len(ask.rules))])
+                await self.settle_all([(ask.key, ask.request_id, (0,) * len(ask.rules))])
                 return
             except StoreUnavailable:
                 pass
