@@ -4,12 +4,14 @@ import socket
 from collections.abc import Callable, Iterator
 
 import pytest
+from _plain import Transport
 from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.error import ConnectionDone
 from twisted.internet.selectreactor import SelectReactor
 from twisted.logger import LogEvent
 from twisted.python.failure import Failure
 
+from vllmproxy.plain import turn
 from vllmproxy.polling import lighten
 
 
@@ -193,3 +195,21 @@ def test_what_an_event_makes_due_is_done_before_others_come(reactor: EPollReacto
     Running(reactor).run()
     assert one.read == 1
     assert reactor.seconds() - began < 15
+
+
+@pytest.mark.parametrize("events", [1, 2])
+def test_what_several_events_write_is_written_when_all_are_acted_on(reactor: EPollReactor, events: int) -> None:
+    out = Transport()
+    seen: list[list[bytes]] = []
+
+    def act() -> None:
+        turn.write(out, b"x")
+        seen.append(list(out.writes))
+
+    for _ in range(events):
+        each = Descriptor(act)
+        reactor.addReader(each)
+        each.peer.send(b"x")
+    reactor.doIteration(1)
+    assert seen == ([[b"x"]] if events == 1 else [[], []])
+    assert out.writes == [b"x" * events]

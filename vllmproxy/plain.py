@@ -1,12 +1,17 @@
 """Writing straight to the socket, where the bytes on it are the bytes that the peer reads."""
 
-from typing import Any
+from typing import Any, Final
 
 from twisted.internet import tcp, unix
 
 #: The exact classes whose ``socket`` carries our bytes as they are. A TLS transport exposes the raw socket
 #: too, and writing there would put plaintext on the wire: subclasses and wrappers do not count.
-_PLAIN = frozenset([tcp.Server, tcp.Client, unix.Server, unix.Client])
+_PLAIN: Final = frozenset([tcp.Server, tcp.Client, unix.Server, unix.Client])
+
+#: Bytes from which on a piece is not kept for the end of a turn: who sends it is to hear whether the peer takes it.
+_LONG: Final = 16_384
+#: Connections that may have something kept: a reader should not wait for many others' requests to be acted on.
+_MOST: Final = 32
 
 
 def is_plain(transport: Any) -> bool:
@@ -35,3 +40,50 @@ def write_now(transport: Any, data: bytes | memoryview) -> None:
         if sent:
             data = data[sent:]
     transport.write(bytes(data))
+
+
+class Turn:
+    """Keeps what is written while several events are acted on, and writes it when they are.
+
+    Each write by itself wakes its reader up, who is done and asleep again before the next; of writes in a row only the
+    first does, and the code of the kernel that they share stays in the processor's cache.
+    """
+
+    def __init__(self) -> None:
+        self._keeps = False
+        self._kept: dict[Any, list[bytes | memoryview]] = {}
+
+    def begin(self) -> None:
+        """Several events are about to be acted on."""
+        self._keeps = True
+
+    def end(self) -> None:
+        """They are."""
+        self._keeps = False
+        self._write_kept()
+
+    def write(self, transport: Any, data: bytes | memoryview) -> None:
+        """Write to a plain transport, that is only written to in this way, as :func:`write_now` does, at the end of
+        this turn at the latest."""
+        kept = self._kept.get(transport)
+        if not self._keeps or len(data) >= _LONG:
+            if kept is not None:
+                del self._kept[transport]
+                write_now(transport, b"".join(kept))
+            write_now(transport, data)
+        elif kept is not None:
+            kept.append(data)
+        else:
+            self._kept[transport] = [data]
+            if len(self._kept) >= _MOST:
+                self._write_kept()
+
+    def _write_kept(self) -> None:
+        for transport in list(self._kept):
+            kept = self._kept.pop(transport, None)
+            if kept is not None:
+                write_now(transport, kept[0] if len(kept) == 1 else b"".join(kept))
+
+
+#: That of the reactor, of which there is one.
+turn: Final = Turn()

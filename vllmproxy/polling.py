@@ -14,6 +14,8 @@ from typing import Any, Final
 from twisted.internet.epollreactor import EPollReactor
 from twisted.python import log
 
+from vllmproxy.plain import turn
+
 _READABLE: Final = select.EPOLLIN
 
 
@@ -35,6 +37,8 @@ def poll(reactor: Any, timeout: float | None) -> None:
             if error.errno == errno.EINTR:
                 return
             raise
+        if len(events) > 1:
+            turn.begin()
         for fd, event in events:
             selectable = selectables.get(fd)
             if selectable is None:
@@ -46,6 +50,8 @@ def poll(reactor: Any, timeout: float | None) -> None:
                     reactor._doReadOrWrite(selectable, fd, event)
             except Exception:  # nothing is awaited; what raises when it is told of its end must not hold up the others
                 log.err()
+        if len(events) > 1:
+            turn.end()
         wait = _idle_for(reactor)
 
 

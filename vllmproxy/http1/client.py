@@ -40,7 +40,7 @@ from vllmproxy.http1.sockets import (
     remains,
     reset_now,
 )
-from vllmproxy.plain import is_plain, write_now
+from vllmproxy.plain import is_plain, turn
 
 if TYPE_CHECKING:
     from vllmproxy.http1.agent import ConnectionDeadlines
@@ -205,7 +205,7 @@ class ClientConnection(Protocol):
         if self._closed:
             return
         if self._plain:
-            write_now(self.transport, data)
+            turn.write(self.transport, data)
         else:
             self.transport.write(bytes(data))  # type: ignore[union-attr]
 

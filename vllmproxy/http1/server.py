@@ -23,7 +23,7 @@ from vllmproxy.http1.sockets import (
     reset_now,
 )
 from vllmproxy.http1.stream import Stream
-from vllmproxy.plain import is_plain, write_now
+from vllmproxy.plain import is_plain, turn
 
 if TYPE_CHECKING:
     from vllmproxy.http1.factory import ServerFactory
@@ -282,7 +282,7 @@ class ServerChannel(Protocol):
         """Write to the client, straight to its socket where that is possible."""
         if self._plain:
             if self.transport is not None and self._mode != "closed":
-                write_now(self.transport, data)
+                turn.write(self.transport, data)
         elif self.transport is not None:
             self.transport.write(data)
 
