@@ -182,6 +182,45 @@ def test_who_costs_more_has_more_made_ahead_and_who_costs_less_takes_it() -> Non
         assert granted.taken == (1, 4096)
 
 
+def test_who_costs_more_of_one_and_who_costs_more_of_another_limit_find_the_same() -> None:
+    house = House()
+    one = tokens(10**7, 3000), tokens(10**7, 10, "m")
+    other = tokens(10**7, 10), tokens(10**7, 3000, "m")
+    for rules in (one, other, other):
+        house.asked(*rules)
+        house.pass_by(3 * LATENCY)
+    assert house.ask(*one).called
+    assert house.ask(*other).called
+
+
+def test_when_a_limit_is_less_than_it_was_costs_are_learnt_anew() -> None:
+    house = House()
+    house.warm(tokens(10**6, 1000))
+    house.warm(tokens(10**5, 10))
+    granted = now(house.ask(tokens(10**5, 10)))
+    assert isinstance(granted, Granted)
+    assert granted.taken == (16,)
+
+
+def test_who_costs_more_finds_as_many() -> None:
+    house = House()
+    for _ in range(300):
+        house.asked(tokens(10**6, 1))
+        house.clock.advance(LATENCY / 4)
+    house.warm(tokens(10**6, 2))
+    assert house.ready > MOST // 2
+
+
+def test_there_are_more_when_many_come_at_once() -> None:
+    """Though it is long until the next come."""
+    house = House()
+    for _ in range(6):
+        burst = [house.ask(FAR) for _ in range(16)]
+        found = sum(asked.called for asked in burst)
+        house.pass_by(20 * LATENCY)
+    assert found == 16
+
+
 @pytest.mark.parametrize("elapsed", [AHEAD, -3600])
 def test_nobody_takes_what_is_too_old(elapsed: float) -> None:
     """Nor what was reserved at a time that is to come: then the clock was set back, and nobody knows how old it is."""

@@ -9,7 +9,7 @@ from twisted.logger import LogEvent
 
 from vllmproxy.limits.ahead import AHEAD
 from vllmproxy.limits.behind import PAUSE
-from vllmproxy.limits.values import Ask, Denied, Granted
+from vllmproxy.limits.values import Ask, Denied, Granted, Rule
 from vllmproxy.store.interface import StoreUnavailable
 
 
@@ -36,6 +36,7 @@ def test_a_refusal_gives_back_what_is_ahead(under_way: bool) -> None:
         (more,) = (call for call in house.shared.under_way if call.what == "ahead")
         house.shared.mode = "up"
     assert isinstance(house.asked(tokens(limit, limit)), Denied)
+    assert list(house.ahead._untouched) == []
     if under_way:
         more.answer()
     house.pass_by(5 * LATENCY)
@@ -61,6 +62,25 @@ def test_some_that_are_refused_give_back_the_rest() -> None:
     house.pass_by(5 * LATENCY)
     assert house.counted == {("requests", ""): house._ids + others}
     assert house.ready == 0
+
+
+def test_one_that_would_take_what_is_left_is_no_good_for_the_next() -> None:
+    """As its own reservation may do, where its cost is a guess."""
+    house, guess = House(), Rule("tokens", "", 1000, 8, least=1)
+    house.warm(guess)
+    house.shared.mode = "held"
+    while house.ready:
+        now(house.ask(guess))
+    house.clock.advance(0)
+    (more,) = house.shared.under_way
+    house.shared.reserve(Ask(TOKEN, "others", (tokens(1000, 1000 - house.counted["tokens", ""] - 3),)))
+    house.shared.under_way[-1].answer()
+    house.shared.mode = "up"
+    more.answer()
+    assert house.ready == 0
+    granted = house.asked(guess)
+    assert isinstance(granted, Granted)
+    assert granted.taken == (3,)
 
 
 def test_when_limits_change_what_is_ahead_is_given_back() -> None:
@@ -106,6 +126,19 @@ def test_the_end_waits_for_what_is_asked_for_ahead_just_then(ends: str) -> None:
         house.shared.under_way[0].answer()
     assert ended == [None]
     assert house.counted == {("requests", ""): house._ids}
+    house.assert_nothing_is_left()
+
+
+def test_at_the_end_no_more_is_asked_for_ahead() -> None:
+    house = House()
+    house.warm(FAR)
+    while house.ready:
+        now(house.ask(FAR))
+    ended = house.finish()
+    times = len(house.shared.of("ahead"))
+    house.pass_by(5 * LATENCY)
+    assert ended == [None]
+    assert len(house.shared.of("ahead")) == times
     house.assert_nothing_is_left()
 
 
@@ -164,6 +197,25 @@ def test_in_an_outage_what_is_there_is_no_longer_good_than_else(mode: str) -> No
     assert isinstance(house.asked(FAR), Granted)
     house.pass_by(LAPSED)
     house.assert_nothing_is_left()
+
+
+def test_when_the_store_does_not_make_more_what_is_there_is_given_back() -> None:
+    """It is no good for much longer, and the store may be long away."""
+    house = House()
+    for _ in range(300):
+        house.asked(FAR)
+        house.clock.advance(LATENCY / 4)
+    house.pass_by(3 * LATENCY)
+    house.shared.mode = "held"
+    while not house.shared.under_way:
+        now(house.ask(FAR))
+        house.clock.advance(0)
+    assert house.ready
+    house.shared.mode = "up"
+    house.shared.under_way[0].fail()
+    assert house.ready == 0
+    house.pass_by(5 * LATENCY)
+    assert house.counted == {("requests", ""): house._ids}
 
 
 def test_a_fault_in_asking_ahead_is_told_and_nobody_waits_for_it(logged_errors: list[LogEvent]) -> None:
