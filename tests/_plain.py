@@ -13,7 +13,7 @@ class Transport:
         self.writes: list[bytes] = []
         self.dataBuffer = b""
         self._tempDataBuffer: list[bytes] = []
-        self.disconnecting = self.disconnected = False
+        self.disconnecting = self.disconnected = self._aborting = False
         self.socket = self
         self.sends: Callable[[], None] = lambda: None
 

@@ -81,7 +81,7 @@ class Turn:
     def _write_kept(self) -> None:
         for transport in list(self._kept):
             kept = self._kept.pop(transport, None)
-            if kept is not None:
+            if kept is not None and not transport._aborting:  # what was given up since must not reach the peer any more
                 write_now(transport, kept[0] if len(kept) == 1 else b"".join(kept))
 
 
