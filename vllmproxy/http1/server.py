@@ -211,7 +211,8 @@ class ServerChannel(Protocol):
         if self._active is not stream:
             return
         self._active = None
-        self._time_no_body()
+        if self._times_body:
+            self._time_no_body()
         if stream.closes or self._mode == "closed":
             self._close_after(stream.complete)
             return
@@ -308,16 +309,15 @@ class ServerChannel(Protocol):
             self.factory.body_deadlines.set(self)
             if self.factory.rate_deadlines.begin(self):
                 self._body_before = stream.bytes_in + stream.held_bytes
-        else:
+        elif self._times_body:
             self._time_no_body()
 
     def _time_no_body(self) -> None:
-        if self._times_body:
-            self._times_body = False
-            if self._plain:
-                read_long(self.transport, False)
-            self.factory.body_deadlines.clear(self)
-            self.factory.rate_deadlines.clear(self)
+        self._times_body = False
+        if self._plain:
+            read_long(self.transport, False)
+        self.factory.body_deadlines.clear(self)
+        self.factory.rate_deadlines.clear(self)
 
     def _set_reading(self, wanted: bool) -> None:
         self._reading = wanted

@@ -42,6 +42,7 @@ class Admission:
     :ivar body: all of the request's body, in pieces, as it is forwarded, where that had to be read; else ``None``.
     :ivar demand: what it is expected to use.
     :ivar withholds: the answer has one event that the client did not ask for.
+    :ivar is_preflight: this is a CORS preflight, which vLLM answers without a key (its ``AuthenticationMiddleware``).
     """
 
     def __init__(self, relay: "Relay", stream: Stream, way: Way, end_user: str | None) -> None:
@@ -57,15 +58,11 @@ class Admission:
         self._first = b""
         self._more: HeldBody | None = None
         self._held = 0
-
-    @property
-    def is_preflight(self) -> bool:
-        """Whether this is a CORS preflight, which vLLM answers without a key (its ``AuthenticationMiddleware``)."""
-        head = self._stream.head
-        return (
+        head = stream.head
+        self.is_preflight = (
             head.method == b"OPTIONS"
             and not head.has_body
-            and self.way.group in ("inference", "info")
+            and way.group in ("inference", "info")
             and not head.websocket
         )
 

@@ -101,13 +101,12 @@ class RedisLimiter:
     ) -> list[Granted]:
         made = []
         for request_id, answer in zip_longest(request_ids, reply[2:]):
-            ask = Ask(key, request_id, rules)
-            decision = _decision(ask, answer, reply[1])
+            decision = _decision(len(rules), answer, reply[1])
             if isinstance(decision, Granted):
                 decision.request_id = request_id
                 made.append(decision)
             elif decision is None:
-                Deferred.fromCoroutine(self._give_back(ask))
+                Deferred.fromCoroutine(self._give_back(Ask(key, request_id, rules)))
         return made
 
     def _not_reserved_ahead(
@@ -144,7 +143,9 @@ class RedisLimiter:
 
     def _reserved(self, reply: list[Any], asked: list["_Reserve"]) -> None:
         self._reserving.done()
-        answers = [_decision(each.ask, answer, reply[1]) for each, answer in zip(asked, reply[2:], strict=False)]
+        answers = [
+            _decision(len(each.ask.rules), answer, reply[1]) for each, answer in zip(asked, reply[2:], strict=False)
+        ]
         for each, decision in zip_longest(asked, answers):
             if each.decided.called or decision is None:  # nobody waits for it any more, or knows what it says
                 Deferred.fromCoroutine(self._give_back(each.ask))
@@ -235,8 +236,8 @@ def _counted(key: bytes, rules: tuple[Rule, ...]) -> tuple[list[bytes], bytes]:
 _NONSENSE: Final = Failure(StoreUnavailable("the Redis answered something else than a decision"))
 
 
-def _decision(ask: Ask, answer: Any, now: int) -> Granted | Denied | Failure | None:
-    """Return what Redis decided; ``None`` where that cannot be read.
+def _decision(count: int, answer: Any, now: int) -> Granted | Denied | Failure | None:
+    """Return what Redis decided of a request with so many rules; ``None`` where that cannot be read.
 
     :param now: the time on its clock, in microseconds.
     """
@@ -245,7 +246,6 @@ def _decision(ask: Ask, answer: Any, now: int) -> Granted | Denied | Failure | N
         if what == DUPLICATE:
             return Failure(DuplicateRequest())
         if what == GRANTED:
-            count = len(ask.rules)
             if len(numbers) != 2 * count:
                 return None
             return Granted(tuple(numbers[:count]), tuple(numbers[count:]))
