@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, timedelta
-from operator import add
-from typing import Final
+from operator import add, attrgetter
+from typing import Any, Final
 
 from attrs import frozen
 
@@ -25,6 +25,11 @@ MOST_GROUPS: Final = 10_000
 #: A sum's numbers, in the order of :data:`~vllmproxy.usage.sums.NUMBERS`.
 Numbers = tuple[int, ...]
 NOTHING: Final[Numbers] = (0,) * len(NUMBERS)
+
+_name_of: Final = attrgetter("key", "model", "end_user", "quality", "period")
+_numbers_of: Final = attrgetter(
+    "requests", "prompt_tokens", "completion_tokens", "cached_tokens", "audio_ms", "spend", "held", "held_tokens"
+)
 
 
 class TooManySums(Exception):
@@ -66,20 +71,36 @@ class Batch:
 
 
 def batch_of(events: Iterable[UsageEvent]) -> Batch:
-    """Return what ``events`` add up to; a number beyond ``MAX_AMOUNT`` counts as that, a negative one as nothing."""
+    """Return what ``events`` add up to; a number beyond ``MAX_AMOUNT`` counts as that, a negative one as nothing.
+
+    Those that are alike in all but their numbers are added up together, in few steps for each.
+    """
+    alike: dict[tuple[Any, ...], list[Numbers]] = {}
+    firsts: dict[tuple[Any, ...], UsageEvent] = {}
+    for event in events:
+        name = (event.time // 86_400, event.requests > 0, *_name_of(event))
+        numbers = alike.get(name)
+        if numbers is None:
+            alike[name] = [_numbers_of(event)]
+            firsts[name] = event
+        else:
+            numbers.append(_numbers_of(event))
     sums: dict[tuple[str, str], dict[tuple[str, str], Numbers]] = {}
     charges: dict[str, Numbers] = {}
-    for event in events:
-        if event.requests > 0:
-            rows = sums.setdefault((event.day, event.key), {})
-            row, numbers = (event.model, event.end_user), _numbers(event)
-            rows[row] = added(rows[row], numbers) if row in rows else numbers
-        if event.is_of_virtual_key:
-            charge, before = _charge(event), charges.get(event.key)
-            if before is None or before[0] < event.period:
-                charges[event.key] = (event.period, *charge)
-            elif before[0] == event.period:
-                charges[event.key] = (event.period, *added(before[1:], charge))
+    for name, each in alike.items():
+        first, (_, is_counted, key, model, end_user, quality, period) = firsts[name], name
+        requests, prompt, completion, cached, audio_ms, spend, held, held_tokens = _added_up(each)
+        if is_counted:
+            estimated, unknown = requests * (quality == "estimated"), requests * (quality == "unknown")
+            row = (requests, estimated, unknown, prompt, completion, cached, audio_ms, spend)
+            rows = sums.setdefault((first.day, key), {})
+            rows[model, end_user] = added(rows.get((model, end_user), NOTHING), row)
+        if first.is_of_virtual_key:
+            charge, before = (spend, prompt + completion, held, held_tokens), charges.get(key)
+            if before is None or before[0] < period:
+                charges[key] = (period, *charge)
+            elif before[0] == period:
+                charges[key] = (period, *added(before[1:], charge))
     return Batch(sums, {token: Charge(*numbers) for token, numbers in charges.items()})
 
 
@@ -141,31 +162,7 @@ def sum_of(group: tuple[str, ...], numbers: Iterable[int]) -> UsageSum:
     return UsageSum(group=group, **dict(zip(NUMBERS, numbers, strict=True)))
 
 
-def _numbers(event: UsageEvent) -> Numbers:
-    """Return what one event adds to its sum, in the order of :data:`~vllmproxy.usage.sums.NUMBERS`."""
-    requests, quality = event.requests, event.quality
-    return _bounded(
-        requests,
-        requests if quality == "estimated" else 0,
-        requests if quality == "unknown" else 0,
-        event.prompt_tokens,
-        event.completion_tokens,
-        event.cached_tokens,
-        event.audio_ms,
-        event.spend,
-    )
-
-
-def _charge(event: UsageEvent) -> Numbers:
-    """Return what one event charges its account, in the order of :class:`Charge`."""
-    prompt, completion, *rest = _bounded(
-        event.prompt_tokens, event.completion_tokens, event.spend, event.held, event.held_tokens
-    )
-    spend, held, held_tokens = rest
-    return spend, prompt + completion, held, held_tokens
-
-
-def _bounded(*numbers: int) -> Numbers:
-    if min(numbers) >= 0 and max(numbers) <= MAX_AMOUNT:
-        return numbers
-    return tuple([min(max(number, 0), MAX_AMOUNT) for number in numbers])
+def _added_up(rows: list[Numbers]) -> Numbers:
+    if min(map(min, rows)) < 0 or max(map(max, rows)) > MAX_AMOUNT:
+        rows = [tuple([min(max(number, 0), MAX_AMOUNT) for number in row]) for row in rows]
+    return tuple(map(sum, zip(*rows, strict=True)))
