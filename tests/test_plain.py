@@ -5,6 +5,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -221,6 +222,31 @@ async def test_what_is_kept_leaves_before_the_connections_end(end: str) -> None:
     turn.end()
     await server.lost
     assert server.received == b"the last word"
+    await client.lost
+    await port.stopListening()
+
+
+@pytest.mark.parametrize("end", ["loseConnection", "loseWriteConnection"])
+@pytest_twisted.ensureDeferred
+async def test_what_is_written_behind_a_queue_leaves_before_the_end_that_waits_for_the_queue(end: str) -> None:
+    server, client = Sink(), Sink()
+    port = reactor.listenTCP(0, factory(server), interface="127.0.0.1")
+    await TCP4ClientEndpoint(reactor, "127.0.0.1", port.getHost().port).connect(factory(client))
+    await until(lambda: server.transport is not None)
+    server.transport.pauseProducing()  # type: ignore[union-attr]
+    transport: Any = client.transport
+    with suppress(BlockingIOError):
+        while True:
+            transport.socket.send(bytes(65_536))
+    transport.write(b"what is queued, ")
+    turn = Turn()
+    turn.begin()
+    turn.write(transport, b"the end")
+    getattr(transport, end)()
+    server.transport.resumeProducing()  # type: ignore[union-attr]
+    await server.lost
+    turn.end()
+    assert server.received.lstrip(b"\0") == b"what is queued, the end"
     await client.lost
     await port.stopListening()
 

@@ -73,6 +73,9 @@ class Turn:
             write_now(transport, data)
         elif kept is not None:
             kept.append(data)
+        elif transport.dataBuffer or transport._tempDataBuffer:
+            # It may be polled for writing, in this turn too: if it is to be closed behind what is queued, it would be.
+            write_now(transport, data)
         else:
             self._kept[transport] = [data]
             if len(self._kept) >= _MOST:
