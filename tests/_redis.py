@@ -97,7 +97,7 @@ class RedisServer:
 
     def _answers(self) -> bool:
         try:
-            return self.command("PING")[:1] in (b"+", b"-")  # "-": it wants a password first
+            return self.command("PING").startswith((b"+", b"-NOAUTH"))  # and not "-LOADING"
         except OSError:
             return False
 
