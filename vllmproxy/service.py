@@ -254,6 +254,8 @@ class ProxyService(Service):
 
     def privilegedStartService(self) -> None:
         """Bind, while the process may still bind low ports. A process that cannot do its work does not start."""
+        if self._worker is None:
+            self._signals.hear_reloads()  # who finds it listening may send one
         try:
             self._bind()
         except (CannotStart, CannotListen, SettingsError, OSError, ValueError) as error:
@@ -303,8 +305,6 @@ class ProxyService(Service):
         super().startService()  # type: ignore[no-untyped-call]  # Twisted is half typed
         if self._proxy is None:
             self.privilegedStartService()
-        if self._worker is None:
-            self._signals.hear_reloads()
         self._reactor.callWhenRunning(self._open)
 
     def _open(self) -> None:

@@ -83,6 +83,7 @@ class Parent(Service):
 
     def privilegedStartService(self) -> None:
         """Bind, while the process may still bind low ports."""
+        self._signals.hear_reloads()  # who finds it listening may send one
         try:
             self._listeners = listen(self._reactor, self._settings.listen, _Nobody())
             judge_start(self._addresses(), self._settings)
@@ -97,7 +98,6 @@ class Parent(Service):
         super().startService()  # type: ignore[no-untyped-call]  # Twisted is half typed
         if not self._listeners:
             self.privilegedStartService()
-        self._signals.hear_reloads()
         self._reactor.callWhenRunning(self._start)
 
     def _start(self) -> None:
