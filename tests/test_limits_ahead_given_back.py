@@ -45,6 +45,58 @@ def test_a_refusal_gives_back_what_is_ahead(under_way: bool) -> None:
     house.assert_nothing_is_left()
 
 
+def test_nobody_is_refused_because_of_what_is_ahead_here() -> None:
+    house, limit = House(), 1000
+    house.warm(tokens(limit, 1))
+    for _ in range(2 * house.ready):
+        house.asked(tokens(limit, 1))
+    house.pass_by(3 * LATENCY)
+    taken = house._ids
+    assert house.counted == {("tokens", ""): taken + house.ready}
+    last = house.ask(tokens(limit, limit - taken))
+    house.pass_by(3 * LATENCY)
+    assert now(last) == Granted((0,))
+    assert house.counted == {("tokens", ""): limit}
+    house.pass_by(LAPSED)
+    house.assert_nothing_is_left()
+
+
+def test_who_would_be_refused_without_that_is_asked_for_once() -> None:
+    house, limit = House(), 1000
+    house.warm(tokens(limit, 1))
+    times = len(house.shared.of("reserve"))
+    assert isinstance(house.asked(tokens(limit, limit - house._ids + 1)), Denied)
+    assert len(house.shared.of("reserve")) == times + 1
+    house.pass_by(LAPSED)
+    house.assert_nothing_is_left()
+
+
+def test_who_is_refused_twice_is_not_asked_for_a_third_time() -> None:
+    """Others have had more reserved ahead meanwhile."""
+    house, limit = House(), 1000
+    house.warm(tokens(limit, 1))
+    house.shared.mode = "held"
+    refused = house.ask(tokens(limit, limit - house._ids))
+    house.shared.under_way[0].answer()
+    *settling, second = house.shared.under_way
+    house.shared.mode = "up"
+    for each in settling:
+        each.answer()
+    others = [house.asked(tokens(limit, 1)) for _ in range(2)]
+    house.pass_by(3 * LATENCY)
+    assert house.ready
+    for number, other in enumerate(others):
+        assert isinstance(other, Granted)
+        house.ahead.settle(TOKEN, other.request_id or f"r{house._ids - 1 + number}", (0,))
+    house.pass_by(PAUSE + 3 * LATENCY)
+    times = len(house.shared.of("reserve"))
+    second.answer()
+    assert isinstance(now(refused), Denied)
+    assert len(house.shared.of("reserve")) == times
+    house.pass_by(LAPSED)
+    house.assert_nothing_is_left()
+
+
 def test_some_that_are_refused_give_back_the_rest() -> None:
     """Others took what was left, after it was said that much is."""
     house, limit = House(), 1000

@@ -126,8 +126,8 @@ class World:
     def end(self) -> None:
         """The store is there, all requests end, and nobody asks any more."""
         self.shared.mode = "up"
-        for call in list(self.shared.under_way):
-            call.answer()
+        while self.shared.under_way:  # who is refused may be asked for again
+            self.shared.under_way[0].answer()
         for each in self.admitted:
             if each.runs:
                 self.settle(each, None)

@@ -59,9 +59,7 @@ class Ahead:
                 _, made = stock.ready.popleft()
                 self._fill_soon(ask.key, stock)
                 return made
-        self._behind.tell(ask.key)
-        decision = self._limiter.reserve(ask)
-        return decision.addCallback(self._decided, ask) if isinstance(decision, Deferred) else decision
+        return self._ask(ask)
 
     def settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> None:
         stock = self._stocks.get(key)
@@ -78,12 +76,24 @@ class Ahead:
         await DeferredList(list(self._asking))  # what these make is given back
         await self._behind.finish()
 
-    def _decided(self, decision: Granted | Denied, ask: Ask) -> Granted | Denied:
-        """A request has waited for this."""
+    def _ask(self, ask: Ask, *, again: bool = True) -> Granted | Denied | Deferred[Granted | Denied]:
+        self._behind.tell(ask.key)
+        decision = self._limiter.reserve(ask)
+        return decision.addCallback(self._decided, ask, again) if isinstance(decision, Deferred) else decision
+
+    def _decided(
+        self, decision: Granted | Denied, ask: Ask, again: bool
+    ) -> Granted | Denied | Deferred[Granted | Denied]:
+        """A request has waited for this.
+
+        :param again: to ask once more where it is refused only because of what is reserved here for nobody yet.
+        """
+        stock = self._stocks.get(ask.key)
         if isinstance(decision, Denied):
             self._drop(ask.key)
-            return decision
-        stock = self._stocks.get(ask.key)
+            rule = ask.rules[decision.rule]
+            helps = stock is not None and decision.left + stock.holds(rule) >= rule.needed
+            return self._ask(ask, again=False) if again and helps else decision
         if stock is None or not stock.is_for(ask.rules):
             self._drop(ask.key)
             # A budget is not held for nobody, nor anything when nobody will give it back.
@@ -197,6 +207,13 @@ class _Stock:
             out.append(self.ready.popleft()[1])
         self.size = max(self.size - len(out), 1)
         return out
+
+    def holds(self, rule: Rule) -> int:
+        """Return how much of a limit is reserved here."""
+        for place, ours in enumerate(self.rules):
+            if (ours.kind, ours.scope) == (rule.kind, rule.scope):
+                return sum(made.taken[place] for _, made in self.ready)
+        return 0
 
     def grow(self) -> None:
         """A request has found nothing here, or would soon."""
