@@ -9,7 +9,7 @@ from fcntl import ioctl
 from termios import TIOCOUTQ
 from typing import Any
 
-from attrs import frozen
+from attrs import define
 from twisted.internet.abstract import FileDescriptor
 from twisted.internet.error import ConnectionAborted
 from twisted.python.failure import Failure
@@ -47,7 +47,7 @@ def raw_socket(transport: Any) -> socket.socket | None:
     return None
 
 
-@frozen
+@define  # not frozen, which takes three times as long to make: there is one for each request
 class Delivery:
     """What is known of how far our bytes came on one TCP connection.
 

@@ -90,17 +90,17 @@ def rules_of(key: VirtualKey, demand: Demand, now: float) -> tuple[Rule, ...]:
     """Return what ``demand`` takes of each of the key's limits at ``now`` (epoch seconds)."""
     rules = []
     if key.rpm_limit is not None:
-        rules.append(_rule_for_one("requests", "", key.rpm_limit))
+        rules.append(_rule_of("requests", "", key.rpm_limit, 1))
     if key.tpm_limit is not None:
         rules.append(_rule("tokens", "", key.tpm_limit, demand, demand.tokens))
     for name in demand.names if key.model_rpm_limit or key.model_tpm_limit else ():
         rpm, tpm = key.model_rpm_limit.get(name), key.model_tpm_limit.get(name)
         if rpm is not None:
-            rules.append(_rule_for_one("requests", name, rpm))
+            rules.append(_rule_of("requests", name, rpm, 1))
         if tpm is not None:
             rules.append(_rule("tokens", name, tpm, demand, demand.tokens))
     if key.max_parallel_requests is not None:
-        rules.append(_rule_for_one("max_parallel_requests", "", key.max_parallel_requests))
+        rules.append(_rule_of("max_parallel_requests", "", key.max_parallel_requests, 1))
     budget = key.budget
     if not budget.is_limited:
         return tuple(rules)
@@ -113,13 +113,11 @@ def rules_of(key: VirtualKey, demand: Demand, now: float) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-@lru_cache(maxsize=1024)
-def _rule_for_one(kind: Kind, scope: str, limit: int) -> Rule:
-    """Return the rule for one request: the same each time."""
-    return Rule(kind, scope, limit, 1)
-
-
 def _rule(kind: Kind, scope: str, limit: int, demand: Demand, expected: int, *, period: int = 0) -> Rule:
     """Return the rule for what is expected. Where that is a guess of ours, whatever is left will do, if anything is."""
     cost = min(expected, MAX_AMOUNT)
-    return Rule(kind, scope, limit, cost, period, None if demand.is_bounded else min(cost, 1))
+    return _rule_of(kind, scope, limit, cost, period, None if demand.is_bounded else min(cost, 1))
+
+
+#: Makes a rule, or returns the one that is the same: those of most requests are.
+_rule_of = lru_cache(maxsize=4096)(Rule)
