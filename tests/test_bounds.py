@@ -110,7 +110,8 @@ def test_bodies_that_come_in_drops_shut_nobody_out(start: Start, path: bytes) ->
 
 def test_an_address_may_have_only_so_many_connections(start: Start) -> None:
     proxy = start("--max-connections-per-client", "2")
-    with stalled(proxy), stalled(proxy), connect(proxy) as third, pytest.raises(Ended):
+    # It may be reset before this end has seen that it was there.
+    with stalled(proxy), stalled(proxy), pytest.raises((Ended, ConnectionResetError)), connect(proxy) as third:
         third.some()
     until(lambda: _is_answered(proxy))
 

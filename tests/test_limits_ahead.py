@@ -315,3 +315,29 @@ def test_the_place_of_what_was_ahead_is_kept_for_as_long_as_it_runs() -> None:
     asker.house.pass_by(5 * LATENCY)
     assert asker.house.counted == {}
     assert asker.quotas._leases == {}
+
+
+def test_one_large_request_does_not_make_small_ones_hold_as_much() -> None:
+    house = House()
+    limit = 10**6
+    for _ in range(8):
+        house.asked(tokens(limit, 15_000))
+        house.pass_by(2 * LATENCY)
+    taken = []
+    for _ in range(30):
+        granted = house.asked(tokens(limit, 10))
+        assert isinstance(granted, Granted)
+        taken += granted.taken
+        house.pass_by(2 * LATENCY)
+    assert max(taken) <= 16
+    assert len(house.shared.of("ahead")) > 2
+
+
+def test_small_ones_of_different_sizes_share_what_is_ahead() -> None:
+    house = House()
+    house.warm(tokens(2**20, 900))
+    asked = len(house.shared.of("reserve"))
+    for cost in (10, 800, 3, 600):
+        house.asked(tokens(2**20, cost))
+        house.pass_by(2 * LATENCY)
+    assert len(house.shared.of("reserve")) == asked

@@ -9,10 +9,16 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent
 
+from vllmproxy.limits import behind
 from vllmproxy.limits.behind import _MOST_KEPT, _TOGETHER, MATTERS, PAUSE, RETRY, Behind
 from vllmproxy.limits.values import Ask
 
 OTHER = "cd" * 32
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(behind, "_AT_A_TIME", 1)
 
 
 class House:
@@ -87,6 +93,16 @@ def test_prompt_ones_wait_for_the_call_under_way_and_go_together(ends: str) -> N
     assert house.told == [["a"]]
     getattr(house.shared.under_way[0], ends)()
     assert house.told[1:] == [["b", "c", "other", "d"]]
+
+
+def test_some_calls_are_made_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(behind, "_AT_A_TIME", 3)
+    house = House()
+    house.shared.mode = "held"
+    house.settle("a", "b", "c", "d", "e", prompt=True)
+    assert house.told == [["a"], ["b"], ["c"]]
+    house.shared.under_way[1].answer()
+    assert house.told[3:] == [["d", "e"]]
 
 
 def test_one_that_waits_goes_within_its_time_though_a_call_is_under_way() -> None:

@@ -39,20 +39,26 @@ def poll(reactor: Any, timeout: float | None) -> None:
             raise
         if len(events) > 1:
             turn.begin()
-        for fd, event in events:
-            selectable = selectables.get(fd)
-            if selectable is None:
-                continue  # an event before this one ended it
-            try:
-                if event == _READABLE:
-                    _read(reactor, selectable)
-                else:
-                    reactor._doReadOrWrite(selectable, fd, event)
-            except Exception:  # nothing is awaited; what raises when it is told of its end must not hold up the others
-                log.err()
-        if len(events) > 1:
-            turn.end()
+        try:
+            _act_on(reactor, selectables, events)
+        finally:
+            if len(events) > 1:
+                turn.end()
         wait = _idle_for(reactor)
+
+
+def _act_on(reactor: Any, selectables: Any, events: list[tuple[int, int]]) -> None:
+    for fd, event in events:
+        selectable = selectables.get(fd)
+        if selectable is None:
+            continue  # an event before this one ended it
+        try:
+            if event == _READABLE:
+                _read(reactor, selectable)
+            else:
+                reactor._doReadOrWrite(selectable, fd, event)
+        except Exception:  # nothing is awaited; what raises when it is told of its end must not hold up the others
+            log.err()
 
 
 def _idle_for(reactor: Any) -> float | None:

@@ -164,7 +164,7 @@ class _Stock:
     """What is reserved for the next requests of one key.
 
     :param rules: what a request asks for.
-    :param before: the stock that did not do for it; costs grow in powers of two, so that most requests find theirs.
+    :param before: the stock that did not do for it. Costs are powers of two, so that most requests find theirs.
     :ivar size: how many it should be, as far as the limits afford that.
     :ivar ready: when each was asked for, oldest first.
     :ivar asked: how many are on their way. :ivar is_due: whether more are about to be asked for.
@@ -178,7 +178,7 @@ class _Stock:
         self.size = 1
         if before is not None and _limits(before.rules) == _limits(rules):
             pairs = zip(before.rules, self.rules, strict=True)
-            self.rules = tuple(old if old.cost > new.cost else new for old, new in pairs)
+            self.rules = tuple(old if new.cost < old.cost <= _next_to_nothing(old) else new for old, new in pairs)
             self.size = before.size
         self.ready: deque[tuple[float, Granted]] = deque()
         self.asked = 0
@@ -187,12 +187,12 @@ class _Stock:
         self._most = 0
 
     def is_for(self, rules: tuple[Rule, ...]) -> bool:
-        """Tell whether what is reserved here will do."""
+        """Tell whether what is reserved here will do, and is not far too much."""
         if len(rules) != len(self.rules):
             return False
         for ours, theirs in zip(self.rules, rules, strict=True):
             if theirs is not ours and (
-                theirs.cost > ours.cost
+                not theirs.cost <= ours.cost <= max(2 * theirs.cost, _next_to_nothing(ours))
                 or theirs.limit != ours.limit
                 or theirs.kind != ours.kind
                 or theirs.scope != ours.scope
@@ -246,6 +246,11 @@ def _rounded(rule: Rule) -> Rule:
     if rule.kind != "tokens" or not rule.cost:
         return rule
     return evolve(rule, cost=min(1 << (rule.cost - 1).bit_length(), MAX_AMOUNT), least=None)
+
+
+def _next_to_nothing(rule: Rule) -> int:
+    """Return what may be taken of a limit for nothing, until a request has ended."""
+    return rule.limit // 1024
 
 
 def _limits(rules: tuple[Rule, ...]) -> list[tuple[str, str, int]]:

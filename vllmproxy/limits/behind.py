@@ -19,10 +19,13 @@ Settlement = tuple[str, str, tuple[int | None, ...]]
 
 #: Seconds that one may wait for others, where nobody waits for what it gives back.
 PAUSE: Final = 0.01
-#: Seconds between tries while the store is away, for how long it matters, and how many settlements are kept.
+#: Seconds between tries while the store is away, for how long it matters, and how many calls are kept.
 RETRY: Final = 1.0
 MATTERS: Final = 60.0
 _MOST_KEPT: Final = 10_000
+#: Calls that may be under way before what is prompt waits for one of them: who was given a place back here may ask for
+#: one elsewhere.
+_AT_A_TIME: Final = 4
 #: The most that go together: a store does nothing else in that time.
 _TOGETHER: Final = 64
 
@@ -55,7 +58,7 @@ class Shared(Protocol):
 class Behind:
     """Tells a limiter what requests did cost. Whoever settles need not wait, nor care whether the store is there.
 
-    There is one call at a time, and what comes meanwhile goes together with the next one.
+    There are a few calls at a time, and what comes meanwhile goes together with the next one.
     """
 
     def __init__(self, limiter: Shared, clock: IReactorTime) -> None:
@@ -64,7 +67,7 @@ class Behind:
         self._due: list[Settlement] = []
         #: Whose they are.
         self._keys: set[str] = set()
-        #: Whether something prompt waits for the call under way.
+        #: Whether something prompt waits for a call under way.
         self._is_hasty = False
         self._pause: IDelayedCall | None = None
         self._telling: set[Deferred[None]] = set()
@@ -78,7 +81,7 @@ class Behind:
         """Tell it, ``prompt`` or within :data:`PAUSE`."""
         self._due.append((key, request_id, costs))
         self._keys.add(key)
-        if prompt and self._telling:
+        if prompt and len(self._telling) >= _AT_A_TIME:
             self._is_hasty = True
         elif prompt:
             self._tell_all()
@@ -122,7 +125,7 @@ class Behind:
 
     def _told(self, _: None, told: Deferred[None]) -> None:
         self._telling.discard(told)
-        if self._is_hasty and not self._telling:
+        if self._is_hasty and len(self._telling) < _AT_A_TIME:
             self._tell_all()
 
     def _not_told(self, reason: Failure, told: Deferred[None], settlements: Sequence[Settlement], until: float) -> None:

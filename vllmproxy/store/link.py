@@ -134,7 +134,7 @@ class Link:
         self._patience = CONNECT_SECONDS
         self._wire: Wire | None = None
         self._dial: Deferred[Wire] | None = None
-        self._waiting: set[Deferred[Wire]] = set()
+        self._waiting: dict[Deferred[Wire], None] = {}  # in order: what asks last must not be asked first
 
     def open(self) -> None:
         """Allow connections; the first call makes one."""
@@ -170,10 +170,13 @@ class Link:
     def _reach(self) -> Deferred[Wire]:
         if self._wire is not None:
             return succeed(self._wire)
-        waiter: Deferred[Wire] = Deferred(self._waiting.discard)
-        self._waiting.add(waiter)
+        waiter: Deferred[Wire] = Deferred(self._gave_up)
+        self._waiting[waiter] = None
         self._start_dialling()
         return waiter
+
+    def _gave_up(self, waiter: Deferred[Wire]) -> None:
+        self._waiting.pop(waiter, None)
 
     async def _probe(self) -> None:
         wire = self._wire
@@ -218,7 +221,7 @@ class Link:
         self._patience = RECONNECT_SECONDS
         self._wire = wire
         wire.whenDisconnected().addCallback(self._lost)
-        waiting, self._waiting = self._waiting, set()
+        waiting, self._waiting = self._waiting, {}
         for waiter in waiting:
             waiter.callback(wire)
 
@@ -227,7 +230,7 @@ class Link:
         reason = f"{self._address}: {describe(failure)}"
         if not failure.check(*EXPECTED, CancelledError):
             _log.failure("Connecting to Redis failed in an unforeseen way", failure)
-        waiting, self._waiting = self._waiting, set()
+        waiting, self._waiting = self._waiting, {}
         self._breaker.trip(reason)
         for waiter in waiting:
             waiter.errback(StoreUnavailable(reason))
