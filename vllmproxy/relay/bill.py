@@ -69,9 +69,7 @@ class Bill:
         """Give back what was reserved and not used, and write down what was."""
         try:
             event = self._event(outcome)
-        except (
-            Exception
-        ):  # nothing is awaited here; a place and a budget must not stay taken for what cannot be counted
+        except Exception:  # nothing is awaited here; a place and a budget must not stay taken for it
             _log.failure("What a request used cannot be counted; it counts as was expected")
             event = self._expected
         if self._reservation is not None:

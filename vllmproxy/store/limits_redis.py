@@ -118,14 +118,17 @@ class RedisLimiter:
         return reason
 
     def settle_all(self, settlements: Sequence[Settlement]) -> Deferred[None]:
+        told: Deferred[Any] = self._scripts.run(self._settling(settlements))
+        return told.addCallback(lambda _: None)
+
+    def _settling(self, settlements: Sequence[Settlement], seconds: float | None = None) -> ScriptCall:
         names, words = [], [self._memory]
         for key, request_id, costs in settlements:
             id = name_bytes(request_id)
             names.append(b"vllmproxy:{%b}:request:%b" % (name_bytes(key), id))
             used = [b"-" if cost is None else b"%d" % min(max(cost, 0), MAX_AMOUNT) for cost in costs]
             words += id, b" ".join(used)
-        told: Deferred[Any] = self._scripts.run(self._scripts.call(SETTLE, names, words))
-        return told.addCallback(lambda _: None)
+        return self._scripts.call(SETTLE, names, words, seconds)
 
     def _send_reserves(self, asked: list["_Reserve"]) -> None:
         asked = [each for each in asked if not each.decided.called]  # somebody may have given up meanwhile
@@ -167,7 +170,7 @@ class RedisLimiter:
         until = self._clock.seconds() + self._spans.kept / 1e6
         while not self._closed and self._clock.seconds() < until:
             try:
-                await self.settle_all([(ask.key, ask.request_id, (0,) * len(ask.rules))])
+                await self.settle_all([_nothing_used(ask)])
                 return
             except StoreUnavailable:
                 pass
@@ -189,17 +192,18 @@ class RedisLimiter:
         Redis runs what comes over one connection in order, and one that stays mute is dropped. If it is lost, what is
         held of a budget would not leave by itself: it is said over the next one, while Redis remembers the reservation.
         """
-        kept = self._spans.kept / 1e6
-        id = name_bytes(ask.request_id)
-        words = [self._memory, id, b" ".join([b"0"] * len(ask.rules))]
         reply: Deferred[Any] = Deferred()
-        self._scripts.call(SETTLE, [_name(ask.key, b"request", id)], words, kept).send(wire, reply.callback)
+        self._settling([_nothing_used(ask)], self._spans.kept / 1e6).send(wire, reply.callback)
         try:
             if not isinstance(await reply, RedisError):
                 return
         except RedisError:
             pass
         await self._give_back(ask)
+
+
+def _nothing_used(ask: Ask) -> Settlement:
+    return ask.key, ask.request_id, (0,) * len(ask.rules)
 
 
 class _Reserve:

@@ -92,7 +92,8 @@ class Wire(Line):
         self._plain = is_plain(self.transport)
 
     def ask(self, words: tuple[bytes, ...], answered: Callable[[Any], None]) -> None:
-        """Send one command. ``answered`` gets the reply, or the ``RedisError`` that it failed with."""
+        """Send one command, together with others of this turn: nobody gathers them. ``answered`` gets the reply, or the
+        ``RedisError`` that it failed with."""
         if not self.connected:
             answered(ConnectionError("Not connected"))
             return
