@@ -1,16 +1,12 @@
 """Reservations ahead in virtual time: an :class:`~vllmproxy.limits.ahead.Ahead` on a store that is somewhere else."""
 
-from typing import TypeVar
-
 from _limits import TOKEN, requests
-from _shared import LATENCY, Shared
+from _shared import LATENCY, Shared, now
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.task import Clock
 
 from vllmproxy.limits.ahead import AHEAD, Ahead
 from vllmproxy.limits.values import Ask, Denied, Granted, Rule
-
-T = TypeVar("T")
 
 #: Far away, so that much may be ahead.
 FAR = requests(10**6)
@@ -45,6 +41,11 @@ class House:
         self.pass_by(3 * LATENCY)
         assert self.ready
 
+    def take_all(self, *rules: Rule) -> None:
+        """Have requests take what is ahead."""
+        while self.ready:
+            now(self.ask(*rules))
+
     def pass_by(self, seconds: float) -> None:
         for _ in range(round(seconds / LATENCY)):
             self.clock.advance(LATENCY)
@@ -71,12 +72,3 @@ class House:
         assert (behind._due, behind._keys, behind._telling, behind._kept) == ([], set(), set(), [])
         assert self.shared.under_way == []
         assert self.clock.getDelayedCalls() == []
-
-
-def now(answer: Deferred[T]) -> T:
-    results: list[T] = []
-    failures: list[BaseException] = []
-    answer.addCallbacks(results.append, lambda failure: failures.append(failure.value))
-    for error in failures:
-        raise error
-    return results[0]

@@ -1,7 +1,7 @@
 """A limiter that is somewhere else, in virtual time: the test says what becomes of each call."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
@@ -13,6 +13,8 @@ from vllmproxy.limits.values import Ask, Denied, Granted, Rule
 from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.limits_memory import MemoryLimiter
 from vllmproxy.usage.sums import NO_ACCOUNT
+
+T = TypeVar("T")
 
 #: Seconds that a call may take, and that one takes while all is well.
 DEADLINE = 0.2
@@ -168,3 +170,13 @@ class Shared:
         for key, request_id, costs in settlements:
             self.costs.setdefault(request_id, costs)
             self._limiter.settle(key, request_id, costs)
+
+
+def now(answer: Deferred[T]) -> T:
+    """Return what has come of ``answer`` by now, or raise it."""
+    results: list[T] = []
+    failures: list[BaseException] = []
+    answer.addCallbacks(results.append, lambda failure: failures.append(failure.value))
+    for error in failures:
+        raise error
+    return results[0]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import pytest_twisted
+from _limits import close_link, make_link
 from _raw import Upstream
 from _redis import RedisServer, redis_server
 from _service import Twistd, start_proxy, start_simulator
@@ -14,6 +15,7 @@ from hypothesis import settings
 from twisted.logger import LogEvent, LogLevel, globalLogPublisher
 
 from vllmproxy.store.interface import Store
+from vllmproxy.store.link import Link
 
 # Who runs the tests in the background may have SIGINT ignored, which the services that they start would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -81,6 +83,24 @@ def redis() -> Iterator[RedisServer]:
     """A Redis that the module has to itself."""
     with redis_server() as server:
         yield server
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    """A Redis that the test has to itself, and may stop and kill."""
+    with redis_server() as started:
+        yield started
+
+
+@pytest_twisted.async_yield_fixture
+async def links(server: RedisServer) -> AsyncIterator[list[Link]]:
+    """Two connections to :func:`server`, as two proxies have them."""
+    made = [make_link(server), make_link(server)]
+    for link in made:
+        await link.get()
+    yield made
+    for link in made:
+        await close_link(link)
 
 
 @pytest.fixture(params=KINDS)

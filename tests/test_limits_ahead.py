@@ -1,9 +1,9 @@
 """What is reserved ahead, for whom, and who takes it, in virtual time."""
 
 import pytest
-from _ahead import FAR, LAPSED, House, now
+from _ahead import FAR, LAPSED, House
 from _limits import TOKEN, parallel, requests, tokens
-from _shared import LATENCY
+from _shared import LATENCY, now
 from twisted.internet.defer import Deferred, maybeDeferred
 
 from vllmproxy.keys.key import VirtualKey
@@ -127,8 +127,7 @@ def test_nothing_is_asked_for_that_has_become_too_much() -> None:
     house.warm(requests(limit))
     house.shared.mode = "held"
     house.shared.reserve(Ask(TOKEN, "others", (requests(limit, cost=501),)))
-    while house.ready:
-        now(house.ask(requests(limit)))
+    house.take_all(requests(limit))
     waits = house.ask(requests(limit))
     house.shared.under_way[0].run()  # half is used
     ahead = len(house.shared.of("ahead"))

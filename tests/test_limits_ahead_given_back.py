@@ -1,9 +1,9 @@
 """What is reserved ahead and taken by nobody is given back, whatever happens, in virtual time."""
 
 import pytest
-from _ahead import FAR, LAPSED, House, now
+from _ahead import FAR, LAPSED, House
 from _limits import TOKEN, parallel, requests, tokens
-from _shared import DEADLINE, LATENCY
+from _shared import DEADLINE, LATENCY, now
 from twisted.internet.defer import CancelledError
 from twisted.logger import LogEvent
 
@@ -30,8 +30,7 @@ def test_a_refusal_gives_back_what_is_ahead(under_way: bool) -> None:
     house.warm(tokens(limit, 1))
     if under_way:
         house.shared.mode = "held"
-        while house.ready:
-            now(house.ask(tokens(limit, 1)))
+        house.take_all(tokens(limit, 1))
         house.clock.advance(0)
         (more,) = (call for call in house.shared.under_way if call.what == "ahead")
         house.shared.mode = "up"
@@ -102,8 +101,7 @@ def test_some_that_are_refused_give_back_the_rest() -> None:
     house, limit = House(), 1000
     house.warm(requests(limit))
     house.shared.mode = "held"
-    while house.ready:
-        now(house.ask(requests(limit)))
+    house.take_all(requests(limit))
     house.clock.advance(0)
     (more,) = house.shared.under_way
     others = limit - house.counted["requests", ""] - len(more.ids) + 1
@@ -121,8 +119,7 @@ def test_one_that_would_take_what_is_left_is_no_good_for_the_next() -> None:
     house, guess = House(), Rule("tokens", "", 1000, 8, least=1)
     house.warm(guess)
     house.shared.mode = "held"
-    while house.ready:
-        now(house.ask(guess))
+    house.take_all(guess)
     house.clock.advance(0)
     (more,) = house.shared.under_way
     left = 8 * (len(more.ids) - 1) + 3
@@ -166,8 +163,7 @@ def test_the_end_waits_for_what_is_asked_for_ahead_just_then(ends: str) -> None:
     house = House()
     house.warm(FAR)
     house.shared.mode = "held"
-    while house.ready:
-        now(house.ask(FAR))
+    house.take_all(FAR)
     house.clock.advance(0)
     (more,) = house.shared.under_way
     more.run()
@@ -185,8 +181,7 @@ def test_the_end_waits_for_what_is_asked_for_ahead_just_then(ends: str) -> None:
 def test_at_the_end_no_more_is_asked_for_ahead() -> None:
     house = House()
     house.warm(FAR)
-    while house.ready:
-        now(house.ask(FAR))
+    house.take_all(FAR)
     ended = house.finish()
     times = len(house.shared.of("ahead"))
     house.pass_by(5 * LATENCY)
@@ -275,8 +270,7 @@ def test_a_fault_in_asking_ahead_is_told_and_nobody_waits_for_it(logged_errors: 
     house = House()
     house.warm(FAR)
     house.shared.mode = "held"
-    while house.ready:
-        now(house.ask(FAR))
+    house.take_all(FAR)
     house.clock.advance(0)
     house.shared.under_way[0].fail(ZeroDivisionError())
     assert [event["log_failure"].type for event in logged_errors] == [ZeroDivisionError]

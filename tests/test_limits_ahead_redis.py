@@ -1,15 +1,15 @@
 """Reservations ahead on a real Redis, of several proxies: what counts when all is quiet is what was taken."""
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import pytest_twisted
 from _asking import CHAT, ask, make_key, until
-from _limits import TOKEN, close_link, make_link, parallel, requests, tokens
-from _redis import RedisServer, redis_server
+from _limits import TOKEN, parallel, requests, tokens
+from _redis import RedisServer
 from _service import Twistd, start_proxy
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults, maybeDeferred
@@ -25,23 +25,6 @@ from vllmproxy.store.link import Link
 
 #: Seconds after which something has hung, on however busy a machine.
 HUNG = 20.0
-
-
-@pytest.fixture
-def server() -> Iterator[RedisServer]:
-    with redis_server() as started:
-        yield started
-
-
-@pytest_twisted.async_yield_fixture
-async def links(server: RedisServer) -> AsyncIterator[list[Link]]:
-    """Two connections, as two proxies have them."""
-    made = [make_link(server), make_link(server)]
-    for link in made:
-        await link.get()
-    yield made
-    for link in made:
-        await close_link(link)
 
 
 def counted(server: RedisServer, key: str = TOKEN) -> tuple[int, int, int]:

@@ -1,10 +1,10 @@
 """Which limiter counts while the shared one comes and goes, in virtual time."""
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import pytest
 from _limits import TOKEN, parallel, requests, tokens
+from _shared import now
 from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,8 +15,6 @@ from vllmproxy.limits.fallback import FallbackLimiter
 from vllmproxy.limits.values import MAX_AMOUNT, Ask, Denied, Granted, Rule
 from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.limits_memory import MemoryLimiter
-
-T = TypeVar("T")
 
 
 class Shared:
@@ -65,15 +63,6 @@ class House:
 
     def renew(self, *ids: str) -> list[str]:
         return now(maybeDeferred(self.limiter.renew, TOKEN, ids))
-
-
-def now(answer: Deferred[T]) -> T:
-    results: list[T] = []
-    failures: list[BaseException] = []
-    answer.addCallbacks(results.append, lambda failure: failures.append(failure.value))
-    for error in failures:
-        raise error
-    return results[0]
 
 
 def test_the_shared_one_counts_while_it_answers() -> None:

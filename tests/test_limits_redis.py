@@ -2,13 +2,13 @@
 
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import pytest_twisted
-from _limits import START, TOKEN, RedisBench, close_link, make_link, parallel, requests, tokens, virtual_time
-from _redis import RedisServer, redis_server
+from _limits import START, TOKEN, RedisBench, close_link, parallel, requests, tokens, virtual_time
+from _redis import RedisServer
 from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.task import Clock, deferLater
@@ -31,23 +31,6 @@ BUDGET = f"vllmproxy:{{{TOKEN}}}:budget"
 HUNG = 20.0
 
 
-@pytest.fixture
-def server() -> Iterator[RedisServer]:
-    with redis_server() as started:
-        yield started
-
-
-@pytest_twisted.async_yield_fixture
-async def links(server: RedisServer) -> AsyncIterator[list[Link]]:
-    """Two connections, as two proxies have them."""
-    made = [make_link(server), make_link(server)]
-    for link in made:
-        await link.get()
-    yield made
-    for link in made:
-        await close_link(link)
-
-
 def ask(request_id: str, *rules: Rule) -> Ask:
     return Ask(TOKEN, request_id, rules or RULES)
 
@@ -64,6 +47,18 @@ async def eventually(limiter: RedisLimiter, name: str) -> Granted | Denied:
             assert time.monotonic() < give_up
             await deferLater(reactor, 0.02)
     raise AssertionError
+
+
+async def unheard(server: RedisServer, link: Link, call: Callable[[], Any]) -> None:
+    """Make a call that a stalled Redis runs in time, by the clocks, and answers late."""
+    wire = await link.get()
+    server.stall()
+    try:
+        wire.offset += 3600  # the not-after time is in an hour
+        with pytest.raises(StoreUnavailable):
+            await call()
+    finally:
+        server.resume()
 
 
 def left_behind(server: RedisServer) -> dict[str, int]:
@@ -178,14 +173,7 @@ async def test_what_was_taken_unheard_is_given_back(server: RedisServer, links: 
     """Redis ran it in time, by the clocks, and its answer came late."""
     limiter = RedisLimiter(links[0], reactor)
     await limiter.settle_all([(TOKEN, "unknown", ())])
-    wire = await links[0].get()
-    server.stall()
-    try:
-        wire.offset += 3600  # the not-after time is in an hour
-        with pytest.raises(StoreUnavailable):
-            await limiter.reserve(ask("unheard"))
-    finally:
-        server.resume()
+    await unheard(server, links[0], lambda: limiter.reserve(ask("unheard")))
     assert await eventually(limiter, "after") == FIRST
     # It did run: its id is known, as settled.
     assert server.command("GET", f"vllmproxy:{{{TOKEN}}}:request:unheard") == b"$0\r\n\r\n"
@@ -483,14 +471,7 @@ async def test_of_what_is_reserved_ahead_some_may_be_granted(links: list[Link]) 
 async def test_what_was_reserved_ahead_unheard_is_given_back(server: RedisServer, links: list[Link]) -> None:
     limiter = RedisLimiter(links[0], reactor)
     await limiter.settle_all([(TOKEN, "unknown", ())])
-    wire = await links[0].get()
-    server.stall()
-    try:
-        wire.offset += 3600  # the not-after time is in an hour
-        with pytest.raises(StoreUnavailable):
-            await limiter.reserve_ahead(TOKEN, RULES, ["a", "b"], 0.5)
-    finally:
-        server.resume()
+    await unheard(server, links[0], lambda: limiter.reserve_ahead(TOKEN, RULES, ["a", "b"], 0.5))
     assert await eventually(limiter, "after") == FIRST
     for id in ("a", "b"):
         assert server.command("GET", f"vllmproxy:{{{TOKEN}}}:request:{id}") == b"$0\r\n\r\n"

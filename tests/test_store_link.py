@@ -1,12 +1,12 @@
 """The link to a real Redis through its breaker: who waits, who does not, and coming back without being asked."""
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 import pytest_twisted
 from _limits import close_link, make_link
-from _redis import RedisServer, redis_server
+from _redis import RedisServer
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
 
@@ -15,12 +15,6 @@ from vllmproxy.store.link import Link
 
 #: Seconds after which something has hung, on however busy a machine.
 HUNG = 20.0
-
-
-@pytest.fixture
-def server() -> Iterator[RedisServer]:
-    with redis_server() as started:
-        yield started
 
 
 @pytest_twisted.async_yield_fixture

@@ -31,12 +31,6 @@ KEY = VirtualKey(token=hash_key("sk-one"), key_name="sk-...-one", key_alias="one
 HUNG = 20.0
 
 
-@pytest.fixture
-def server() -> Iterator[RedisServer]:
-    with redis_server() as started:
-        yield started
-
-
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[RedisServer]:
     """A server with a password for the default user and for ``me``."""

@@ -1,7 +1,7 @@
 """Who hears of a change, through a real Redis, and what happens when nobody can."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 
 import attrs
 import pytest
@@ -20,12 +20,6 @@ TWO = VirtualKey(token=hash_key("sk-two"), key_name="sk-...-two", key_alias="two
 
 #: Seconds after which something has hung, on however busy a machine.
 HUNG = 20.0
-
-
-@pytest.fixture
-def server() -> Iterator[RedisServer]:
-    with redis_server() as started:
-        yield started
 
 
 class Watching:

@@ -2,11 +2,11 @@
 
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 import pytest_twisted
-from _redis import RedisServer, redis_server
+from _redis import RedisServer
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.task import deferLater
@@ -22,12 +22,6 @@ TIME, DAY = 1_795_521_600.0, "2026-11-24"
 QUERY = UsageQuery(since=DAY, until=DAY)
 BUDGET = f"vllmproxy:{{{TOKEN}}}:budget"
 SUMS = f"vllmproxy:{{{TOKEN}}}:usage:{DAY}"
-
-
-@pytest.fixture
-def server() -> Iterator[RedisServer]:
-    with redis_server() as started:
-        yield started
 
 
 @pytest_twisted.async_yield_fixture
