@@ -1,6 +1,6 @@
 """Heads as values: what the parsers produce and the rules and the relay read."""
 
-from attrs import define, field, frozen
+from attrs import Factory, define, field, frozen
 
 
 class WireError(Exception):
@@ -69,6 +69,17 @@ class RequestHead:
         """Whether the framing announces a body, an empty chunked one included (RFC 9112 §6)."""
         return self.chunked or bool(self.content_length)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it asks for nothing out of the ordinary: the body, if any, is as long as Content-Length says."""
+        asks_more = self.chunked or self.websocket or self.expects_continue
+        return self.version == (1, 1) and self.keep_alive and not asks_more
+
+    def with_length(self, length: bytes, place: int) -> "RequestHead":
+        """Return the same head, which :attr:`is_plain`, with another Content-Length, the header at ``place``."""
+        headers, fields = _with_length(self.headers, self.fields, place, length)
+        return RequestHead(self.method, self.target, self.version, headers, fields, int(length))
+
 
 @define(slots=True)
 class ResponseHead:
@@ -84,13 +95,22 @@ class ResponseHead:
     reason: bytes
     headers: list[tuple[bytes, bytes]]
     version: bytes = b"1.1"
-    fields: dict[bytes, list[bytes]] = field(init=False)
+    fields: dict[bytes, list[bytes]] = field(
+        default=Factory(lambda self: fields_of(self.headers), takes_self=True), kw_only=True
+    )
     content_length: int | None = None
     chunked: bool = False
     bodiless: bool = False
 
-    def __attrs_post_init__(self) -> None:
-        self.fields = fields_of(self.headers)
+    @property
+    def is_plain(self) -> bool:
+        """Whether a body follows that is as long as Content-Length says, or else ends with the connection."""
+        return not (self.chunked or self.bodiless)
+
+    def with_length(self, length: bytes, place: int) -> "ResponseHead":
+        """Return the same head, which :attr:`is_plain`, with another Content-Length, the header at ``place``."""
+        headers, fields = _with_length(self.headers, self.fields, place, length)
+        return ResponseHead(self.status, self.reason, headers, self.version, int(length), fields=fields)
 
     def get(self, name: bytes) -> bytes | None:
         """Return the first value of the header ``name`` (lower case)."""
@@ -108,6 +128,15 @@ def fields_of(headers: list[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
         else:
             fields[lower] = [value]
     return fields
+
+
+def _with_length(
+    headers: list[tuple[bytes, bytes]], fields: dict[bytes, list[bytes]], place: int, length: bytes
+) -> tuple[list[tuple[bytes, bytes]], dict[bytes, list[bytes]]]:
+    """Return copies of both with another Content-Length, which is the header at ``place``."""
+    others = headers.copy()
+    others[place] = (headers[place][0], length)
+    return others, {**fields, b"content-length": [length]}
 
 
 def header_lines(headers: list[tuple[bytes, bytes]]) -> bytes:

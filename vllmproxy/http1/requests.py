@@ -8,6 +8,7 @@ import httptools
 from vllmproxy.http1.chunks import Chunks
 from vllmproxy.http1.message import Limits, RequestHead, WireError, fields_of
 from vllmproxy.http1.rules import VERSIONS_SPOKEN, check_request
+from vllmproxy.http1.templates import HeadTemplate, template_of
 
 _BAD_SYNTAX = "The request is not well-formed HTTP/1.1."
 #: Those that are spoken here.
@@ -62,13 +63,15 @@ class RequestReader:
         self._headers: list[tuple[bytes, bytes]] = []
         self._ignoring_head = False
         self._body_follows_upgrade = False
+        self._template: HeadTemplate[RequestHead] | None = None  # of the head that was read last
+        self._between = False  # two requests
 
     def feed(self, data: bytes) -> None:
         """Parse the next bytes, as they came."""
         if self.early is not None:
             self.early += data
             return
-        if self.error is not None:
+        if self.error is not None or self._take_alike(data):
             return
         size, self._progressed = len(data), False
         while data:
@@ -91,6 +94,21 @@ class RequestReader:
         self._silent = 0 if self._progressed else self._silent + size
         if self._silent > self._limits.head:
             self.error = WireError(431, "A header line, a chunk extension or a trailer is too large.")
+
+    def _take_alike(self, data: bytes) -> bool:
+        """Take ``data`` if it is one whole request whose head is that of the one before but for its length."""
+        if self._template is None or not self._between or self._line_begun:
+            return False
+        found = self._template.match(data)
+        if found is None or len(found[1]) > self._limits.body > 0:
+            return False
+        self._head, body = found
+        self._body_bytes = len(body)
+        self._silent = 0
+        self._sink.request_begun(self._head)
+        self._sink.body_read(body)
+        self._sink.request_read()
+        return True
 
     @property
     def body_left(self) -> int:
@@ -143,6 +161,7 @@ class RequestReader:
         if self._ignoring_head:
             return
         self.in_head = True
+        self._between = False
         self._progressed = True
         self._head_bytes = 0
         self._body_bytes = 0
@@ -207,6 +226,7 @@ class RequestReader:
         self._body_follows_upgrade = self._parser.should_upgrade() and not head.websocket
         self._chunks = Chunks() if head.chunked else None
         self._head = head
+        self._template = None if self._begun else template_of(self._data[self._head_at : self._at], head)
         self._sink.request_begun(head)
 
     def _check_line(self, method: bytes) -> None:
@@ -248,6 +268,7 @@ class RequestReader:
             self._follow(chunks)
             if not chunks.whole:
                 self._refuse(400, _BAD_SYNTAX)
+        self._between = True
         self._sink.request_read()
 
 

@@ -8,6 +8,7 @@ import httptools
 
 from vllmproxy.http1.message import BadAnswer, Limits, ResponseHead
 from vllmproxy.http1.rules import check_response
+from vllmproxy.http1.templates import HeadTemplate, template_of
 
 #: Informational answers that one request may have. There are two kinds in use, and each needs but one.
 _MOST_INFORMED = 32
@@ -30,6 +31,7 @@ class ResponseReader:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._parser: Any = None
+        self._template: HeadTemplate[ResponseHead] | None = None  # of the head that was read last, and is reusable
         self.begin(b"", upgrade=False, inform=None)
 
     def begin(self, method: bytes, *, upgrade: bool, inform: Callable[[ResponseHead], None] | None) -> None:
@@ -66,15 +68,15 @@ class ResponseReader:
         if self.whole:
             self.extra = True
             return
+        if self.head is None and self._take_alike(data):
+            return
         self._data = data
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._switch(data[upgrade.args[0] :])
         except httptools.HttpParserError:
-            if not self.whole:
-                raise self._error or BadAnswer("malformed HTTP") from None
-            self.extra = True  # bytes after a complete answer only discard the connection
+            self._broke()
         if self.head is None:
             self._begun += data
             self.fed += len(data)
@@ -89,6 +91,25 @@ class ResponseReader:
             self._overhead += len(data)
             if self._overhead > self._limits.answer_head:
                 raise BadAnswer("a chunk extension or a trailer without end")
+
+    def _take_alike(self, data: bytes) -> bool:
+        """Take ``data`` if it is one whole answer whose head is that of the one before but for its length."""
+        if self._template is None or self.fed or self._method == b"HEAD":
+            return False
+        found = self._template.match(data)
+        if found is None:
+            return False
+        self.head, body = found
+        self.pieces.append(body)
+        self._inform = None
+        self.whole = self.reusable = True
+        return True
+
+    def _broke(self) -> None:
+        """llhttp refused something. Behind a whole answer that only discards the connection."""
+        if not self.whole:
+            raise self._error or BadAnswer("malformed HTTP") from None
+        self.extra = True
 
     def take(self) -> bytes:
         """Return the body's bytes that came since the last call."""
@@ -172,6 +193,8 @@ class ResponseReader:
             version == "1.1" and bodiless_for_sure and (b"connection" not in head.fields or not _says_close(head))
         )
         self.whole = head.bodiless and head.status != 101
+        end = raw.index(b"\r\n\r\n", self._head_at) + 4
+        self._template = template_of(bytes(raw[self._head_at : end]), head) if self.reusable else None
 
     def on_body(self, data: bytes) -> None:
         if self.whole:
