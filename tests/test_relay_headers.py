@@ -2,6 +2,7 @@
 
 import re
 from ipaddress import ip_network
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -53,6 +54,30 @@ def test_what_is_added() -> None:
     assert (b"authorization", b"Bearer up") in lines
     assert (b"x-forwarded-proto", b"https") in lines
     assert (b"via", b"1.0 vllmproxy") in lines
+
+
+def test_a_head_that_is_alike_gets_lines_that_are_alike() -> None:
+    head = head_of((b"Content-Length", b"5"), (b"Accept", b"*/*"))
+    forwarded(head)
+    another = head.with_length(b"77", 1)
+    assert forwarded(another) == forwarded(head_of((b"Content-Length", b"77"), (b"Accept", b"*/*")))
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"client": TRUSTED},
+        {"client": Client("192.0.2.7", "192.0.2.7", False)},
+        {"host": b"gpu2:8000"},
+        {"authorization": b"authorization: Bearer other\r\n"},
+    ],
+)
+def test_a_head_that_is_alike_may_go_elsewhere(others: dict[str, Any]) -> None:
+    """Who is behind a connection, the upstream and its key may change from one request to the next."""
+    head = head_of((b"Content-Length", b"5"))
+    forwarded(head)
+    made = {"client": STRANGER, "secure": False, "id": b"id-2", "host": b"gpu1:8000", "authorization": b"", **others}
+    assert request_lines(head, **made) == request_lines(head_of((b"Content-Length", b"5")), **made)
 
 
 def test_what_passes_passes_as_it_is_and_in_order() -> None:

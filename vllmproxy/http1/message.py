@@ -1,5 +1,7 @@
 """Heads as values: what the parsers produce and the rules and the relay read."""
 
+from typing import Any
+
 from attrs import Factory, define, field, frozen
 
 
@@ -51,6 +53,8 @@ class RequestHead:
     :ivar content_length: bytes of the body, ``None`` where no Content-Length was sent.
     :ivar chunked: the body is in the chunked coding.
     :ivar websocket: the request asks to become a WebSocket tunnel (RFC 6455 §4.1).
+    :ivar memo: what somebody has worked out of it, and what holds for each that differs in its length only
+        (:meth:`with_length`) and comes over the same connection.
     """
 
     method: bytes
@@ -63,6 +67,7 @@ class RequestHead:
     keep_alive: bool = True
     websocket: bool = False
     expects_continue: bool = False
+    memo: dict[str, Any] = field(factory=dict, eq=False, repr=False)
 
     @property
     def has_body(self) -> bool:
@@ -78,7 +83,7 @@ class RequestHead:
     def with_length(self, length: bytes, place: int) -> "RequestHead":
         """Return the same head, which :attr:`is_plain`, with another Content-Length, the header at ``place``."""
         headers, fields = _with_length(self.headers, self.fields, place, length)
-        return RequestHead(self.method, self.target, self.version, headers, fields, int(length))
+        return RequestHead(self.method, self.target, self.version, headers, fields, int(length), memo=self.memo)
 
 
 @define(slots=True)

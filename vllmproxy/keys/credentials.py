@@ -1,9 +1,12 @@
 """Reads the caller's key out of a request's header fields. Pure."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Final, Literal
 
 from attrs import field, frozen
+
+from vllmproxy.keys.key import hash_key
 
 #: The headers a key may come in, lower-case, in LiteLLM's order: the first one that is there counts.
 CREDENTIAL_HEADERS: Final = (b"x-litellm-api-key", b"authorization", b"api-key", b"x-api-key")
@@ -19,6 +22,11 @@ class Credential:
 
     state: Literal["none", "malformed", "present"]
     secret: bytes = field(default=b"", repr=False)
+
+    @cached_property
+    def token(self) -> str:
+        """The sha256 hex of the secret, which a key is known by."""
+        return hash_key(self.secret)
 
 
 NO_CREDENTIAL: Final = Credential("none")

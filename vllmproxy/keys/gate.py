@@ -12,7 +12,7 @@ from twisted.python.failure import Failure
 from vllmproxy.errors import AuthError, ExpiredKey, Forbidden, StoreDown, UnknownKey
 from vllmproxy.keys.cache import KeyCache
 from vllmproxy.keys.credentials import Credential
-from vllmproxy.keys.key import VirtualKey, hash_key
+from vllmproxy.keys.key import VirtualKey
 from vllmproxy.keys.masterkey import MasterKey
 from vllmproxy.keys.policy import Policy, compile_policy
 from vllmproxy.keys.routes import Group
@@ -94,7 +94,7 @@ class Gate:
             return ANONYMOUS
         if credential.state != "present":
             raise AuthError(_NO_KEY if credential.state == "none" else _MALFORMED, headers=_CHALLENGE)
-        token = hash_key(credential.secret)
+        token = credential.token
         if self.master.matches_token(token):
             return MASTER
         return self.admit(token)

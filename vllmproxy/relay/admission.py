@@ -7,9 +7,11 @@ from twisted.internet.defer import Deferred
 
 from vllmproxy.errors import BadRequest, Forbidden, ModelDenied, StoreDown, TooLarge
 from vllmproxy.http1.bodies import Piece
+from vllmproxy.http1.message import RequestHead
 from vllmproxy.http1.stream import Stream
 from vllmproxy.inspection.request import Asked, printable, read_request
 from vllmproxy.inspection.splice import edited, model_edits, usage_edits
+from vllmproxy.keys.credentials import Credential, read_credential
 from vllmproxy.keys.gate import ANONYMOUS, RETRY_AFTER, Caller
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.relay.demand import NO_DEMAND, Demand, expected_tokens, guessed_prompt
@@ -213,6 +215,14 @@ class Admission:
             self._relay.hold(self.caller.key_id, -self._held)
             self._held = 0
         self._first, self._more = b"", None
+
+
+def credential_in(head: RequestHead) -> Credential:
+    """Return what the caller showed; read once for heads that are alike."""
+    found: Credential | None = head.memo.get("credential")
+    if found is None:
+        found = head.memo["credential"] = read_credential(head.fields)
+    return found
 
 
 def end_user_in(fields: dict[bytes, list[bytes]]) -> str | None:

@@ -13,11 +13,10 @@ from vllmproxy.http1.answer import Answer
 from vllmproxy.http1.bodies import StreamedBody, WholeBody
 from vllmproxy.http1.message import ResponseHead, WireError
 from vllmproxy.http1.stream import Stream
-from vllmproxy.keys.credentials import read_credential
 from vllmproxy.keys.gate import Caller
 from vllmproxy.keys.routes import is_anthropic
 from vllmproxy.observers.record import Ended
-from vllmproxy.relay.admission import Admission, end_user_in
+from vllmproxy.relay.admission import Admission, credential_in, end_user_in
 from vllmproxy.relay.bill import Bill, Outcome
 from vllmproxy.relay.failures import error_of
 from vllmproxy.relay.headers import answer_lines, request_id
@@ -85,7 +84,7 @@ class Exchange:
             if self._admission.is_preflight:
                 self._queue()
                 return
-            caller = self._relay.gate.identify(read_credential(stream.head.fields))
+            caller = self._relay.gate.identify(credential_in(stream.head))
             if isinstance(caller, Caller):
                 self._admitted(caller)
             else:

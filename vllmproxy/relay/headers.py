@@ -4,7 +4,7 @@ import re
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
-from attrs import frozen
+from attrs import define, frozen
 from twisted.internet.interfaces import IAddress
 
 from vllmproxy import __version__
@@ -133,6 +133,36 @@ def request_lines(
     :param authorization: the upstream's own key as a whole header line, or empty.
     :param length: bytes of the body where it is not as the client sent it.
     """
+    around: _Around | None = head.memo.get("request lines")
+    if around is None or not around.is_for(client, host, authorization):  # the server may have been exchanged
+        around = head.memo["request lines"] = _around(head, client, secure, host, authorization)
+    framing = b""
+    if head.chunked:
+        framing = b"transfer-encoding: chunked\r\n"
+    elif head.content_length is not None:
+        framing = b"content-length: %d\r\n" % (head.content_length if length is None else length)
+    if head.websocket:
+        framing += b"connection: Upgrade\r\nupgrade: websocket\r\n"
+    return b"%b%bx-request-id: %b\r\n%b" % (around.before, framing, id, around.after)
+
+
+@define
+class _Around:
+    """Header lines that are the same for each head that is alike: those before the framing and the request id, and
+    those after them."""
+
+    client: Client
+    host: bytes
+    authorization: bytes
+    before: bytes
+    after: bytes
+
+    def is_for(self, client: Client, host: bytes, authorization: bytes) -> bool:
+        """Whether nothing else that they were made of has changed."""
+        return self.client is client and self.host is host and self.authorization is authorization
+
+
+def _around(head: RequestHead, client: Client, secure: bool, host: bytes, authorization: bytes) -> _Around:
     dropped = _DROPPED_TRUSTED if client.trusted else _DROPPED_UNTRUSTED
     nominated = connection_options(head.fields)
     lines = [b"host: %s\r\n" % host]
@@ -140,17 +170,9 @@ def request_lines(
         lower = name.lower()
         if lower not in dropped and lower not in nominated:
             lines.append(b"%s: %s\r\n" % (name, value))
-    if head.chunked:
-        lines.append(b"transfer-encoding: chunked\r\n")
-    elif head.content_length is not None:
-        lines.append(b"content-length: %d\r\n" % (head.content_length if length is None else length))
-    if head.websocket:
-        lines.append(b"connection: Upgrade\r\nupgrade: websocket\r\n")
-    lines.append(b"x-request-id: %s\r\n" % id)
-    lines.append(authorization)
     fields = {name: head.fields[name] for name in FORWARDED & head.fields.keys() - nominated} if client.trusted else {}
-    lines.extend(_forwarded_lines(head, fields, client, secure))
-    return b"".join(lines)
+    after = authorization + b"".join(_forwarded_lines(head, fields, client, secure))
+    return _Around(client, host, authorization, b"".join(lines), after)
 
 
 def _forwarded_lines(head: RequestHead, fields: dict[bytes, list[bytes]], client: Client, secure: bool) -> list[bytes]:

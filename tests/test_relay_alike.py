@@ -1,0 +1,84 @@
+"""Requests of a connection whose heads are alike: what was worked out of the first is not kept beyond its truth."""
+
+import pytest
+from _memory import House, MemoryEndpoint
+from attrs import evolve
+
+from vllmproxy.http1.agent import UpstreamAgent
+from vllmproxy.http1.streaming import StreamingClient
+from vllmproxy.keys.cache import KeyCache
+from vllmproxy.keys.gate import Gate
+from vllmproxy.keys.key import VirtualKey, hash_key
+from vllmproxy.keys.masterkey import MasterKey
+from vllmproxy.upstreams.server import Server
+from vllmproxy.upstreams.upstream import Upstream
+
+SECRET = "sk-0123456789abcdef"
+ANSWER = b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-length: 2\r\n\r\nok"
+
+
+@pytest.fixture
+def house() -> House:
+    return House()
+
+
+@pytest.fixture(autouse=True)
+def cache(house: House) -> KeyCache:
+    """What the gate knows of keys: there is one."""
+    known = KeyCache(house.clock, ttl=1e9)
+    known.put(hash_key(SECRET), VirtualKey(token=hash_key(SECRET), key_name="sk-...cdef"))
+    house.relay.gate = Gate(house.store, known, MasterKey("sk-master-0123456789"), house.clock)
+    return known
+
+
+def ask(house: House, body: bytes) -> None:
+    head = b"POST /vllm/v1/x HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer %s\r\nContent-Length: %d\r\n\r\n"
+    house.client.receive(head % (SECRET.encode(), len(body)) + body)
+
+
+def seen(house: House, at: int = 0) -> tuple[bytes, bytes]:
+    """Answer what an upstream connection got; return its head, without the request id, and its body."""
+    head, _, body = house.wires[at].take().partition(b"\r\n\r\n")
+    house.wires[at].receive(ANSWER)
+    assert house.client.take().endswith(b"\r\n\r\nok")
+    return b"\n".join(line for line in head.split(b"\r\n") if not line.startswith(b"x-request-id")), body
+
+
+def test_only_the_length_and_the_body_are_others(house: House) -> None:
+    found = []
+    for body in (b"first", b"and the second", b"x"):
+        ask(house, body)
+        head, got = seen(house)
+        assert got == body
+        assert b"content-length: %d" % len(body) in head
+        found.append(head.replace(b"content-length: %d" % len(body), b""))
+    assert found[0] == found[1] == found[2]
+    assert len(house.observer.records) == 3
+
+
+@pytest.mark.parametrize("change", ["blocked", "expired", "deleted"])
+def test_a_key_that_is_good_no_longer(house: House, cache: KeyCache, change: str) -> None:
+    ask(house, b"first")
+    seen(house)
+    key = cache.get(hash_key(SECRET))
+    assert key is not None
+    now = house.clock.seconds()
+    cache.put(key.token, {"blocked": evolve(key, blocked=True), "expired": evolve(key, expires=now)}.get(change))
+    ask(house, b"second")
+    assert house.client.take().startswith(b"HTTP/1.1 401 ")
+    assert house.wires[0].take() == b""
+
+
+def test_an_upstream_that_was_exchanged(house: House) -> None:
+    ask(house, b"first")
+    seen(house)
+    endpoint = MemoryEndpoint(house.clock)
+    upstream = Upstream.parse("http://gpu2:8000")
+    agent = UpstreamAgent(house.clock, endpoint, upstream.origin)
+    house.relay.serve(Server(upstream, agent, StreamingClient(agent), b"authorization: Bearer other\r\n"))
+    ask(house, b"second")
+    (wire,) = endpoint.connections
+    head = wire.take()
+    assert b"\r\nhost: gpu2:8000\r\n" in head
+    assert b"\r\nauthorization: Bearer other\r\n" in head
+    assert house.wires[0].take() == b""
