@@ -1,8 +1,12 @@
 """Heads as values: what the parsers produce and the rules and the relay read."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from attrs import Factory, define, field, frozen
+
+Result = TypeVar("Result")
+Head = TypeVar("Head", "RequestHead", "ResponseHead")
 
 
 class WireError(Exception):
@@ -53,8 +57,7 @@ class RequestHead:
     :ivar content_length: bytes of the body, ``None`` where no Content-Length was sent.
     :ivar chunked: the body is in the chunked coding.
     :ivar websocket: the request asks to become a WebSocket tunnel (RFC 6455 §4.1).
-    :ivar memo: what somebody has worked out of it, and what holds for each that differs in its length only
-        (:meth:`with_length`) and comes over the same connection.
+    :ivar memo: of :func:`once`.
     """
 
     method: bytes
@@ -67,7 +70,7 @@ class RequestHead:
     keep_alive: bool = True
     websocket: bool = False
     expects_continue: bool = False
-    memo: dict[str, Any] = field(factory=dict, eq=False, repr=False)
+    memo: dict[Any, Any] = field(factory=dict, eq=False, repr=False)
 
     @property
     def has_body(self) -> bool:
@@ -94,6 +97,7 @@ class ResponseHead:
     :ivar content_length: ``None`` where none was sent.
     :ivar chunked: the body is in the chunked coding; neither this nor a length: it ends with the connection.
     :ivar bodiless: no body follows, whatever the head says (HEAD, 1xx, 204, 304: RFC 9112 §6.3).
+    :ivar memo: of :func:`once`.
     """
 
     status: int
@@ -106,6 +110,7 @@ class ResponseHead:
     content_length: int | None = None
     chunked: bool = False
     bodiless: bool = False
+    memo: dict[Any, Any] = field(factory=dict, eq=False, repr=False)
 
     @property
     def is_plain(self) -> bool:
@@ -115,12 +120,24 @@ class ResponseHead:
     def with_length(self, length: bytes, place: int) -> "ResponseHead":
         """Return the same head, which :attr:`is_plain`, with another Content-Length, the header at ``place``."""
         headers, fields = _with_length(self.headers, self.fields, place, length)
-        return ResponseHead(self.status, self.reason, headers, self.version, int(length), fields=fields)
+        length_of = int(length)
+        return ResponseHead(self.status, self.reason, headers, self.version, length_of, fields=fields, memo=self.memo)
 
     def get(self, name: bytes) -> bytes | None:
         """Return the first value of the header ``name`` (lower case)."""
         values = self.fields.get(name)
         return None if values is None else values[0]
+
+
+def once(head: Head, work: Callable[[Head], Result]) -> Result:
+    """Return what ``work`` makes of a head: done once for all heads of a connection that differ in their length only.
+
+    :param work: depends on the head, but not on its length, and on what a connection cannot change. Never ``None``.
+    """
+    found: Result | None = head.memo.get(work)
+    if found is None:
+        found = head.memo[work] = work(head)
+    return found
 
 
 def fields_of(headers: list[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:

@@ -5,17 +5,15 @@ nothing but the digits of their one Content-Length mean the same, and only a mes
 """
 
 import re
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic
 
-from vllmproxy.http1.message import RequestHead, ResponseHead
+from vllmproxy.http1.message import Head
 
 #: A whole line of a head: what follows a line's end is no part of a value (RFC 9112 §5.2: folded ones are refused).
 _LENGTH: Final = re.compile(rb"\r\ncontent-length: ?([0-9]{1,18})\r\n", re.IGNORECASE)
 _MOST_DIGITS: Final = 18
 #: Bytes of the longest head that is kept: there is one for each connection.
 _LONGEST: Final = 4096
-
-Head = TypeVar("Head", RequestHead, ResponseHead)
 
 
 class HeadTemplate(Generic[Head]):

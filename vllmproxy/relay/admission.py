@@ -3,11 +3,12 @@
 from mmap import mmap
 from typing import TYPE_CHECKING, Final
 
+from attrs import frozen
 from twisted.internet.defer import Deferred
 
 from vllmproxy.errors import BadRequest, Forbidden, ModelDenied, StoreDown, TooLarge
 from vllmproxy.http1.bodies import Piece
-from vllmproxy.http1.message import RequestHead
+from vllmproxy.http1.message import RequestHead, once
 from vllmproxy.http1.stream import Stream
 from vllmproxy.inspection.request import Asked, printable, read_request
 from vllmproxy.inspection.splice import edited, model_edits, usage_edits
@@ -34,6 +35,18 @@ _NO_TUNNEL = (
     "This key is for certain models, or has a limit of tokens or a budget. What passes in a WebSocket is not read, so "
     "that could not be kept: use a key without them."
 )
+
+
+@frozen
+class _Reading:
+    """What decides how a body is read.
+
+    :ivar unclear: why that is not clear, as half a sentence for the caller.
+    """
+
+    content_type: bytes | None
+    content_encoding: bytes | None
+    unclear: str
 
 
 class Admission:
@@ -160,18 +173,10 @@ class Admission:
         )
 
     def _read(self, body: bytes | mmap) -> Asked:
-        fields = self._stream.head.fields
-        deciding: list[bytes | None] = []
-        for name, said in _DECIDING.items():
-            values = fields.get(name)
-            if values is not None and len(values) > 1:
-                reason = f"there are several headers {said}"
-                return Asked(surety="ambiguous", reason=reason, unclear=reason)
-            deciding.append(values[0] if values else None)
-        if not _OVERRIDES.isdisjoint(fields):
-            reason = "a header names another model"
-            return Asked(surety="ambiguous", reason=reason, unclear=reason)
-        return read_request(self.way.route, body, *deciding)
+        reading = once(self._stream.head, _reading_of)
+        if reading.unclear:
+            return Asked(surety="ambiguous", reason=reading.unclear, unclear=reading.unclear)
+        return read_request(self.way.route, body, reading.content_type, reading.content_encoding)
 
     def _model_for(self, key: VirtualKey, asked: Asked) -> str | None:
         """Return what vLLM calls the model. Raises where the key may not use it, or nobody can say which it is."""
@@ -218,11 +223,20 @@ class Admission:
 
 
 def credential_in(head: RequestHead) -> Credential:
-    """Return what the caller showed; read once for heads that are alike."""
-    found: Credential | None = head.memo.get("credential")
-    if found is None:
-        found = head.memo["credential"] = read_credential(head.fields)
-    return found
+    """Return what the caller showed."""
+    return read_credential(head.fields)
+
+
+def _reading_of(head: RequestHead) -> "_Reading":
+    """Return how the head says that the body is to be read."""
+    deciding: list[bytes | None] = []
+    for name, said in _DECIDING.items():
+        values = head.fields.get(name)
+        if values is not None and len(values) > 1:
+            return _Reading(None, None, f"there are several headers {said}")
+        deciding.append(values[0] if values else None)
+    unclear = "" if _OVERRIDES.isdisjoint(head.fields) else "a header names another model"
+    return _Reading(deciding[0], deciding[1], unclear)
 
 
 def end_user_in(fields: dict[bytes, list[bytes]]) -> str | None:

@@ -11,7 +11,7 @@ from vllmproxy.errors import ApiError, AuthError, BadRequest, Internal, Upstream
 from vllmproxy.http1.agent import ConnectFailed
 from vllmproxy.http1.answer import Answer
 from vllmproxy.http1.bodies import StreamedBody, WholeBody
-from vllmproxy.http1.message import ResponseHead, WireError
+from vllmproxy.http1.message import ResponseHead, WireError, once
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.gate import Caller
 from vllmproxy.keys.routes import is_anthropic
@@ -84,7 +84,7 @@ class Exchange:
             if self._admission.is_preflight:
                 self._queue()
                 return
-            caller = self._relay.gate.identify(credential_in(stream.head))
+            caller = self._relay.gate.identify(once(stream.head, credential_in))
             if isinstance(caller, Caller):
                 self._admitted(caller)
             else:

@@ -133,9 +133,9 @@ def request_lines(
     :param authorization: the upstream's own key as a whole header line, or empty.
     :param length: bytes of the body where it is not as the client sent it.
     """
-    around: _Around | None = head.memo.get("request lines")
+    around: _Around | None = head.memo.get(_around)
     if around is None or not around.is_for(client, host, authorization):  # the server may have been exchanged
-        around = head.memo["request lines"] = _around(head, client, secure, host, authorization)
+        around = head.memo[_around] = _around(head, client, secure, host, authorization)
     framing = b""
     if head.chunked:
         framing = b"transfer-encoding: chunked\r\n"
@@ -194,7 +194,17 @@ def _forwarded_lines(head: RequestHead, fields: dict[bytes, list[bytes]], client
 
 
 def answer_lines(head: ResponseHead, id: bytes, upstream: Upstream) -> bytes:
-    """Return the header lines for the client: vLLM's, less the hop's own, with the request id and Via added."""
+    """Return the header lines for the client: vLLM's, less the hop's own, with the request id and Via added.
+
+    :param upstream: whose answer it is.
+    """
+    lines: bytes | None = head.memo.get(_passing_lines)
+    if lines is None:
+        lines = head.memo[_passing_lines] = _passing_lines(head, upstream)
+    return b"%bx-request-id: %b\r\nvia: %b vllmproxy\r\n" % (lines, id, head.version)
+
+
+def _passing_lines(head: ResponseHead, upstream: Upstream) -> bytes:
     nominated = connection_options(head.fields)
     lines = []
     for name, value in head.headers:
@@ -205,5 +215,4 @@ def answer_lines(head: ResponseHead, id: bytes, upstream: Upstream) -> bytes:
             lines.append(b"%s: %s\r\n" % (name, value))
     if head.status == 101:
         lines.append(b"connection: Upgrade\r\nupgrade: websocket\r\n")
-    lines.append(b"x-request-id: %s\r\nvia: %s vllmproxy\r\n" % (id, head.version))
     return b"".join(lines)
