@@ -154,6 +154,18 @@ def vllm_router(place: Place) -> Iterator[Running]:
 
 
 @contextmanager
+def bare(place: Place) -> Iterator[Running]:
+    """What Twisted, httptools and Python cost by themselves."""
+    port = free_port()
+    command = (sys.executable, str(HERE / "_bare.py"), str(port), str(place.upstream))
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        _pinned(place, Running("bare", port, 0), *command, cwd=directory) as running,
+    ):
+        yield running
+
+
+@contextmanager
 def litellm(place: Place) -> Iterator[Running]:
     """One worker, its /vllm pass-through, the master key only, no database."""
     port = free_port()
@@ -258,6 +270,7 @@ CONTESTANTS: dict[str, Start] = {
     "nginx": nginx,
     "vllm-router": vllm_router,
     "litellm": litellm,
+    "bare": bare,
     "vllmproxy-on": vllmproxy_on,
     "vllmproxy-off": vllmproxy_off,
 }

@@ -51,14 +51,17 @@ async def keys(bench: Bench) -> None:
 
 
 async def limits(bench: Bench) -> None:
-    """One limit of the key, the three of everything on, and twenty of which a request meets six."""
+    """One limit of the key, the three of everything on, twenty of which a request meets five, and a budget besides."""
     if not _has_on(bench, "limits"):
         return
-    models = dict.fromkeys(("small", *(f"model-{n}" for n in range(7))), PLENTY)
+    models = dict.fromkeys(("small", *(f"model-{n}" for n in range(8))), PLENTY)
+    some = {name: limit for name, limit in models.items() if name != "model-7"}
+    twenty = {**LIMITS, "model_rpm_limit": models, "model_tpm_limit": some}
     variants = {
         "1 limit": {"tpm_limit": PLENTY},
         "3 limits": LIMITS,
-        "20 limits": {**LIMITS, "max_budget_tokens": PLENTY, "model_rpm_limit": models, "model_tpm_limit": models},
+        "20 limits": twenty,
+        "20 limits and a budget": {**twenty, "max_budget_tokens": PLENTY},
     }
     with ExitStack() as stack:
         running = {
@@ -88,7 +91,7 @@ async def workers(bench: Bench) -> None:
     with ExitStack() as stack:
         one, two = (stack.enter_context(vllmproxy_on(bench.place, limits={}, workers=count)) for count in (1, 2))
         count_of = {one.port: 1, two.port: 2}
-        await bench.rotate("workers", {"1 worker": one, "2 workers": two}, once)
+        await bench.rotate("workers", {"1 worker": one, "2 workers": two}, once, rounds=2 * bench.rounds - 1)
 
 
 def _takes_workers() -> bool:

@@ -117,6 +117,7 @@ GROWTH = (
     ),
     Row("… of its Redis, µs", "keys, all of them", "redis cpu", whose="100,000 keys"),
     Row("CPU per small POST by limits of the key, µs", "limits", "cpu", (Bar(_FLAT, of="1 limit"),), whose="20 limits"),
+    Row("… with a budget, too, µs", "limits", "cpu", (Bar(_FLAT, of="1 limit"),), whose="20 limits and a budget"),
     Row("… of its Redis, µs", "limits", "redis cpu", whose="20 limits"),
     Row(
         "requests a second, each worker with a quarter of a core",

@@ -33,7 +33,11 @@ def _results(**changes: Any) -> dict[str, Any]:
             "vllm-router": {"p50": [230.0], "p99": [460.0]},
             "vllmproxy-on": {"p50": [130.0], "p99": [1_460.0]},
         },
-        "limits": {"1 limit": {"cpu": [100.0]}, "20 limits": {"cpu": [120.0]}},
+        "limits": {
+            "1 limit": {"cpu": [100.0]},
+            "20 limits": {"cpu": [120.0]},
+            "20 limits and a budget": {"cpu": [110.0]},
+        },
     }
     whole = {
         "environment": ENVIRONMENT,
@@ -67,6 +71,12 @@ def test_what_grows_is_compared_with_where_it_began() -> None:
     cells = _line(report(_results()), "CPU per small POST by limits")
     assert cells[1] == "120 (1.20 \N{MULTIPLICATION SIGN})"
     assert cells[-1] == "**no**"
+
+
+def test_a_figure_that_two_bars_are_for_is_shown_once() -> None:
+    bars, growth = report(_results()).split("## As work grows")
+    assert _line(bars, "… with a budget, too")[-1] == "yes"
+    assert growth.count("| 100 | 120 | 110 |") == 1
 
 
 def test_a_rate_that_the_load_limited_is_marked() -> None:
