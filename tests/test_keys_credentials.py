@@ -1,10 +1,11 @@
 import pytest
 
 from vllmproxy.keys.credentials import CREDENTIAL_HEADERS, Credential, read_credential
+from vllmproxy.keys.key import hash_key
 
 
 def present(secret: bytes) -> Credential:
-    return Credential("present", secret)
+    return Credential("present", hash_key(secret))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_table(fields: dict[bytes, list[bytes]], expected: Credential) -> None:
 def test_order_is_litellms() -> None:
     fields = {name: [b"Bearer " + name] for name in reversed(CREDENTIAL_HEADERS)}
     for name in CREDENTIAL_HEADERS:
-        assert read_credential(fields).secret == name
+        assert read_credential(fields).token == hash_key(name)
         del fields[name]
     assert read_credential(fields).state == "none"
 

@@ -57,13 +57,13 @@ class House:
         self.gate = Gate(self.store, self.cache, MasterKey(MASTER_SECRET) if auth else None, self.clock)
 
     def ask(self, secret: bytes = SECRET) -> Deferred[Caller]:
-        answer = self.gate.identify(Credential("present", secret))
+        answer = self.gate.identify(Credential("present", hash_key(secret)))
         assert isinstance(answer, Deferred)
         return answer
 
     def know(self, key: VirtualKey) -> Caller | Deferred[Caller]:
         self.cache.put(key.token, key)
-        return self.gate.identify(Credential("present", SECRET))
+        return self.gate.identify(Credential("present", TOKEN))
 
 
 def failure_of(answer: Deferred[Caller]) -> BaseException:
@@ -97,7 +97,7 @@ def test_no_key_and_malformed_key() -> None:
 
 def test_auth_off_takes_anything() -> None:
     gate = House(auth=False).gate
-    for credential in (Credential("none"), Credential("malformed"), Credential("present", b"anything")):
+    for credential in (Credential("none"), Credential("malformed"), Credential("present", hash_key(b"anything"))):
         assert gate.identify(credential) is ANONYMOUS
     assert ANONYMOUS.key_id is None
     assert not ANONYMOUS.is_master
@@ -105,7 +105,7 @@ def test_auth_off_takes_anything() -> None:
 
 def test_the_master_key_needs_no_store() -> None:
     house = House()
-    assert house.gate.identify(Credential("present", MASTER_SECRET)) is MASTER
+    assert house.gate.identify(Credential("present", hash_key(MASTER_SECRET))) is MASTER
     assert house.store.asked == []
     assert house.gate.is_master_token(hash_key(MASTER_SECRET))
     assert not house.gate.is_master_token(TOKEN)
@@ -118,7 +118,7 @@ def test_a_miss_asks_the_store_once_and_a_hit_is_synchronous() -> None:
     house.store.asked[0][1].callback(KEY)
     expected = Caller(TOKEN, "team-a", False, KEY)
     assert result_of(answer) == expected
-    assert house.gate.identify(Credential("present", SECRET)) == expected
+    assert house.gate.identify(Credential("present", TOKEN)) == expected
     assert len(house.store.asked) == 1
 
 
@@ -145,7 +145,7 @@ def test_an_unknown_key_is_401_and_remembered() -> None:
     assert error.message.startswith("Authentication Error, Invalid proxy server token passed.")
     assert (error.status, error.type, error.param) == (401, "token_not_found_in_db", "key")
     with pytest.raises(UnknownKey):
-        house.gate.identify(Credential("present", SECRET))
+        house.gate.identify(Credential("present", TOKEN))
     house.clock.advance(10)
     house.ask()
     assert len(house.store.asked) == 2
@@ -158,7 +158,7 @@ def test_made_up_keys_leave_a_good_one_in_the_cache() -> None:
         answer = house.ask(b"sk-made-up-%d" % number)
         house.store.asked[-1][1].callback(None)
         assert isinstance(failure_of(answer), UnknownKey)
-    assert isinstance(house.gate.identify(Credential("present", SECRET)), Caller)
+    assert isinstance(house.gate.identify(Credential("present", TOKEN)), Caller)
     assert len(house.cache) == 51
 
 
@@ -188,10 +188,10 @@ def test_expiry_counts_at_the_second_also_for_a_cached_key() -> None:
     key = evolve(KEY, expires=NOW + 5)
     house.know(key)
     house.clock.advance(4.999)
-    assert isinstance(house.gate.identify(Credential("present", SECRET)), Caller)
+    assert isinstance(house.gate.identify(Credential("present", TOKEN)), Caller)
     house.clock.advance(0.001)
     with pytest.raises(ExpiredKey, match=r"^Authentication Error - Expired Key\.") as caught:
-        house.gate.identify(Credential("present", SECRET))
+        house.gate.identify(Credential("present", TOKEN))
     assert caught.value.type == "expired_key"
     assert "2023-11-14T22:13:25+00:00" in caught.value.message
 

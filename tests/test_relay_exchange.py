@@ -15,6 +15,7 @@ from vllmproxy.http1.message import ResponseHead
 from vllmproxy.http1.stream import Stream
 from vllmproxy.keys.credentials import Credential
 from vllmproxy.keys.gate import ANONYMOUS
+from vllmproxy.keys.key import hash_key
 from vllmproxy.relay.bill import Bill
 from vllmproxy.relay.passing import Passing
 from vllmproxy.testing import MemoryTransport
@@ -42,7 +43,7 @@ def test_there_and_back() -> None:
     assert b"content-length: 5\r\n" in head
     assert b"sk-caller" not in head
     assert b"authorization: Bearer up\r\n" in head
-    assert house.gate.seen == [Credential("present", b"sk-caller")]
+    assert house.gate.seen == [Credential("present", hash_key(b"sk-caller"))]
     house.client.receive(b"llo")
     assert body == b"he"
     assert wire.sent.endswith(b"\r\n\r\nhello")

@@ -8,7 +8,7 @@ import httptools
 from vllmproxy.http1.chunks import Chunks
 from vllmproxy.http1.message import Limits, RequestHead, WireError, fields_of
 from vllmproxy.http1.rules import VERSIONS_SPOKEN, check_request
-from vllmproxy.http1.templates import HeadTemplate, template_of
+from vllmproxy.http1.templates import HeadTemplate
 
 _BAD_SYNTAX = "The request is not well-formed HTTP/1.1."
 #: Those that are spoken here.
@@ -63,7 +63,7 @@ class RequestReader:
         self._headers: list[tuple[bytes, bytes]] = []
         self._ignoring_head = False
         self._body_follows_upgrade = False
-        self._template: HeadTemplate[RequestHead] | None = None  # of the head that was read last
+        self._template: HeadTemplate[RequestHead] = HeadTemplate()
         self._between = False  # two requests
 
     def feed(self, data: bytes) -> None:
@@ -97,9 +97,7 @@ class RequestReader:
 
     def _take_alike(self, data: bytes) -> bool:
         """Take ``data`` if it is one whole request whose head is that of the one before but for its length."""
-        if self._template is None or not self._between or self._line_begun:
-            return False
-        found = self._template.match(data)
+        found = self._template.match(data) if self._between and not self._line_begun else None
         if found is None or len(found[1]) > self._limits.body > 0:
             return False
         self._head, body = found
@@ -226,7 +224,10 @@ class RequestReader:
         self._body_follows_upgrade = self._parser.should_upgrade() and not head.websocket
         self._chunks = Chunks() if head.chunked else None
         self._head = head
-        self._template = None if self._begun else template_of(self._data[self._head_at : self._at], head)
+        if self._begun:
+            self._template.forget()
+        else:
+            self._template.learn(head, self._data, self._head_at, self._at)
         self._sink.request_begun(head)
 
     def _check_line(self, method: bytes) -> None:

@@ -8,7 +8,7 @@ import httptools
 
 from vllmproxy.http1.message import BadAnswer, Limits, ResponseHead
 from vllmproxy.http1.rules import check_response
-from vllmproxy.http1.templates import HeadTemplate, template_of
+from vllmproxy.http1.templates import HeadTemplate
 
 #: Informational answers that one request may have. There are two kinds in use, and each needs but one.
 _MOST_INFORMED = 32
@@ -31,7 +31,7 @@ class ResponseReader:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._parser: Any = None
-        self._template: HeadTemplate[ResponseHead] | None = None  # of the head that was read last, and is reusable
+        self._template: HeadTemplate[ResponseHead] = HeadTemplate()
         self.begin(b"", upgrade=False, inform=None)
 
     def begin(self, method: bytes, *, upgrade: bool, inform: Callable[[ResponseHead], None] | None) -> None:
@@ -94,9 +94,7 @@ class ResponseReader:
 
     def _take_alike(self, data: bytes) -> bool:
         """Take ``data`` if it is one whole answer whose head is that of the one before but for its length."""
-        if self._template is None or self.fed or self._method == b"HEAD":
-            return False
-        found = self._template.match(data)
+        found = None if self.fed or self._method == b"HEAD" else self._template.match(data)
         if found is None:
             return False
         self.head, body = found
@@ -193,8 +191,10 @@ class ResponseReader:
             version == "1.1" and bodiless_for_sure and (b"connection" not in head.fields or not _says_close(head))
         )
         self.whole = head.bodiless and head.status != 101
-        end = raw.index(b"\r\n\r\n", self._head_at) + 4
-        self._template = template_of(bytes(raw[self._head_at : end]), head) if self.reusable else None
+        if self.reusable:
+            self._template.learn(head, raw, self._head_at, raw.index(b"\r\n\r\n", self._head_at) + 4)
+        else:
+            self._template.forget()
 
     def on_body(self, data: bytes) -> None:
         if self.whole:

@@ -14,23 +14,26 @@ _LENGTH: Final = re.compile(rb"\r\ncontent-length: ?([0-9]{1,18})\r\n", re.IGNOR
 _MOST_DIGITS: Final = 18
 #: Bytes of the longest head that is kept: there is one for each connection.
 _LONGEST: Final = 4096
+#: After so many heads in a row that were not alike, one in so many is kept to see whether the next is.
+_MISSES: Final = 2
+_EACH: Final = 16
 
 
 class HeadTemplate(Generic[Head]):
-    """A head that has passed every check, with the digits of its Content-Length left open."""
+    """The head that a connection's messages had last, with the digits of its Content-Length left open."""
 
-    __slots__ = ("_after", "_before", "_head", "_place")
+    __slots__ = ("_after", "_before", "_head", "_missed", "_place")
 
-    def __init__(self, head: Head, before: bytes, after: bytes) -> None:
-        self._head: Head = head
-        self._place = [name.lower() for name, _ in head.headers].index(b"content-length")
-        self._before = before
-        self._after = after
+    def __init__(self) -> None:
+        self._head: Head | None = None
+        self._before = self._after = b""
+        self._place = 0  # of Content-Length among the headers
+        self._missed = 0  # messages in a row that had another head
 
     def match(self, data: bytes) -> tuple[Head, bytes] | None:
         """Return the head and the body of the one message that ``data`` is; ``None`` where it is anything else."""
-        before, after = self._before, self._after
-        if not data.startswith(before):
+        head, before, after = self._head, self._before, self._after
+        if head is None or not data.startswith(before):
             return None
         start = len(before)
         end = data.find(b"\r", start, start + _MOST_DIGITS + 1)
@@ -40,15 +43,27 @@ class HeadTemplate(Generic[Head]):
         body = data[end + len(after) :]
         if not body or int(digits) != len(body):
             return None
-        return self._head.with_length(digits, self._place), body
+        self._missed = 0
+        return head.with_length(digits, self._place), body
 
+    def learn(self, head: Head, data: bytes | bytearray, start: int, end: int) -> None:
+        """Take over the head that was parsed of ``data[start:end]`` and has passed every check.
 
-def template_of(raw: bytes, head: Head) -> HeadTemplate[Head] | None:
-    """Return the template of a head, ``None`` where it has none.
+        Where each head is another, as behind a balancer that puts the requests of many clients on one connection, most
+        are not looked at: that takes as long as a match saves of the next.
+        """
+        self._head = None
+        self._missed += 1
+        if self._missed > _MISSES and self._missed % _EACH:
+            return
+        if not (head.content_length and head.is_plain and end - start <= _LONGEST):
+            return
+        raw = bytes(data[start:end])
+        found = _LENGTH.search(raw)
+        if found is not None:
+            self._head, self._before, self._after = head, raw[: found.start(1)], raw[found.end(1) :]
+            self._place = [name.lower() for name, _ in head.headers].index(b"content-length")
 
-    :param raw: its bytes, the empty line included.
-    """
-    if not (head.content_length and head.is_plain and len(raw) <= _LONGEST):
-        return None
-    found = _LENGTH.search(raw)
-    return None if found is None else HeadTemplate(head, raw[: found.start(1)], raw[found.end(1) :])
+    def forget(self) -> None:
+        """The next message is to be parsed."""
+        self._head = None

@@ -1,10 +1,9 @@
 """Reads the caller's key out of a request's header fields. Pure."""
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Final, Literal
 
-from attrs import field, frozen
+from attrs import frozen
 
 from vllmproxy.keys.key import hash_key
 
@@ -17,16 +16,11 @@ class Credential:
     """What a caller showed.
 
     :ivar state: ``none``: no header; ``malformed``: one that cannot be read as a key; ``present``.
-    :ivar secret: the key itself, empty unless ``present``. Hash it and let it go.
+    :ivar token: the key's sha256 hex, empty unless ``present``. The key itself is let go.
     """
 
     state: Literal["none", "malformed", "present"]
-    secret: bytes = field(default=b"", repr=False)
-
-    @cached_property
-    def token(self) -> str:
-        """The sha256 hex of the secret, which a key is known by."""
-        return hash_key(self.secret)
+    token: str = ""
 
 
 NO_CREDENTIAL: Final = Credential("none")
@@ -61,4 +55,4 @@ def _parse(value: bytes, *, bare: bool) -> Credential:
         return MALFORMED
     if not secret or b" " in secret or b"\t" in secret:
         return MALFORMED
-    return Credential("present", secret)
+    return Credential("present", hash_key(secret))

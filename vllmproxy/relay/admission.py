@@ -3,7 +3,7 @@
 from mmap import mmap
 from typing import TYPE_CHECKING, Final
 
-from attrs import frozen
+from attrs import define
 from twisted.internet.defer import Deferred
 
 from vllmproxy.errors import BadRequest, Forbidden, ModelDenied, StoreDown, TooLarge
@@ -37,7 +37,7 @@ _NO_TUNNEL = (
 )
 
 
-@frozen
+@define  # not frozen, which takes three times as long to make
 class _Reading:
     """What decides how a body is read.
 
