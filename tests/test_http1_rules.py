@@ -243,6 +243,13 @@ def test_keep_alive(connection: list[bytes], version: tuple[int, int], kept: boo
     assert head.keep_alive is kept
 
 
+@pytest.mark.parametrize("version", [(1, 1), (1, 0)])
+def test_proxy_connection_closes_as_llhttp_has_it(version: tuple[int, int]) -> None:
+    head = head_of((b"Connection", b"keep-alive"), (b"Proxy-Connection", b"x, Close"), version=version)
+    check_request(head)
+    assert not head.keep_alive
+
+
 def test_only_a_websocket_handshake_may_tunnel() -> None:
     def websocket(
         *values: bytes, method: bytes = b"GET", connection: bytes = b"x, Upgrade", version: tuple[int, int] = (1, 1)

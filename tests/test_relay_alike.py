@@ -1,5 +1,7 @@
 """Requests of a connection whose heads are alike: what was worked out of the first is not kept beyond its truth."""
 
+from ipaddress import ip_network
+
 import pytest
 from _memory import House, MemoryEndpoint
 from attrs import evolve
@@ -10,6 +12,7 @@ from vllmproxy.keys.cache import KeyCache
 from vllmproxy.keys.gate import Gate
 from vllmproxy.keys.key import VirtualKey, hash_key
 from vllmproxy.keys.masterkey import MasterKey
+from vllmproxy.relay.headers import TrustedProxies
 from vllmproxy.upstreams.server import Server
 from vllmproxy.upstreams.upstream import Upstream
 
@@ -31,9 +34,9 @@ def cache(house: House) -> KeyCache:
     return known
 
 
-def ask(house: House, body: bytes) -> None:
-    head = b"POST /vllm/v1/x HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer %s\r\nContent-Length: %d\r\n\r\n"
-    house.client.receive(head % (SECRET.encode(), len(body)) + body)
+def ask(house: House, body: bytes, lines: bytes = b"") -> None:
+    head = b"POST /vllm/v1/x HTTP/1.1\r\nHost: h\r\n%bAuthorization: Bearer %s\r\nContent-Length: %d\r\n\r\n"
+    house.client.receive(head % (lines, SECRET.encode(), len(body)) + body)
 
 
 def seen(house: House, at: int = 0) -> tuple[bytes, bytes]:
@@ -44,41 +47,59 @@ def seen(house: House, at: int = 0) -> tuple[bytes, bytes]:
     return b"\n".join(line for line in head.split(b"\r\n") if not line.startswith(b"x-request-id")), body
 
 
+@pytest.fixture
+def warm(house: House) -> House:
+    """The same, when it knows the head that comes again."""
+    for body in (b"one", b"two"):
+        ask(house, body)
+        seen(house)
+    return house
+
+
 def test_only_the_length_and_the_body_are_others(house: House) -> None:
     found = []
-    for body in (b"first", b"and the second", b"x"):
+    for body in (b"first", b"and the second", b"x", b"y" * 70):
         ask(house, body)
         head, got = seen(house)
         assert got == body
         assert b"content-length: %d" % len(body) in head
         found.append(head.replace(b"content-length: %d" % len(body), b""))
-    assert found[0] == found[1] == found[2]
-    assert len(house.observer.records) == 3
+    assert found[0] == found[1] == found[2] == found[3]
+    assert len(house.observer.records) == 4
 
 
 @pytest.mark.parametrize("change", ["blocked", "expired", "deleted"])
-def test_a_key_that_is_good_no_longer(house: House, cache: KeyCache, change: str) -> None:
-    ask(house, b"first")
-    seen(house)
+def test_a_key_that_is_good_no_longer(warm: House, cache: KeyCache, change: str) -> None:
     key = cache.get(hash_key(SECRET))
     assert key is not None
-    now = house.clock.seconds()
+    now = warm.clock.seconds()
     cache.put(key.token, {"blocked": evolve(key, blocked=True), "expired": evolve(key, expires=now)}.get(change))
-    ask(house, b"second")
-    assert house.client.take().startswith(b"HTTP/1.1 401 ")
-    assert house.wires[0].take() == b""
+    ask(warm, b"another")
+    assert warm.client.take().startswith(b"HTTP/1.1 401 ")
+    assert warm.wires[0].take() == b""
 
 
-def test_an_upstream_that_was_exchanged(house: House) -> None:
-    ask(house, b"first")
-    seen(house)
-    endpoint = MemoryEndpoint(house.clock)
+def test_an_upstream_that_was_exchanged(warm: House) -> None:
+    endpoint = MemoryEndpoint(warm.clock)
     upstream = Upstream.parse("http://gpu2:8000")
-    agent = UpstreamAgent(house.clock, endpoint, upstream.origin)
-    house.relay.serve(Server(upstream, agent, StreamingClient(agent), b"authorization: Bearer other\r\n"))
-    ask(house, b"second")
+    agent = UpstreamAgent(warm.clock, endpoint, upstream.origin)
+    warm.relay.serve(Server(upstream, agent, StreamingClient(agent), b"authorization: Bearer other\r\n"))
+    ask(warm, b"another")
     (wire,) = endpoint.connections
     head = wire.take()
     assert b"\r\nhost: gpu2:8000\r\n" in head
     assert b"\r\nauthorization: Bearer other\r\n" in head
-    assert house.wires[0].take() == b""
+    assert warm.wires[0].take() == b""
+
+
+def test_proxies_that_are_trusted_from_now_on(warm: House) -> None:
+    warm.relay.trusted = TrustedProxies((ip_network("192.0.2.0/24"),))
+    ask(warm, b"another", b"X-Forwarded-For: 203.0.113.9\r\n")
+    seen(warm)
+    for _ in range(3):
+        ask(warm, b"another", b"X-Forwarded-For: 203.0.113.9\r\n")
+        assert b"x-forwarded-for: 203.0.113.9, 192.0.2.1" in seen(warm)[0]
+    assert [record.client for record in list(warm.observer.records)[2:]] == ["203.0.113.9"] * 4
+    warm.relay.trusted = TrustedProxies(())
+    ask(warm, b"another", b"X-Forwarded-For: 203.0.113.9\r\n")
+    assert b"x-forwarded-for: 192.0.2.1\n" in seen(warm)[0]

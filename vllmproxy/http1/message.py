@@ -57,7 +57,7 @@ class RequestHead:
     :ivar content_length: bytes of the body, ``None`` where no Content-Length was sent.
     :ivar chunked: the body is in the chunked coding.
     :ivar websocket: the request asks to become a WebSocket tunnel (RFC 6455 §4.1).
-    :ivar memo: of :func:`once`.
+    :ivar memo: of :func:`once`; ``None`` where no other head is expected to be alike.
     """
 
     method: bytes
@@ -70,7 +70,7 @@ class RequestHead:
     keep_alive: bool = True
     websocket: bool = False
     expects_continue: bool = False
-    memo: dict[Any, Any] = field(factory=dict, eq=False, repr=False)
+    memo: dict[Any, Any] | None = field(default=None, eq=False, repr=False)
 
     @property
     def has_body(self) -> bool:
@@ -97,7 +97,7 @@ class ResponseHead:
     :ivar content_length: ``None`` where none was sent.
     :ivar chunked: the body is in the chunked coding; neither this nor a length: it ends with the connection.
     :ivar bodiless: no body follows, whatever the head says (HEAD, 1xx, 204, 304: RFC 9112 §6.3).
-    :ivar memo: of :func:`once`.
+    :ivar memo: of :func:`once`; ``None`` where no other head is expected to be alike.
     """
 
     status: int
@@ -110,7 +110,7 @@ class ResponseHead:
     content_length: int | None = None
     chunked: bool = False
     bodiless: bool = False
-    memo: dict[Any, Any] = field(factory=dict, eq=False, repr=False)
+    memo: dict[Any, Any] | None = field(default=None, eq=False, repr=False)
 
     @property
     def is_plain(self) -> bool:
@@ -129,14 +129,18 @@ class ResponseHead:
         return None if values is None else values[0]
 
 
-def once(head: Head, work: Callable[[Head], Result]) -> Result:
+def once(head: Head, work: Callable[..., Result], *more: Any) -> Result:
     """Return what ``work`` makes of a head: done once for all heads of a connection that differ in their length only.
 
-    :param work: depends on the head, but not on its length, and on what a connection cannot change. Never ``None``.
+    :param work: depends on the head, but not on its length, and never returns ``None``.
+    :param more: its other arguments, which are the same as long as the connection lasts.
     """
-    found: Result | None = head.memo.get(work)
+    memo = head.memo
+    if memo is None:
+        return work(head, *more)
+    found: Result | None = memo.get(work)
     if found is None:
-        found = head.memo[work] = work(head)
+        found = memo[work] = work(head, *more)
     return found
 
 

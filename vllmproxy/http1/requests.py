@@ -100,10 +100,10 @@ class RequestReader:
         found = self._template.match(data) if self._between and not self._line_begun else None
         if found is None or len(found[1]) > self._limits.body > 0:
             return False
-        self._head, body = found
-        self._body_bytes = len(body)
+        head, body = found
+        self._head = None
         self._silent = 0
-        self._sink.request_begun(self._head)
+        self._sink.request_begun(head)
         self._sink.body_read(body)
         self._sink.request_read()
         return True
@@ -227,7 +227,7 @@ class RequestReader:
         if self._begun:
             self._template.forget()
         else:
-            self._template.learn(head, self._data, self._head_at, self._at)
+            self._template.learn(head, self._data, self._head_at, self._limits.head - self._head_bytes)
         self._sink.request_begun(head)
 
     def _check_line(self, method: bytes) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import httptools
 
 from vllmproxy.http1.message import BadAnswer, Limits, ResponseHead
-from vllmproxy.http1.rules import check_response
+from vllmproxy.http1.rules import CONNECTION, check_response
 from vllmproxy.http1.templates import HeadTemplate
 
 #: Informational answers that one request may have. There are two kinds in use, and each needs but one.
@@ -188,13 +188,11 @@ class ResponseReader:
         bodiless_for_sure = not (self._method == b"HEAD" and (head.content_length or head.chunked))
         self._inform = None
         self.reusable = (
-            version == "1.1" and bodiless_for_sure and (b"connection" not in head.fields or not _says_close(head))
+            version == "1.1" and bodiless_for_sure and (CONNECTION.isdisjoint(head.fields) or not _says_close(head))
         )
         self.whole = head.bodiless and head.status != 101
         if self.reusable:
-            self._template.learn(head, raw, self._head_at, raw.index(b"\r\n\r\n", self._head_at) + 4)
-        else:
-            self._template.forget()
+            self._template.learn(head, raw, self._head_at, self._limits.answer_head - self._head_bytes)
 
     def on_body(self, data: bytes) -> None:
         if self.whole:
@@ -210,4 +208,4 @@ class ResponseReader:
 
 
 def _says_close(head: ResponseHead) -> bool:
-    return any(b"close" in value.lower() for value in head.fields[b"connection"])
+    return any(b"close" in value.lower() for name in CONNECTION for value in head.fields.get(name, ()))

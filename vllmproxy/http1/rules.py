@@ -27,6 +27,9 @@ HOP_BY_HOP = frozenset(
     ]
 )
 
+#: What tells whether a connection ends: llhttp takes the second, which older software sends, for the first.
+CONNECTION = frozenset([b"connection", b"proxy-connection"])
+
 #: Names that decide something here or at the upstream: spelt with an underscore they would reach WSGI- and
 #: CGI-like readers as the same name, so the look-alike is refused.
 _GUARDED = frozenset(
@@ -81,7 +84,7 @@ def check_request(head: RequestHead) -> None:
     _check_target(head)
     if b"expect" in head.fields:
         _check_expect(head)
-    if b"connection" in head.fields or head.version == (1, 0):
+    if head.version == (1, 0) or not CONNECTION.isdisjoint(head.fields):
         _read_connection(head)
 
 
@@ -150,7 +153,8 @@ def _check_expect(head: RequestHead) -> None:
 
 def _read_connection(head: RequestHead) -> None:
     options = connection_options(head.fields)
-    head.keep_alive = b"close" not in options and (head.version == (1, 1) or b"keep-alive" in options)
+    closes = b"close" in options or b"close" in _options(head.fields.get(b"proxy-connection", []))
+    head.keep_alive = not closes and (head.version == (1, 1) or b"keep-alive" in options)
     upgrade = head.fields.get(b"upgrade")
     if upgrade is None or b"upgrade" not in options or head.version == (1, 0):
         return
@@ -163,8 +167,10 @@ def _read_connection(head: RequestHead) -> None:
 def connection_options(fields: dict[bytes, list[bytes]]) -> frozenset[bytes]:
     """Return the options that Connection names, lower case (RFC 9110 §7.6.1)."""
     values = fields.get(b"connection")
-    if values is None:
-        return frozenset()
+    return frozenset() if values is None else _options(values)
+
+
+def _options(values: list[bytes]) -> frozenset[bytes]:
     return frozenset(option.strip().lower() for value in values for option in value.split(b","))
 
 

@@ -13,7 +13,7 @@ from vllmproxy.http1.message import Head
 _LENGTH: Final = re.compile(rb"\r\ncontent-length: ?([0-9]{1,18})\r\n", re.IGNORECASE)
 _MOST_DIGITS: Final = 18
 #: Bytes of the longest head that is kept: there is one for each connection.
-_LONGEST: Final = 4096
+_LONGEST: Final = 2048
 #: After so many heads in a row that were not alike, one in so many is kept to see whether the next is.
 _MISSES: Final = 2
 _EACH: Final = 16
@@ -22,13 +22,14 @@ _EACH: Final = 16
 class HeadTemplate(Generic[Head]):
     """The head that a connection's messages had last, with the digits of its Content-Length left open."""
 
-    __slots__ = ("_after", "_before", "_head", "_missed", "_place")
+    __slots__ = ("_after", "_before", "_head", "_missed", "_most", "_place")
 
     def __init__(self) -> None:
         self._head: Head | None = None
         self._before = self._after = b""
+        self._most = 0  # digits
         self._place = 0  # of Content-Length among the headers
-        self._missed = 0  # messages in a row that had another head
+        self._missed = -1  # messages in a row that had another head; the very first one counts for none
 
     def match(self, data: bytes) -> tuple[Head, bytes] | None:
         """Return the head and the body of the one message that ``data`` is; ``None`` where it is anything else."""
@@ -36,7 +37,7 @@ class HeadTemplate(Generic[Head]):
         if head is None or not data.startswith(before):
             return None
         start = len(before)
-        end = data.find(b"\r", start, start + _MOST_DIGITS + 1)
+        end = data.find(b"\r", start, start + self._most + 1)
         digits = data[start:end]
         if not digits.isdigit() or not data.startswith(after, end):
             return None
@@ -46,23 +47,28 @@ class HeadTemplate(Generic[Head]):
         self._missed = 0
         return head.with_length(digits, self._place), body
 
-    def learn(self, head: Head, data: bytes | bytearray, start: int, end: int) -> None:
-        """Take over the head that was parsed of ``data[start:end]`` and has passed every check.
+    def learn(self, head: Head, data: bytes | bytearray, start: int, room: int) -> None:
+        """Take over a head that has passed every check.
 
-        Where each head is another, as behind a balancer that puts the requests of many clients on one connection, most
-        are not looked at: that takes as long as a match saves of the next.
+        A connection's first one is passed over, as it may be the only one. So are most where each is another, as behind
+        a balancer that puts the requests of many clients on one connection: to keep one takes as long as a match saves.
+
+        :param data: where it was read, whole, from ``start`` on.
+        :param room: bytes by which it may grow.
         """
         self._head = None
         self._missed += 1
-        if self._missed > _MISSES and self._missed % _EACH:
+        if self._missed == 0 or (self._missed > _MISSES and self._missed % _EACH):
             return
-        if not (head.content_length and head.is_plain and end - start <= _LONGEST):
+        if not (head.content_length and head.is_plain):
             return
-        raw = bytes(data[start:end])
+        raw = bytes(data[start : data.find(b"\r\n\r\n", start, start + _LONGEST) + 4])
         found = _LENGTH.search(raw)
         if found is not None:
             self._head, self._before, self._after = head, raw[: found.start(1)], raw[found.end(1) :]
+            self._most = min(len(found[1]) + room, _MOST_DIGITS)
             self._place = [name.lower() for name, _ in head.headers].index(b"content-length")
+            head.memo = {}
 
     def forget(self) -> None:
         """The next message is to be parsed."""

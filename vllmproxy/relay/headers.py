@@ -8,7 +8,7 @@ from attrs import define, frozen
 from twisted.internet.interfaces import IAddress
 
 from vllmproxy import __version__
-from vllmproxy.http1.message import RequestHead, ResponseHead
+from vllmproxy.http1.message import RequestHead, ResponseHead, once
 from vllmproxy.http1.places import client_named
 from vllmproxy.http1.rules import HOP_BY_HOP, connection_options
 from vllmproxy.ids import fresh_id
@@ -133,9 +133,11 @@ def request_lines(
     :param authorization: the upstream's own key as a whole header line, or empty.
     :param length: bytes of the body where it is not as the client sent it.
     """
-    around: _Around | None = head.memo.get(_around)
-    if around is None or not around.is_for(client, host, authorization):  # the server may have been exchanged
-        around = head.memo[_around] = _around(head, client, secure, host, authorization)
+    around = once(head, _around, client, secure, host, authorization)
+    if not around.is_for(client, host, authorization):  # who is behind a trusted proxy, or the upstream, is another now
+        around = _around(head, client, secure, host, authorization)
+        assert head.memo is not None  # or it would have been made for these
+        head.memo[_around] = around
     framing = b""
     if head.chunked:
         framing = b"transfer-encoding: chunked\r\n"
@@ -159,7 +161,8 @@ class _Around:
 
     def is_for(self, client: Client, host: bytes, authorization: bytes) -> bool:
         """Whether nothing else that they were made of has changed."""
-        return self.client is client and self.host is host and self.authorization is authorization
+        is_same_client = self.client is client or self.client == client
+        return is_same_client and self.host is host and self.authorization is authorization
 
 
 def _around(head: RequestHead, client: Client, secure: bool, host: bytes, authorization: bytes) -> _Around:
@@ -198,9 +201,7 @@ def answer_lines(head: ResponseHead, id: bytes, upstream: Upstream) -> bytes:
 
     :param upstream: whose answer it is.
     """
-    lines: bytes | None = head.memo.get(_passing_lines)
-    if lines is None:
-        lines = head.memo[_passing_lines] = _passing_lines(head, upstream)
+    lines = once(head, _passing_lines, upstream)
     return b"%bx-request-id: %b\r\nvia: %b vllmproxy\r\n" % (lines, id, head.version)
 
 
