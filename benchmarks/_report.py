@@ -114,8 +114,11 @@ def _notes(results: Results) -> Iterator[str]:
 
 def _growth(results: Results) -> Iterator[str]:
     """Yield a table for each measure of everything on that has variants of its own."""
-    once = {(row.measure, row.figure): row for row in reversed(GROWTH)}  # several bars may be for one figure
-    measured = [row for row in GROWTH if row.measure in results["figures"] and row in once.values()]
+    shown: dict[tuple[str, str], Row] = {}
+    for row in GROWTH:
+        if row.measure in results["figures"]:
+            shown.setdefault((row.measure, row.figure), row)  # several rows may be bars for one figure
+    measured = list(shown.values())
     if measured:
         yield "## As work grows"
     for names in dict.fromkeys(tuple(results["figures"][row.measure]) for row in measured):

@@ -120,8 +120,7 @@ class ResponseHead:
     def with_length(self, length: bytes, place: int) -> "ResponseHead":
         """Return the same head, which :attr:`is_plain`, with another Content-Length, the header at ``place``."""
         headers, fields = _with_length(self.headers, self.fields, place, length)
-        length_of = int(length)
-        return ResponseHead(self.status, self.reason, headers, self.version, length_of, fields=fields, memo=self.memo)
+        return ResponseHead(self.status, self.reason, headers, self.version, int(length), fields=fields, memo=self.memo)
 
     def get(self, name: bytes) -> bytes | None:
         """Return the first value of the header ``name`` (lower case)."""

@@ -67,7 +67,9 @@ _NAME = rb"[A-Za-z0-9._~!$&'()*+,;=-]*"
 _HOST = re.compile(rb"(?:(?!:)%s(?:%%[0-9A-Fa-f]{2}%s)*|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{0,5}))?\Z" % (_NAME, _NAME))
 _ABSOLUTE = re.compile(rb"(?i:https?)://([^/?#]*)(.*)\Z", re.DOTALL)
 _TARGET = re.compile(rb"[\x21\x22\x24-\x7e]+\Z")
-_DIGITS = re.compile(rb"[0-9]{1,18}\Z")
+#: Of a Content-Length.
+MOST_DIGITS = 18
+_DIGITS = re.compile(rb"[0-9]{1,%d}\Z" % MOST_DIGITS)
 
 
 def check_request(head: RequestHead) -> None:

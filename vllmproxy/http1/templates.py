@@ -8,10 +8,10 @@ import re
 from typing import Final, Generic
 
 from vllmproxy.http1.message import Head
+from vllmproxy.http1.rules import MOST_DIGITS
 
 #: A whole line of a head: what follows a line's end is no part of a value (RFC 9112 §5.2: folded ones are refused).
-_LENGTH: Final = re.compile(rb"\r\ncontent-length: ?([0-9]{1,18})\r\n", re.IGNORECASE)
-_MOST_DIGITS: Final = 18
+_LENGTH: Final = re.compile(rb"\r\ncontent-length: ?([0-9]{1,%d})\r\n" % MOST_DIGITS, re.IGNORECASE)
 #: Bytes of the longest head that is kept: there is one for each connection.
 _LONGEST: Final = 2048
 #: After so many heads in a row that were not alike, one in so many is kept to see whether the next is.
@@ -66,7 +66,7 @@ class HeadTemplate(Generic[Head]):
         found = _LENGTH.search(raw)
         if found is not None:
             self._head, self._before, self._after = head, raw[: found.start(1)], raw[found.end(1) :]
-            self._most = min(len(found[1]) + room, _MOST_DIGITS)
+            self._most = min(len(found[1]) + room, MOST_DIGITS)
             self._place = [name.lower() for name, _ in head.headers].index(b"content-length")
             head.memo = {}
 
