@@ -133,6 +133,28 @@ def test_what_is_doubted_is_stale_and_no_longer_fresh() -> None:
     assert cache.get("a") == key("a")
 
 
+def test_an_answer_that_is_doubted_is_stale_at_once() -> None:
+    cache = KeyCache(Clock(), max_stale=300.0)
+    cache.doubt()
+    cache.put_doubted("a", key("a"))
+    assert cache.get("a") is None
+    assert cache.get_stale("a") == key("a")
+    cache.put_doubted("a", None)  # before the doubt it was gone already
+    assert cache.get_stale("a") is None
+
+
+def test_an_answer_that_is_doubted_is_less_than_a_later_one() -> None:
+    cache = KeyCache(Clock(), max_stale=300.0)
+    cache.doubt()
+    cache.put("a", key("a"))
+    cache.put("b", None)
+    cache.put_doubted("a", None)
+    cache.put_doubted("b", key("b"))
+    assert cache.get("a") == key("a")
+    assert cache.is_unknown("b")
+    assert cache.get_stale("b") is None
+
+
 def test_what_is_forgotten_or_known_not_to_exist_is_not_stale() -> None:
     cache = KeyCache(Clock(), max_stale=300.0)
     cache.put("a", key("a"))

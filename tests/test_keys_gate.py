@@ -307,11 +307,36 @@ def test_what_may_have_changed_is_asked_for_and_stale_meanwhile() -> None:
     assert result_of(answer).key_id == TOKEN
     asked = house.ask()
     house.gate.changed(None)
-    house.store.asked[1][1].callback(KEY)  # it may be older than what was missed: it is not remembered
+    house.store.asked[1][1].callback(KEY)  # it may be older than what was missed: it is not fresh
     assert result_of(asked).key_id == TOKEN
     last = house.ask()
     house.store.asked[2][1].callback(None)
     assert isinstance(failure_of(last), UnknownKey)
+
+
+def test_an_answer_that_is_under_way_when_changes_may_have_been_missed_is_stale() -> None:
+    """As when the store can be heard of changes only after the first key was asked for."""
+    house = House(max_stale=300.0)
+    first = house.ask()
+    house.gate.changed(None)
+    house.store.asked[0][1].callback(KEY)
+    assert result_of(first).key_id == TOKEN
+    answer = house.ask()
+    house.store.asked[1][1].errback(StoreUnavailable())
+    assert result_of(answer).key_id == TOKEN
+
+
+@pytest.mark.parametrize("heard", [(None, TOKEN), (TOKEN, None)])
+def test_an_answer_that_is_under_way_when_its_key_is_changed_is_never_remembered(heard: tuple[str | None, ...]) -> None:
+    house = House(max_stale=300.0)
+    first = house.ask()
+    for token in heard:
+        house.gate.changed(token)
+    house.store.asked[0][1].callback(KEY)
+    assert result_of(first).key_id == TOKEN
+    answer = house.ask()
+    house.store.asked[1][1].errback(StoreUnavailable())
+    assert isinstance(failure_of(answer), StoreDown)
 
 
 def test_who_watches_hears_of_changes_here_and_elsewhere() -> None:

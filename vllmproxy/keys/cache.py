@@ -87,9 +87,16 @@ class KeyCache:
             if len(self._unknown) > self._max_unknown:
                 self._unknown.popitem(last=False)
         else:
-            self._keys[token] = _Known(key, now, self._doubts)
-            if len(self._keys) > self._max_entries:
-                self._keys.popitem(last=False)
+            self._keep(token, _Known(key, now, self._doubts))
+
+    def put_doubted(self, token: str, key: VirtualKey | None) -> None:
+        """Remember an answer under way to which :meth:`doubt` was called: stale at once, and less than a later one."""
+        known = self._keys.get(token)
+        if self.is_unknown(token) or (known is not None and known.doubts == self._doubts):
+            return
+        self.forget(token)
+        if key is not None:
+            self._keep(token, _Known(key, self._clock.seconds(), self._doubts - 1))
 
     def forget(self, token: str) -> None:
         """Drop whatever is held for ``token``."""
@@ -100,6 +107,11 @@ class KeyCache:
         """Take nothing for fresh any more; what is held now goes on being stale."""
         self._doubts += 1
         self._unknown.clear()
+
+    def _keep(self, token: str, known: _Known) -> None:
+        self._keys[token] = known
+        if len(self._keys) > self._max_entries:
+            self._keys.popitem(last=False)
 
     def _held(self, token: str) -> _Known | None:
         """Return what is held of a key, unless it is good for nothing any more."""

@@ -53,6 +53,9 @@ class Caller:
     key: VirtualKey | None = None
 
 
+#: Those who wait for one answer of the store.
+_LookUp = list[Deferred[VirtualKey | None]]
+
 #: Everybody, while authentication is off.
 ANONYMOUS: Final = Caller(None)
 MASTER: Final = Caller("master", is_master=True)
@@ -80,7 +83,8 @@ class Gate:
         self._cache = cache
         self.master = master
         self._clock = clock
-        self._pending: dict[str, list[Deferred[VirtualKey | None]]] = {}
+        self._pending: dict[str, _LookUp] = {}
+        self._doubted: dict[str, _LookUp] = {}
         self._watchers: list[Callable[[str | None], None]] = []
 
     def identify(self, credential: Credential) -> Caller | Deferred[Caller]:
@@ -132,15 +136,19 @@ class Gate:
         """
         self._cache.forget(token)
         self._pending.pop(token, None)
+        self._doubted.pop(token, None)
         self._tell(token)
 
     def changed(self, token: str | None) -> None:
-        """Take in what :meth:`Store.watch_keys <vllmproxy.store.interface.Store.watch_keys>` tells."""
+        """Take in what :meth:`Store.watch_keys <vllmproxy.store.interface.Store.watch_keys>` tells.
+
+        Where it names no key, an answer that is under way is as good as one that came just before: for an outage.
+        """
         if token is not None:
             self.invalidate(token)
             return
         self._cache.doubt()
-        self._pending.clear()
+        self._doubted, self._pending = self._pending, {}
         self._tell(None)
 
     def watch(self, changed: Callable[[str | None], None]) -> None:
@@ -175,13 +183,15 @@ class Gate:
         self._store.get_key(token).addBoth(self._settle, token, waiters)
         return answer
 
-    def _settle(
-        self, result: VirtualKey | Failure | None, token: str, waiters: list[Deferred[VirtualKey | None]]
-    ) -> None:
+    def _settle(self, result: VirtualKey | Failure | None, token: str, waiters: _LookUp) -> None:
         if self._pending.get(token) is waiters:
             del self._pending[token]
             if not isinstance(result, Failure):
                 self._cache.put(token, result)
+        elif self._doubted.get(token) is waiters:
+            del self._doubted[token]
+            if not isinstance(result, Failure):
+                self._cache.put_doubted(token, result)
         if isinstance(result, Failure) and result.check(StoreUnavailable):
             result = self._cache.get_stale(token) or result
         for waiter in waiters:
