@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -154,3 +155,9 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def held_tokens(server: RedisServer, token: str) -> int:
+    """Return how many tokens are held of a key's budget, on whatever day."""
+    answer = server.command("HMGET", f"vllmproxy:{{{token}}}:budget", "held_tokens0", "held_tokens1")
+    return sum(map(int, re.findall(rb"\$\d+\r\n(\d+)\r\n", answer)))

@@ -1,6 +1,7 @@
 """Budgets, from the reservation to the account: the same on memory, on SQLite and on a real Redis."""
 
 import random
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from vllmproxy.store.interface import Store, Writes
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.sums import Account
 
-NOW = 1_795_521_600.0
+NOW = time.time()
 TOKEN = hash_key("sk-one")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import pytest_twisted
 from _limits import START, TOKEN, RedisBench, close_link, parallel, requests, tokens, virtual_time
-from _redis import RedisServer
+from _redis import RedisServer, held_tokens
 from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.task import Clock, deferLater
@@ -24,8 +24,6 @@ from vllmproxy.usage.sums import Account
 
 RULES = requests(10), tokens(1000, 100), parallel(10)
 FIRST = Granted((9, 900, 9))
-
-BUDGET = f"vllmproxy:{{{TOKEN}}}:budget"
 
 #: Seconds after which a call has hung, on however busy a machine; its deadline is 0.2.
 HUNG = 20.0
@@ -195,9 +193,9 @@ async def test_what_was_taken_unheard_is_given_back_over_the_next_connection(
     monkeypatch.setattr(wire, "run", lose)
     with pytest.raises(StoreUnavailable):
         await limiter.reserve(ask("unheard", requests(10), Rule("budget_tokens", "", 100, 60)))
-    assert server.command("HGET", BUDGET, "held_tokens") == b"$2\r\n60\r\n"
+    assert held_tokens(server, TOKEN) == 60
     give_up = time.monotonic() + HUNG
-    while server.command("HGET", BUDGET, "held_tokens") != b"$1\r\n0\r\n":
+    while held_tokens(server, TOKEN):
         assert time.monotonic() < give_up
         await deferLater(reactor, 0.02)
     assert await eventually(limiter, "after") == FIRST
@@ -410,7 +408,7 @@ async def test_what_comes_together_is_of_its_own_key_each(server: RedisServer, l
     await gatherResults([limiter.settle_all([(each.key, each.request_id, (0,) * 3)]) for each in asks])
     assert await limiter.reserve(Ask("key-1", "after", (parallel(3),))) == Granted((2,))
     assert await limiter.reserve(Ask("key-0", "after", (tokens(1000, 1000),))) == Granted((0,))
-    assert server.command("HGET", "vllmproxy:{key-2}:budget", "held_tokens") == b"$1\r\n0\r\n"
+    assert held_tokens(server, "key-2") == 0
 
 
 @pytest.mark.parametrize("answers", [[], [None], [[]], [[1]], [[0, 1]], ["text"]], ids=str)

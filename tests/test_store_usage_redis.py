@@ -45,40 +45,46 @@ def number(server: RedisServer, *words: str) -> int:
     return int(server.command(*words)[1:])
 
 
-def held(period: int, spend: int, tokens: int, held: int, held_tokens: int) -> dict[str, str]:
-    values = {"period": period, "spend": spend, "tokens": tokens, "held": held, "held_tokens": held_tokens}
-    return {name: str(value) for name, value in values.items()}
+def account(server: RedisServer, name: str = BUDGET) -> tuple[int, ...]:
+    """Return its period, spend, tokens, and what is held of money and of tokens."""
+    found = {field: int(value) for field, value in fields(server, name).items()}
+    holds = [sum(found.get(f"{kind}{side}", 0) for side in "01") for kind in ("held", "held_tokens")]
+    return found["period"], found["spend"], found["tokens"], *holds
 
 
-def hold(server: RedisServer, *values: int) -> None:
-    server.command("HSET", BUDGET, *(word for pair in held(*values).items() for word in pair))
+def hold(server: RedisServer, *numbers: int) -> None:
+    """Make an account of what :func:`account` is to return."""
+    day, (period, spend, tokens, held, held_tokens) = int(TIME) // 86_400, numbers
+    values = {"period": period, "spend": spend, "tokens": tokens, "day": day}
+    values |= {f"held{day % 2}": held, f"held_tokens{day % 2}": held_tokens}
+    server.command("HSET", BUDGET, *(str(word) for pair in values.items() for word in pair))
 
 
 @pytest_twisted.ensureDeferred
 async def test_what_was_held_is_let_go_of_when_it_is_spent(server: RedisServer, store: RedisStore) -> None:
     hold(server, 50, 5, 7, 100, 1000)
     await store.add_usage("w", 1, [event(period=50, held=30, held_tokens=300, spend=9, prompt_tokens=2)])
-    assert fields(server, BUDGET) == held(50, 14, 9, 70, 700)
+    assert account(server) == (50, 14, 9, 70, 700)
     await store.add_usage("w", 1, [event(period=50, held=30, held_tokens=300, spend=9, prompt_tokens=2)])
-    assert fields(server, BUDGET) == held(50, 14, 9, 70, 700)
+    assert account(server) == (50, 14, 9, 70, 700)
     await store.add_usage("w", 2, [event(period=50, requests=0, held=10), event(period=50, held=500, held_tokens=1)])
-    assert fields(server, BUDGET) == held(50, 14, 9, 0, 699)
+    assert account(server) == (50, 14, 9, 0, 699)
     await store.add_usage("w", 4, [event(period=40, held=1, held_tokens=1, spend=1)])
-    assert fields(server, BUDGET) == held(50, 14, 9, 0, 699)
+    assert account(server) == (50, 14, 9, 0, 699)
     await store.add_usage("w", 5, [event(period=60, held=1, held_tokens=1, spend=1)])
-    assert fields(server, BUDGET) == held(60, 1, 0, 0, 0)
+    assert account(server) == (60, 1, 0, 0, 0)
 
 
 @pytest_twisted.ensureDeferred
 async def test_what_is_held_stays_so_when_an_account_is_set(server: RedisServer, store: RedisStore) -> None:
     hold(server, 50, 5, 7, 100, 1000)
     await store.set_account(TOKEN, Account(50, 0, 7))
-    assert fields(server, BUDGET) == held(50, 0, 7, 100, 1000)
+    assert account(server) == (50, 0, 7, 100, 1000)
     await store.set_account(TOKEN, Account(60, 1, 2))
     assert fields(server, BUDGET) == {"period": "60", "spend": "1", "tokens": "2"}
     assert await store.read_account(TOKEN) == Account(60, 1, 2)
     await store.add_usage("w", 1, [event(period=60, held=1, spend=1)])
-    assert fields(server, BUDGET) == held(60, 2, 2, 0, 0)
+    assert account(server) == (60, 2, 2, 0, 0)
 
 
 @pytest_twisted.ensureDeferred
@@ -87,7 +93,7 @@ async def test_an_heir_takes_over_what_is_spent_and_not_what_is_held(server: Red
     hold(server, 50, 5, 7, 100, 1000)
     heir = VirtualKey(token=HEIR, key_name="new")
     await store.change_keys([TOKEN, HEIR], lambda _: Writes((heir,), (TOKEN,), inherits={HEIR: TOKEN}))
-    assert fields(server, f"vllmproxy:{{{HEIR}}}:budget") == held(50, 5, 7, 0, 0)
+    assert account(server, f"vllmproxy:{{{HEIR}}}:budget") == (50, 5, 7, 0, 0)
     assert number(server, "EXISTS", BUDGET) == 0
 
 
@@ -199,7 +205,7 @@ async def test_proxies_add_to_the_same_sums(server: RedisServer, store: RedisSto
     count = 2 * 23 * 9
     (found,) = await other.read_usage(QUERY)
     assert (found.requests, found.spend) == (count, 2 * count)
-    assert fields(server, BUDGET) == held(0, 2 * count, 0, 10_000 - 3 * count, 0)
+    assert account(server) == (0, 2 * count, 0, 10_000 - 3 * count, 0)
     await other.close()
 
 

@@ -58,11 +58,14 @@ def test_a_batch_is_what_its_events_are_one_by_one(some: list[UsageEvent]) -> No
         key, tokens = event.key, bounded(event.prompt_tokens) + bounded(event.completion_tokens)
         account = accounts.get(key, NO_ACCOUNT)
         if event.period > account.period or key not in accounts:
-            accounts[key], holds[key] = type(account)(event.period, 0, 0), [0, 0]
+            accounts[key], holds[key] = type(account)(event.period, 0, 0), {}
             account = accounts[key]
         if event.period == account.period:
             accounts[key] = type(account)(account.period, account.spend + bounded(event.spend), account.tokens + tokens)
-            holds[key][0] += bounded(event.held)
-            holds[key][1] += bounded(event.held_tokens)
+            money, of_tokens = holds[key].get(event.time // 86_400, (0, 0))
+            holds[key][event.time // 86_400] = money + bounded(event.held), of_tokens + bounded(event.held_tokens)
     assert {key: charge.applied(NO_ACCOUNT) for key, charge in batch.charges.items()} == accounts
-    assert {key: [charge.held, charge.held_tokens] for key, charge in batch.charges.items()} == holds
+    for held in holds.values():
+        for day in [day for day, amounts in held.items() if amounts == (0, 0)]:
+            del held[day]
+    assert {key: charge.held for key, charge in batch.charges.items()} == holds

@@ -1,14 +1,15 @@
 """Redis is away while keys that are known go on working: what they use meanwhile is in the sums afterwards, once."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from _asking import ask, make_key, until
 from _load import PRICES, Crowd, Key, check_sums, usage
-from _redis import RedisServer, redis_server
+from _redis import RedisServer, held_tokens, redis_server
 from _service import Twistd, start_proxy
+
+from vllmproxy.keys.key import hash_key
 
 #: What is kept is still there after a kill -9.
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
@@ -80,12 +81,6 @@ def test_what_keys_with_limits_used_of_their_share_is_added_once(
     check_sums(service, sim, crowd)
 
 
-def held_of(redis: RedisServer, key: Key) -> bytes:
-    """Return Redis's answer to how many tokens are held of a key's budget."""
-    token = hashlib.sha256(key.secret.encode()).hexdigest()
-    return redis.command("HGET", f"vllmproxy:{{{token}}}:budget", "held_tokens")
-
-
 def test_of_a_budget_nothing_stays_held(service: Twistd, sim: Twistd, redis: RedisServer) -> None:
     crowd = Crowd([Key(make_key(service, max_budget_tokens=10**9)["key"], True) for _ in range(2)])
     for _ in range(2):
@@ -93,7 +88,7 @@ def test_of_a_budget_nothing_stays_held(service: Twistd, sim: Twistd, redis: Red
     settle(service, crowd)
     check_sums(service, sim, crowd)
     for key in crowd.keys:
-        until(lambda key=key: held_of(redis, key) == b"$1\r\n0\r\n")  # type: ignore[misc]
+        until(lambda key=key: held_tokens(redis, hash_key(key.secret)) == 0)  # type: ignore[misc]
 
 
 def test_a_proxy_that_stops_meanwhile_leaves_it_to_the_next(

@@ -35,8 +35,8 @@ class Shared(Protocol):
 
     Its Deferreds end within their own deadline, and may fail with :class:`~vllmproxy.store.interface.StoreUnavailable`.
     Then nothing was taken, or it was given back, or, if the store cannot be told so for a minute, it leaves by itself:
-    amounts when the window has passed, leases when theirs has, and what is held of a budget when nothing was held of it
-    for a day, or its period is over.
+    amounts when the window has passed, leases when theirs has, and what is held of a budget after the next day (UTC), or
+    when its period is over.
     """
 
     def reserve(self, ask: Ask) -> Granted | Denied | Deferred[Granted | Denied]:

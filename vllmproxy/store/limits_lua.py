@@ -5,10 +5,11 @@ began, ``total``, and for each bucket N ``tN``, when it took something last, and
 time before which the oldest does not leave: it may be missing, or too early. What is reserved for requests that come
 later is taken when the last of them may come; ``latest`` is that time, and what is taken before it counts from it, too,
 so that buckets leave in their order. Places are a sorted set of request ids by the end of their lease. An account is a
-hash: ``period``, ``spend`` and ``tokens``, and what requests under way hold of it, ``held`` and ``held_tokens``;
-``touched`` is when something was held last: what nobody let go of within a day was lost with a proxy. A reservation is
-what was taken for one request, empty once it is settled; only the proxy that made it reads it. All times are
-microseconds. What every script begins with is said in :mod:`vllmproxy.store.scripts`.
+hash: ``period``, ``spend`` and ``tokens``, and what requests under way hold of it since ``day``, days since the epoch,
+``heldP`` and ``held_tokensP``, P being that day's number modulo 2, and since the day before it, with the other P. What
+was held before that is held no more: it was lost with a proxy. A reservation is what was taken for one request, empty
+once it is settled; only the proxy that made it reads it. All times are microseconds. What every script begins with is
+said in :mod:`vllmproxy.store.scripts`.
 
 Numbers go to Redis as text: it would write those of Lua with 17 digits, which takes longer than many a command.
 """
@@ -121,28 +122,52 @@ local function wait(name, window, limit, cost)
 end
 """
 
-# Kind of rule → what it counts of an account, and what it holds there.
+# Kind of rule → what it counts of an account, and what it holds there. ``held`` and ``held_tokens`` are of ``day``,
+# ``earlier`` and ``earlier_tokens`` of the day before.
 _ACCOUNT = """
 local spent = {budget = 'spend', budget_tokens = 'tokens'}
 local holds = {budget = 'held', budget_tokens = 'held_tokens'}
-local accounts, forgotten = {}, 86400000000
+local held_earlier = {budget = 'earlier', budget_tokens = 'earlier_tokens'}
+local accounts, today = {}, math.floor(now / 86400000000)
 
 local function account_of(name, period)
   local account = accounts[name]
   if not account then
-    local fields = call('HMGET', name, 'period', 'touched', 'spend', 'tokens', 'held', 'held_tokens')
-    account = {period = tonumber(fields[1]) or -1, spend = tonumber(fields[3] or 0), tokens = tonumber(fields[4] or 0),
-               held = tonumber(fields[5] or 0), held_tokens = tonumber(fields[6] or 0)}
-    if now - tonumber(fields[2] or 0) > forgotten then
-      account.held, account.held_tokens, account.is_changed = 0, 0, true
+    local fields = call('HMGET', name, 'period', 'spend', 'tokens', 'day', 'held0', 'held_tokens0', 'held1',
+                        'held_tokens1')
+    local day = tonumber(fields[4] or 0)
+    account = {period = tonumber(fields[1]) or -1, spend = tonumber(fields[2] or 0), tokens = tonumber(fields[3] or 0),
+               day = math.max(day, today), held = 0, held_tokens = 0, earlier = 0, earlier_tokens = 0,
+               is_begun = false, is_rolled = day < today, is_changed = false}
+    local this, other = 5 + 2 * (account.day % 2), 7 - 2 * (account.day % 2)
+    if day == account.day then
+      account.held, account.held_tokens = tonumber(fields[this] or 0), tonumber(fields[this + 1] or 0)
+    end
+    if day >= account.day - 1 then
+      account.earlier, account.earlier_tokens = tonumber(fields[other] or 0), tonumber(fields[other + 1] or 0)
     end
     accounts[name] = account
   end
   if period > account.period then
-    account.period, account.spend, account.tokens, account.held, account.held_tokens = period, 0, 0, 0, 0
-    account.is_changed, account.is_begun = true, true
+    account.period, account.spend, account.tokens, account.is_begun = period, 0, 0, true
+    account.held, account.held_tokens, account.earlier, account.earlier_tokens = 0, 0, 0, 0
   end
   return account
+end
+
+local function write_account(name, account)
+  local this, other = account.day % 2, 1 - account.day % 2
+  if account.is_begun then
+    call('HSET', name, 'period', format('%d', account.period), 'spend', '0', 'tokens', '0')
+  end
+  if account.is_begun or account.is_rolled then
+    call('HSET', name, 'day', format('%d', account.day), 'held' .. other, format('%d', account.earlier),
+         'held_tokens' .. other, format('%d', account.earlier_tokens))
+  elseif not account.is_changed then
+    return
+  end
+  call('HSET', name, 'held' .. this, format('%d', account.held), 'held_tokens' .. this,
+       format('%d', account.held_tokens))
 end
 """
 
@@ -160,7 +185,7 @@ local function reserve(from, id, rules)
       delay, used[place] = math.huge, 0
     elseif holds[kind] then
       local account = account_of(name, rules[at + 3])
-      used[place] = account[spent[kind]] + account[holds[kind]]
+      used[place] = account[spent[kind]] + account[holds[kind]] + account[held_earlier[kind]]
       if used[place] + least > limit then delay = math.huge end
     elseif kind == 'max_parallel_requests' then
       places[name] = places[name] or {count = call('ZCOUNT', name, '(' .. now_text, '+inf'), clock = clock}
@@ -185,10 +210,9 @@ local function reserve(from, id, rules)
     local kind, left, period = rules[at], rules[at + 1] - used[place], rules[at + 3]
     local cost = math.min(rules[at + 2], math.max(left, rules[at + 4]))
     if holds[kind] then
-      bucket = holds[kind]
       local account = accounts[name]
-      if account.period == period then account[bucket] = account[bucket] + cost end
-      account.is_changed, account.is_touched = true, true
+      if account.period == period then account[holds[kind]] = account[holds[kind]] + cost end
+      account.is_changed, bucket = true, holds[kind] .. account.day % 2
     elseif kind == 'max_parallel_requests' then
       local held = places[name]
       held.count = held.count + 1
@@ -248,15 +272,7 @@ for name, held in pairs(places) do
     if held.clock.steady % 16 == 0 then call('ZREMRANGEBYSCORE', name, '-inf', held.clock.now_text) end
   end
 end
-for name, account in pairs(accounts) do
-  if account.is_begun then
-    call('HSET', name, 'period', format('%d', account.period), 'spend', '0', 'tokens', '0')
-  end
-  if account.is_changed then
-    call('HSET', name, 'held', format('%d', account.held), 'held_tokens', format('%d', account.held_tokens))
-  end
-  if account.is_touched then call('HSET', name, 'touched', format('%d', now)) end
-end
+for name, account in pairs(accounts) do write_account(name, account) end
 return answers
 """
 )
@@ -283,7 +299,8 @@ local function settle(reservation, id, text)
       -- It was as expected.
     elseif type(bucket) == 'string' then
       if tonumber(call('HGET', name, 'period') or -1) == taken[at + 3] then
-        call('HINCRBY', name, bucket, format('%d', change))
+        -- An account that was set to nothing meanwhile holds nothing either.
+        if call('HINCRBY', name, bucket, format('%d', change)) < 0 then call('HSET', name, bucket, '0') end
       end
     else
       local field, by = format('a%d', bucket), format('%d', change)

@@ -84,7 +84,7 @@ for place = accounts + 2 * #inherited + 1, #KEYS do redis.call('DEL', KEYS[place
 for heir, account in ipairs(inherited) do
   if #account > 0 then  -- what requests under way hold, they let go of at the key that they came with
     redis.call('HSET', KEYS[accounts + 2 * heir - 1], unpack(account))
-    redis.call('HSET', KEYS[accounts + 2 * heir - 1], 'held', 0, 'held_tokens', 0)
+    redis.call('HDEL', KEYS[accounts + 2 * heir - 1], 'held0', 'held_tokens0', 'held1', 'held_tokens1')
   end
 end
 for place = arg + given + 1, #ARGV do redis.call('XADD', KEYS[2], '*', 'entry', ARGV[place]) end

@@ -7,7 +7,7 @@
     vllmproxy:alias:ALIAS       the token
     vllmproxy:keys              a sorted set: tokens by the time that their keys were made
     vllmproxy:audit             a stream: an entry (JSON) for each management call
-    vllmproxy:{TOKEN}:budget    a hash: period, spend, tokens, held, held_tokens
+    vllmproxy:{TOKEN}:budget    a hash: period, spend, tokens, and what is held (:mod:`vllmproxy.store.limits_lua`)
     vllmproxy:usage:writer:NAME the number of the last event that was added of that writer; for 90 days after the last
     vllmproxy:usage:DAY         a set: the keys that have sums of that day (2026-11-26); like all below for 400 days
     vllmproxy:{TOKEN}:usage:DAY             a hash: a row's numbers, see :mod:`vllmproxy.store.usage_lua`, for each

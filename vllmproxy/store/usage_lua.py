@@ -16,8 +16,9 @@ OVERLAP: Final = 2
 #: KEYS: the writer; for each key and day the day's keys, the sums, the names of its models and of its end users; the
 #: accounts. ARGV: not after; the number of the first event, how many; seconds to keep the writer and the sums; how
 #: many models and end users have sums of their own, and the name of all others; how many keys and days. For each of
-#: these the key, how many rows, and of each row model, end user, numbers; for each account period, spend, tokens,
-#: what is let go of. Answers DONE; or OVERLAP, now, the last number that was added, where it is not before the first.
+#: these the key, how many rows, and of each row model, end user, numbers; for each account period, spend, tokens, how
+#: many days, and of each of these (its number since the epoch) what was held of money and of tokens. Answers DONE; or
+#: OVERLAP, now, the last number that was added, where it is not before the first.
 ADD: Final = (
     PUNCTUAL
     + """
@@ -78,25 +79,42 @@ for _ = 1, keydays do
   name = name + 4
 end
 
-local charged = {'spend', 'tokens', 'held', 'held_tokens'}
+local charged = {'spend', 'tokens'}
+local held = {[0] = {'held0', 'held_tokens0'}, {'held1', 'held_tokens1'}}
+
+-- A proxy's clock is not the one by which its request was held: what is not there of one day is of the other.
+local function let_go(account, day, amounts)
+  local fields = call('HMGET', account, 'day', 'held0', 'held_tokens0', 'held1', 'held_tokens1')
+  local latest = tonumber(fields[1] or 0)
+  if day < latest - 1 then return end
+  local first = math.min(day, latest) % 2
+  for number, amount in ipairs(amounts) do
+    for _, side in ipairs({first, 1 - first}) do
+      local before = tonumber(fields[1 + 2 * side + number] or 0)
+      local less = math.min(before, amount)
+      if less > 0 then call('HSET', account, held[side][number], text(before - less)) end
+      amount = amount - less
+    end
+  end
+end
+
 for place = name + 1, #KEYS do
-  local account, period = KEYS[place], tonumber(ARGV[arg + 1])
-  local fields = call('HMGET', account, 'period', 'spend', 'tokens', 'held', 'held_tokens')
-  local current = tonumber(fields[1] or 0)
-  if period >= current then
-    local values = (period > current or not fields[1]) and {'period', ARGV[arg + 1]} or {}
+  local account, period, days = KEYS[place], tonumber(ARGV[arg + 1]), tonumber(ARGV[arg + 4])
+  local fields = call('HMGET', account, 'period', 'spend', 'tokens')
+  local current = tonumber(fields[1] or -1)
+  if period > current then
+    call('HSET', account, 'period', ARGV[arg + 1], 'spend', ARGV[arg + 2], 'tokens', ARGV[arg + 3])
+    call('HDEL', account, 'held0', 'held_tokens0', 'held1', 'held_tokens1')
+  elseif period == current then
     for number, field in ipairs(charged) do
       local amount = ARGV[arg + 1 + number]
-      if amount ~= '0' or period > current or not fields[number + 1] then
-        local value = period == current and tonumber(fields[number + 1] or 0) or 0
-        value = number <= 2 and value + amount or math.max(0, value - amount)
-        values[#values + 1] = field
-        values[#values + 1] = text(value)
-      end
+      if amount ~= '0' then call('HSET', account, field, text((fields[number + 1] or 0) + amount)) end
     end
-    if #values > 0 then call('HSET', account, unpack(values)) end
+    for at = arg + 5, arg + 2 + 3 * days, 3 do
+      let_go(account, tonumber(ARGV[at]), {tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])})
+    end
   end
-  arg = arg + 5
+  arg = arg + 4 + 3 * days
 end
 return {1, now}
 """

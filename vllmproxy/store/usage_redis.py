@@ -138,7 +138,9 @@ def _arguments(writer: str, first: int, count: int, batch: Batch) -> tuple[list[
             words += [name_bytes(model), name_bytes(end_user), " ".join(map(str, numbers))]
     for token, charge in batch.charges.items():
         names.append(account_name(name_bytes(token)))
-        words += [charge.period, charge.spend, charge.tokens, charge.held, charge.held_tokens]
+        words += [charge.period, charge.spend, charge.tokens, len(charge.held)]
+        for held_since, amounts in charge.held.items():
+            words += [held_since, *amounts]
     return names, words
 
 

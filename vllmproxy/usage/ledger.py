@@ -5,7 +5,7 @@ from datetime import date, timedelta
 from operator import add, attrgetter
 from typing import Any, Final
 
-from attrs import frozen
+from attrs import field, frozen
 
 from vllmproxy.limits.values import MAX_AMOUNT
 from vllmproxy.usage.event import UsageEvent
@@ -40,14 +40,24 @@ class TooManySums(Exception):
 class Charge:
     """What a batch does to one account.
 
-    :ivar period: the latest of its events' periods; ``spend`` … ``held_tokens`` are those of that period, added up.
+    :ivar period: the latest of its events' periods; all else is what those of that period add up to.
+    :ivar held: day (its number since the epoch) that something was held on → how much of money and of tokens.
     """
 
     period: int
-    spend: int
-    tokens: int
-    held: int
-    held_tokens: int
+    spend: int = 0
+    tokens: int = 0
+    held: Mapping[int, tuple[int, int]] = field(factory=dict)
+
+    def joined(self, other: "Charge") -> "Charge":
+        """Return what both do; that of the later period, where these are not the same."""
+        if self.period != other.period:
+            return max(self, other, key=attrgetter("period"))
+        held = dict(self.held)
+        for day, amounts in other.held.items():
+            money, tokens = held.get(day, (0, 0))
+            held[day] = money + amounts[0], tokens + amounts[1]
+        return Charge(self.period, self.spend + other.spend, self.tokens + other.tokens, held)
 
     def applied(self, account: Account) -> Account:
         """Return what ``account`` becomes: begun anew if its period is older, as it is if that is newer."""
@@ -86,9 +96,9 @@ def batch_of(events: Iterable[UsageEvent]) -> Batch:
         else:
             numbers.append(_numbers_of(event))
     sums: dict[tuple[str, str], dict[tuple[str, str], Numbers]] = {}
-    charges: dict[str, Numbers] = {}
+    charges: dict[str, Charge] = {}
     for name, each in alike.items():
-        first, (_, is_counted, key, model, end_user, quality, period) = firsts[name], name
+        first, (day, is_counted, key, model, end_user, quality, period) = firsts[name], name
         requests, prompt, completion, cached, audio_ms, spend, held, held_tokens = _added_up(each)
         if is_counted:
             estimated, unknown = requests * (quality == "estimated"), requests * (quality == "unknown")
@@ -96,12 +106,10 @@ def batch_of(events: Iterable[UsageEvent]) -> Batch:
             rows = sums.setdefault((first.day, key), {})
             rows[model, end_user] = added(rows.get((model, end_user), NOTHING), row)
         if first.is_of_virtual_key:
-            charge, before = (spend, prompt + completion, held, held_tokens), charges.get(key)
-            if before is None or before[0] < period:
-                charges[key] = (period, *charge)
-            elif before[0] == period:
-                charges[key] = (period, *added(before[1:], charge))
-    return Batch(sums, {token: Charge(*numbers) for token, numbers in charges.items()})
+            holds = {int(day): (held, held_tokens)} if held or held_tokens else {}
+            charge, before = Charge(period, spend, prompt + completion, holds), charges.get(key)
+            charges[key] = charge if before is None else before.joined(charge)
+    return Batch(sums, charges)
 
 
 def added(numbers: Iterable[int], more: Iterable[int]) -> Numbers:
