@@ -9,10 +9,11 @@ from twisted.internet.task import Clock
 from vllmproxy.limits.behind import Settlement
 from vllmproxy.limits.leases import Leases
 from vllmproxy.limits.spans import Spans, micros
-from vllmproxy.limits.values import Ask, Denied, Granted, Rule
+from vllmproxy.limits.values import MAX_AMOUNT, Ask, Denied, Granted, Rule
 from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.limits_memory import MemoryLimiter
-from vllmproxy.usage.sums import NO_ACCOUNT
+from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.sums import NO_ACCOUNT, Account
 
 T = TypeVar("T")
 
@@ -125,6 +126,18 @@ class Shared:
         for scope, places in counters._places.items():
             found["max_parallel_requests", scope] = places.count(now)
         return {name: amount for name, amount in found.items() if amount}
+
+    def budget_tokens(self, key: str) -> int:
+        """Return how many tokens of a key's budget are spent or held."""
+        if key not in self._limiter.accounts:
+            return 0
+        rule = Rule("budget_tokens", "", MAX_AMOUNT, 0)
+        return MAX_AMOUNT - self._limiter.accounts.left(key, rule)
+
+    def spend(self, key: str, spent: int, held: int) -> None:
+        """A request's usage is added: so many tokens are spent by now, and it holds no more."""
+        event = UsageEvent(time=self.clock.seconds(), key=key, held_tokens=held)
+        self._limiter.accounts.added({key: Account(0, 0, spent)}, [event])
 
     def of(self, what: str) -> list[list[str]]:
         """Return the ids of all calls of a kind."""

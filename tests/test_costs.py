@@ -6,10 +6,10 @@ needs less lowers it.
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha1
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType, MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,8 +37,17 @@ from vllmproxy.testing import MemoryTransport
 from vllmproxy.usage.bookkeeper import Bookkeeper
 
 #: Calls for one small POST, with everything off and on (a key, three limits in Redis, exact usage, the journal, the
-#: access log, metrics), for one event of a stream, and for a key that is not in the cache.
-BUDGETS = {"post off": 230, "post on": 343, "event off": 15.5, "event on": 15.5, "look-up": 60}
+#: access log, metrics), and with a budget of tokens besides; for one event of a stream; and for a key that is not in
+#: the cache.
+BUDGETS = {
+    "post off": 230,
+    "post on": 343,
+    "post budget": 350,
+    "event off": 15.5,
+    "event on": 15.5,
+    "event budget": 15.5,
+    "look-up": 60,
+}
 
 KEY = "sk-0123456789abcdef"
 BODY = b'{"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 16%b}'
@@ -59,9 +68,12 @@ HEAD = b"HTTP/1.1 200 OK\r\ndate: Thu, 26 Nov 2026 08:00:00 GMT\r\nserver: uvico
 WHOLE = HEAD + b"content-length: %d\r\ncontent-type: application/json\r\n\r\n%b" % (len(ANSWER), ANSWER)
 STREAM = HEAD + b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 
-#: What Redis answers a call, and in it each reservation of three limits.
+#: What Redis answers a call, and in it each reservation, by how many limits that is for.
 DONE = b":1\r\n:1700000000000000\r\n"
-GRANTED = b"*7\r\n:1\r\n:99999999\r\n:999999999970\r\n:99999\r\n:1\r\n:30\r\n:1\r\n"
+GRANTED = {
+    3: b"*7\r\n:1\r\n:99999999\r\n:999999999970\r\n:99999\r\n:1\r\n:30\r\n:1\r\n",
+    4: b"*9\r\n:1\r\n:99999999\r\n:999999999970\r\n:99999\r\n:999999999970\r\n:1\r\n:30\r\n:1\r\n:30\r\n",
+}
 #: What a reservation is known by.
 RESERVING = {RESERVE.encode(), sha1(RESERVE.encode()).hexdigest().encode()}
 
@@ -92,21 +104,22 @@ class Bench:
     """A proxy in memory, and what answers it.
 
     :param everything: with a key, limits, exact usage, the journal; else a caller whom nobody asks for anything.
+    :param more: limits besides.
     """
 
-    def __init__(self, directory: Path, *, everything: bool) -> None:
+    def __init__(self, directory: Path, *, everything: bool, more: Mapping[str, int] = MappingProxyType({})) -> None:
         self._house = house = House(usage="exact" if everything else "auto")
         self._sink = os.open(os.devnull, os.O_WRONLY)
         log = JsonLines(lambda lines: os.write(self._sink, lines), house.clock)
         house.relay.observer = FanOut([log, MetricsObserver(known_routes=KNOWN_ROUTES)])
         self._redis: MemoryTransport | None = None
         if everything:
-            self._add_everything(directory)
+            self._add_everything(directory, more)
 
-    def _add_everything(self, directory: Path) -> None:
+    def _add_everything(self, directory: Path, more: Mapping[str, int]) -> None:
         house, token = self._house, hash_key(KEY)
         cache = KeyCache(house.clock, ttl=1e9)
-        limits = {"rpm_limit": 10**8, "tpm_limit": 10**12, "max_parallel_requests": 10**5}
+        limits = {"rpm_limit": 10**8, "tpm_limit": 10**12, "max_parallel_requests": 10**5, **more}
         cache.put(token, VirtualKey(token=token, key_name="sk-...cdef", **limits))
         house.relay.gate = Gate(house.store, cache, MasterKey("sk-master-0123456789"), house.clock)
         wire = Wire()
@@ -135,7 +148,8 @@ class Bench:
             assert self._redis is not None
             _, script, count, *rest = words
             granted = len(rest[int(count) + 7 :]) // 2 if script in RESERVING else 0
-            self._redis.receive(b"*%d\r\n" % (granted + 2) + DONE + GRANTED * granted)
+            limits = int(count) // granted - 2 if granted else 0
+            self._redis.receive(b"*%d\r\n" % (granted + 2) + DONE + GRANTED.get(limits, b"") * granted)
 
     def close(self) -> None:
         os.close(self._sink)
@@ -161,9 +175,10 @@ def calls_of(work: Callable[[], None]) -> float:
     return count / times
 
 
-@pytest.fixture(params=["off", "on"])
+@pytest.fixture(params=["off", "on", "budget"])
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Bench]]:
-    made = Bench(tmp_path, everything=request.param == "on")
+    more = {"max_budget_tokens": 10**12} if request.param == "budget" else {}
+    made = Bench(tmp_path, everything=request.param != "off", more=more)
     yield request.param, made
     made.close()
 

@@ -4,6 +4,7 @@ import pytest
 from _ahead import FAR, LAPSED, House
 from _limits import TOKEN, parallel, requests, tokens
 from _shared import LATENCY, now
+from attrs import evolve
 from twisted.internet.defer import Deferred, maybeDeferred
 
 from vllmproxy.keys.key import VirtualKey
@@ -72,18 +73,18 @@ def test_no_more_than_a_small_part_of_a_limit_is_ahead_and_that_always(limit: in
 @pytest.mark.parametrize(
     "rules",
     [
-        (Rule("budget", "", 10**9, 1, 5),),
-        (FAR, Rule("budget_tokens", "", 10**9, 1, 5)),
         (requests(31),),
         (parallel(31),),
         (tokens(31 * 16, 16),),
         (tokens(63 * 16, 17),),  # 17 would be 32
         (FAR, tokens(10**6, 10), parallel(20)),
         (FAR, requests(20, scope="m")),
+        (Rule("budget", "", 31 * 16, 16, 5),),
+        (FAR, Rule("budget_tokens", "", 10**6, 40_000, 5)),
     ],
     ids=str,
 )
-def test_nothing_is_ahead_of_a_budget_or_a_small_limit(rules: tuple[Rule, ...]) -> None:
+def test_nothing_is_ahead_of_a_small_limit(rules: tuple[Rule, ...]) -> None:
     house = House()
     for _ in range(10):
         assert isinstance(house.asked(*rules), Granted)
@@ -93,11 +94,15 @@ def test_nothing_is_ahead_of_a_budget_or_a_small_limit(rules: tuple[Rule, ...]) 
     house.assert_nothing_is_left()
 
 
-@pytest.mark.parametrize("rule", [tokens(10**6, 500_000), tokens(1000, 501)], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [tokens(10**6, 500_000), tokens(1000, 501), Rule("budget", "", 1000, 501), Rule("budget_tokens", "", 1000, 501, 7)],
+    ids=str,
+)
 def test_nothing_is_ahead_where_half_is_used(rule: Rule) -> None:
     house = House()
     house.asked(rule)
-    cheap = tokens(rule.limit, 1)
+    cheap = evolve(rule, cost=1)
     for _ in range(10):
         assert isinstance(house.asked(cheap), Granted)
         house.pass_by(2 * LATENCY)
@@ -153,6 +158,7 @@ def test_nothing_is_asked_for_that_has_become_too_much() -> None:
         ((FAR, requests(10**6, scope="m")), False),
         ((FAR,), False),
         ((FAR, tokens(10**6, 100, "m"), parallel(10**6)), False),
+        ((FAR, Rule("budget", "", 10**6, 100)), False),
     ],
     ids=str,
 )
@@ -168,6 +174,31 @@ def test_a_request_takes_only_what_was_made_for_the_like_of_it(rules: tuple[Rule
     assert bool(granted.request_id) == finds
     house.pass_by(3 * LATENCY)
     assert bool(house.ready) == finds  # what is for others is given back
+
+
+@pytest.mark.parametrize(
+    ("rule", "finds"),
+    [
+        (Rule("budget", "", 10**6, 100, 7), True),
+        (Rule("budget", "", 10**6, 128, 7), True),
+        (Rule("budget", "", 10**6, 100, 7, least=1), True),
+        (Rule("budget", "", 10**6, 129, 7), False),
+        (Rule("budget", "", 10**6, 100, 8), False),
+        (Rule("budget_tokens", "", 10**6, 100, 7), False),
+    ],
+    ids=str,
+)
+def test_of_a_budget_a_request_takes_only_what_was_made_in_its_period(rule: Rule, finds: bool) -> None:
+    house = House()
+    house.warm(Rule("budget", "", 10**6, 100, 7))
+    asked = house.ask(rule)
+    assert asked.called == finds
+    house.clock.advance(LATENCY)
+    granted = now(asked)
+    assert isinstance(granted, Granted)
+    assert granted.taken == ((128,) if finds else (rule.cost,))
+    house.pass_by(3 * LATENCY)
+    assert bool(house.ready) == finds
 
 
 def test_who_costs_more_has_more_made_ahead_and_who_costs_less_takes_it() -> None:

@@ -16,23 +16,25 @@ from vllmproxy.store.interface import StoreUnavailable
 
 KEYS = ("ab" * 32, "cd" * 32)
 WINDOW = 10.0
-#: Of each key: 70 requests, 70 of the model m, 3000 tokens, 66 at a time. So 2 may be ahead, or 1, or none.
-REQUESTS, TOKENS, PLACES = 70, 3000, 66
+#: Of each key: 70 requests, 70 of the model m, 3000 tokens, 66 at a time, a budget of 9000 tokens. So 2 may be ahead,
+#: or 1, or none.
+REQUESTS, TOKENS, PLACES, BUDGET = 70, 3000, 66, 9000
 
 
 def rules_of(kind: int, cost: int) -> tuple[Rule, ...]:
-    """Return what a request of a kind asks for; the last is as after a change of the limits, for the better."""
+    """Return what a request of a kind asks for; the last but one is as after a change of the limits, for the better."""
     return (
         (requests(REQUESTS), tokens(TOKENS, cost), parallel(PLACES)),
         (requests(REQUESTS), requests(REQUESTS, scope="m"), parallel(PLACES)),
         (parallel(PLACES),),
         (requests(REQUESTS - 2), tokens(TOKENS, cost), parallel(PLACES)),
+        (Rule("budget_tokens", "", BUDGET, cost), parallel(PLACES)),
     )[kind]
 
 
 @define
 class Admitted:
-    """A request that runs, or did. ``used``: tokens, the estimate while it runs."""
+    """A request that runs, or did. ``used``: tokens, the estimate while it runs; ``held``: of the budget."""
 
     key: str
     id: str
@@ -41,6 +43,7 @@ class Admitted:
     used: int
     runs: bool = True
     proxy: int = 0
+    held: int = 0
 
 
 class World:
@@ -77,9 +80,10 @@ class World:
             at = self.clock.seconds() if decision.request_id else self.shared.reserved_at[ask.request_id]
             assert at - self.shared.reserved_at[decision.request_id or ask.request_id] < AHEAD
             cost = sum(rule.cost for rule in ask.rules if rule.kind == "tokens")
-            self.admitted.append(
-                Admitted(ask.key, decision.request_id or ask.request_id, ask.rules, at, cost, proxy=proxy)
-            )
+            pairs = zip(ask.rules, decision.taken, strict=True)
+            held = sum(taken for rule, taken in pairs if rule.kind == "budget_tokens")
+            name = decision.request_id or ask.request_id
+            self.admitted.append(Admitted(ask.key, name, ask.rules, at, cost or held, proxy=proxy, held=held))
 
     def _failed(self, reason: Any) -> None:
         reason.trap(StoreUnavailable)
@@ -93,6 +97,15 @@ class World:
         costs = tuple(admitted.used if rule.kind == "tokens" else None for rule in admitted.rules)
         self.settled.add(admitted.id)
         self.proxies[admitted.proxy].settle(admitted.key, admitted.id, costs)
+        if admitted.held:
+            self.shared.spend(admitted.key, self.spent_of(admitted.key), admitted.held)
+
+    def spent_of(self, key: str) -> int:
+        """Return how many tokens of the budget were used by requests that are over."""
+        return sum(each.used for each in self.admitted if each.key == key and each.held and not each.runs)
+
+    def held_of(self, key: str) -> int:
+        return sum(each.held for each in self.admitted if each.key == key and each.runs)
 
     def used_of(self, key: str) -> dict[tuple[str, str], int]:
         """Return what was let in, and what runs."""
@@ -102,7 +115,7 @@ class World:
                 if rule.kind == "max_parallel_requests":
                     amount = int(each.runs)
                 else:
-                    amount = each.used if rule.kind == "tokens" else 1
+                    amount = {"tokens": each.used, "budget_tokens": 0}.get(rule.kind, 1)
                 if amount:
                     used[rule.kind, rule.scope] = used.get((rule.kind, rule.scope), 0) + amount
         return used
@@ -121,7 +134,11 @@ class World:
                         each for each in inside if any(r.kind == "requests" and r.scope == scope for r in each.rules)
                     ]
                     assert len(limited) <= REQUESTS
-                assert sum(each.used for each in inside) <= TOKENS
+                assert sum(each.used for each in inside if not each.held) <= TOKENS
+
+    def assert_that_no_budget_is_exceeded(self) -> None:
+        for key in KEYS:
+            assert self.spent_of(key) + self.held_of(key) <= self.shared.budget_tokens(key) <= BUDGET
 
     def end(self) -> None:
         """The store is there, all requests end, and nobody asks any more."""
@@ -147,7 +164,7 @@ _ASK = st.tuples(
     st.just("ask"),
     st.integers(0, 2),
     st.sampled_from([KEYS[0], KEYS[0], KEYS[1]]),
-    st.sampled_from([0, 0, 0, 0, 1, 2, 3]),
+    st.sampled_from([0, 0, 0, 0, 1, 2, 3, 4, 4, 4]),
     st.sampled_from([1, 1, 1, 0, 3, 50, 700]),
     st.sampled_from([1, 2, 3, 5, 20, 50]),
     st.sampled_from([3 * LATENCY, LATENCY, 0.0]),
@@ -184,6 +201,7 @@ def follow(steps: list[tuple[Any, ...]], proxies: int, window: float) -> World:
         elif world.shared.under_way:
             getattr(world.shared.under_way[rest[0] % len(world.shared.under_way)], what)()
         world.assert_that_no_place_is_taken_twice()
+        world.assert_that_no_budget_is_exceeded()
     return world
 
 
@@ -199,6 +217,7 @@ def test_what_counts_in_the_end_is_what_requests_took_and_nothing_else(steps: li
     assert world.settled <= set(world.shared.heard)
     for key in KEYS:
         assert world.shared.counted(key) == world.used_of(key)
+        assert world.shared.budget_tokens(key) == world.spent_of(key)
 
 
 @given(st.lists(_STEPS | _LONG, min_size=10, max_size=40), st.integers(1, 3))

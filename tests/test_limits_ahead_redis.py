@@ -9,7 +9,7 @@ import pytest
 import pytest_twisted
 from _asking import CHAT, ask, make_key, until
 from _limits import TOKEN, parallel, requests, tokens
-from _redis import RedisServer
+from _redis import RedisServer, held_tokens
 from _service import Twistd, start_proxy
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults, maybeDeferred
@@ -17,6 +17,7 @@ from twisted.internet.task import deferLater
 
 from vllmproxy.ids import fresh_id
 from vllmproxy.keys.key import hash_key
+from vllmproxy.limits import behind
 from vllmproxy.limits.ahead import Ahead
 from vllmproxy.limits.values import Ask, Denied, Rule
 from vllmproxy.store.interface import StoreUnavailable
@@ -55,6 +56,8 @@ class Askers:
         self.limiters = [Ahead(RedisLimiter(link, reactor, timeout=timeout), reactor) for link in links]
         self._rules = rules
         self.granted = self.denied = self.unavailable = self.ahead = self.most = self._running = 0
+        #: What those that were let in hold of a budget: nobody adds their usage.
+        self.held = 0
 
     async def _ask(self, number: int, times: int) -> None:
         limiter = self.limiters[number % len(self.limiters)]
@@ -70,11 +73,14 @@ class Askers:
                 continue
             self.granted += 1
             self.ahead += bool(decision.request_id)
+            pairs = zip(self._rules, decision.taken, strict=True)
+            self.held += sum(taken for rule, taken in pairs if rule.kind == "budget_tokens")
             self._running += 1
             self.most = max(self.most, self._running)
             await deferLater(reactor, 0.002)
             self._running -= 1
-            limiter.settle(TOKEN, decision.request_id or asked.request_id, (None, 3, None))
+            costs = tuple(3 if rule.kind == "tokens" else None for rule in self._rules)
+            limiter.settle(TOKEN, decision.request_id or asked.request_id, costs)
 
     async def ask(self, askers: int, times: int) -> None:
         await gatherResults([Deferred.fromCoroutine(self._ask(number, times)) for number in range(askers)])
@@ -89,6 +95,42 @@ async def test_what_counts_in_the_end_is_what_was_used(server: RedisServer, link
     await quiet(server, (12 * 60, 3 * 12 * 60, 0))
     for limiter in askers.limiters:
         await limiter.finish()
+        assert limiter._stocks == {}
+
+
+@pytest.mark.parametrize("limit", [10**8, 12 * 60 * 100])
+@pytest_twisted.ensureDeferred
+async def test_a_budget_holds_what_was_let_in_and_nothing_for_nobody(
+    server: RedisServer, links: list[Link], limit: int
+) -> None:
+    rules = requests(10**6), Rule("budget_tokens", "", limit, 100), parallel(10**5)
+    askers = Askers(links, *rules)
+    await askers.ask(12, 60)
+    assert askers.ahead > 50
+    assert bool(askers.denied) is (limit < 10**8)  # some hold 128
+    for limiter in askers.limiters:
+        await limiter.finish()
+    assert held_tokens(server, TOKEN) == askers.held <= limit
+    assert counted(server)[2] == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_was_ahead_of_a_budget_is_given_back_after_an_outage_however_long(
+    server: RedisServer, links: list[Link], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(behind, "MATTERS", 0.5)  # seconds, for all else
+    askers = Askers(links, Rule("budget_tokens", "", 10**8, 100), timeout=0.2)
+    await askers.ask(8, 40)
+    server.stall()
+    try:
+        await deferLater(reactor, 3)
+    finally:
+        server.resume()
+    give_up = time.monotonic() + HUNG
+    while held_tokens(server, TOKEN) != askers.held:
+        assert time.monotonic() < give_up
+        await deferLater(reactor, 0.02)
+    for limiter in askers.limiters:
         assert limiter._stocks == {}
 
 

@@ -10,7 +10,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent
 
 from vllmproxy.limits import behind
-from vllmproxy.limits.behind import _MOST_KEPT, _TOGETHER, MATTERS, PAUSE, RETRY, Behind
+from vllmproxy.limits.behind import _MOST_KEPT, _TOGETHER, HELD, MATTERS, PAUSE, RETRY, Behind
 from vllmproxy.limits.values import Ask
 
 OTHER = "cd" * 32
@@ -176,6 +176,25 @@ def test_what_no_longer_matters_is_forgotten() -> None:
     house.pass_by(2 * RETRY)
     assert house.shared.heard == ["new"]
     house.pass_by(2 * RETRY)
+    house.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(("hours", "matters"), [(23, True), (25, False)])
+def test_that_all_is_given_back_matters_for_a_day(hours: int, matters: bool) -> None:
+    """A budget holds it for so long."""
+    assert HELD == 24 * 3600
+    house = House()
+    house.shared.mode = "away"
+    house.settle("used")
+    for cost in (0, 1):
+        house.behind.settle(TOKEN, f"cost-{cost}", (cost, cost), prompt=False)
+    for _ in range(hours * 60):
+        house.clock.advance(60)
+    house.shared.mode = "up"
+    house.clock.advance(60)
+    house.clock.advance(60)
+    assert house.shared.heard == (["cost-0"] if matters else [])
+    house.clock.advance(60)
     house.assert_nothing_is_left()
 
 

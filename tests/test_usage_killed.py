@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from _asking import CHAT, Reply, ask, make_key, until
 from _load import PRICES, Crowd, Key, check_sums, executed, usage
-from _redis import redis_server
+from _redis import RedisServer, held_tokens, redis_server
 from _service import Twistd, start_proxy
 
 BUDGET = 2000
@@ -21,8 +21,9 @@ class House:
     :ivar running: by the name of their own directory.
     """
 
-    def __init__(self, sim: Twistd, directory: Path, store: str) -> None:
+    def __init__(self, sim: Twistd, directory: Path, redis: RedisServer, store: str) -> None:
         self._directory = directory
+        self.redis = redis
         self._store = store
         self.state = directory / "state"
         self.running: dict[str, Twistd] = {}
@@ -61,7 +62,8 @@ class House:
 @pytest.fixture(params=["sqlite", "redis"])
 def house(request: pytest.FixtureRequest, sim: Twistd, tmp_path: Path) -> Iterator[House]:
     with redis_server() as redis:
-        made = House(sim, tmp_path, redis.url if request.param == "redis" else f"sqlite:{tmp_path / 'keys.sqlite'}")
+        store = redis.url if request.param == "redis" else f"sqlite:{tmp_path / 'keys.sqlite'}"
+        made = House(sim, tmp_path, redis, store)
         yield made
         made.stop()
 
@@ -146,6 +148,29 @@ def test_what_a_killed_proxy_held_of_a_budget_is_spent_or_let_go_of(house: House
     assert ask_for(service, key.secret, left + 1).status == 422
     assert ask_for(service, key.secret, left).status == 200
     wire.close()
+
+
+@pytest.mark.parametrize("house", ["redis"], indirect=True)
+def test_what_a_killed_proxy_had_ahead_of_a_budget_is_little_and_comes_back(house: House) -> None:
+    """Nobody lets go of it, and it is held no more when the next day is over."""
+    service, limit, lost = house.start(), 10**7, 0
+    made = make_key(service, max_budget_tokens=limit)
+    key = Key(made["key"], True)
+    crowd = Crowd([key])
+    for _ in range(20):
+        enough = crowd.whole + 100
+        with crowd.asking(service, clients=8):
+            until(lambda enough=enough: crowd.whole >= enough, 60)  # type: ignore[misc]
+            house.kill()
+        service = house.settle()
+        lost = held_tokens(house.redis, made["token"])
+        if lost:
+            break
+    assert 0 < lost <= limit // 32
+    check_sums(service, house.sim, crowd)
+    house.redis.command("HINCRBY", f"vllmproxy:{{{made['token']}}}:budget", "day", "-2")
+    assert ask_for(service, key.secret, 100).status == 200
+    until(lambda: held_tokens(house.redis, made["token"]) == 0)
 
 
 @pytest.mark.parametrize("house", ["sqlite"], indirect=True)

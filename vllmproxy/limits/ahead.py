@@ -31,6 +31,8 @@ MOST: Final = 32
 _FILLING: Final = 0.005
 #: They take no more than this part of what is left, and there are none where less than half of a limit is left.
 _PART: Final = 32
+#: What one request takes more of than another, as it is expected to use more.
+_GUESSED: Final = BUDGETS | {"tokens"}
 
 
 class Ahead:
@@ -96,8 +98,7 @@ class Ahead:
             return self._ask(ask, again=False) if again and helps else decision
         if stock is None or not stock.is_for(ask.rules):
             self._drop(ask.key)
-            # A budget is not held for nobody, nor anything when nobody will give it back.
-            if not self._closed and all(rule.kind not in BUDGETS for rule in ask.rules):
+            if not self._closed:  # nobody would give it back
                 self._stocks[ask.key] = _Stock(ask.rules, stock)
                 self._untouched.set(ask.key)
         else:
@@ -196,6 +197,7 @@ class _Stock:
                 or theirs.limit != ours.limit
                 or theirs.kind != ours.kind
                 or theirs.scope != ours.scope
+                or theirs.period != ours.period
             ):
                 return False
         return True
@@ -243,7 +245,7 @@ class _Stock:
 
 
 def _rounded(rule: Rule) -> Rule:
-    if rule.kind != "tokens" or not rule.cost:
+    if rule.kind not in _GUESSED or not rule.cost:
         return rule
     return evolve(rule, cost=min(1 << (rule.cost - 1).bit_length(), MAX_AMOUNT), least=None)
 
@@ -253,8 +255,8 @@ def _next_to_nothing(rule: Rule) -> int:
     return rule.limit // 1024
 
 
-def _limits(rules: tuple[Rule, ...]) -> list[tuple[str, str, int]]:
-    return [(rule.kind, rule.scope, rule.limit) for rule in rules]
+def _limits(rules: tuple[Rule, ...]) -> list[tuple[str, str, int, int]]:
+    return [(rule.kind, rule.scope, rule.limit, rule.period) for rule in rules]
 
 
 def _failed(reason: Failure) -> None:

@@ -22,6 +22,8 @@ PAUSE: Final = 0.01
 #: Seconds between tries while the store is away, for how long it matters, and how many calls are kept.
 RETRY: Final = 1.0
 MATTERS: Final = 60.0
+#: Seconds for which it matters that all is given back: for so long at least a budget holds what nobody lets go of.
+HELD: Final = 86_400.0
 _MOST_KEPT: Final = 10_000
 #: Calls that may be under way before what is prompt waits for one of them: who was given a place back here may ask for
 #: one elsewhere.
@@ -34,9 +36,9 @@ class Shared(Protocol):
     """What a :class:`~vllmproxy.limits.interface.Limiter` asks that others ask as well.
 
     Its Deferreds end within their own deadline, and may fail with :class:`~vllmproxy.store.interface.StoreUnavailable`.
-    Then nothing was taken, or it was given back, or, if the store cannot be told so for a minute, it leaves by itself:
-    amounts when the window has passed, leases when theirs has, and what is held of a budget after the next day (UTC), or
-    when its period is over.
+    Then nothing was taken, or it was given back, or, if the store cannot be told so, it leaves by itself: amounts when
+    the window has passed, leases when theirs has, and what is held of a budget after the next day (UTC), or when its
+    period is over.
     """
 
     def reserve(self, ask: Ask) -> Granted | Denied | Deferred[Granted | Denied]:
@@ -71,7 +73,7 @@ class Behind:
         self._is_hasty = False
         self._pause: IDelayedCall | None = None
         self._telling: set[Deferred[None]] = set()
-        #: What could not be told, and until when it matters.
+        #: What could not be told, and since when that is tried.
         self._kept: list[tuple[Sequence[Settlement], float]] = []
         self._retrying = LoopingCall(self._retry)
         self._retrying.clock = clock
@@ -115,32 +117,40 @@ class Behind:
         self._keys.clear()
         self._is_hasty = False
         while due:
-            self._tell(due[:_TOGETHER], self._clock.seconds() + MATTERS)
+            self._tell(due[:_TOGETHER], self._clock.seconds())
             due = due[_TOGETHER:]
 
-    def _tell(self, settlements: Sequence[Settlement], until: float) -> None:
+    def _tell(self, settlements: Sequence[Settlement], since: float) -> None:
         told = self._limiter.settle_all(settlements)
         self._telling.add(told)
-        told.addCallbacks(self._told, self._not_told, (told,), errbackArgs=(told, settlements, until))
+        told.addCallbacks(self._told, self._not_told, (told,), errbackArgs=(told, settlements, since))
 
     def _told(self, _: None, told: Deferred[None]) -> None:
         self._telling.discard(told)
         if self._is_hasty and len(self._telling) < _AT_A_TIME:
             self._tell_all()
 
-    def _not_told(self, reason: Failure, told: Deferred[None], settlements: Sequence[Settlement], until: float) -> None:
+    def _not_told(self, reason: Failure, told: Deferred[None], settlements: Sequence[Settlement], since: float) -> None:
         """The store is away: tell it again soon, as long as it matters. Only the first time counts."""
         self._told(None, told)
         if reason.check(StoreUnavailable) is None:
             _log.failure("Settling reservations failed", reason)
-        elif not self._closed and len(self._kept) < _MOST_KEPT and until > self._clock.seconds():
-            self._kept.append((settlements, until))
+            return
+        age = self._clock.seconds() - since
+        if age >= MATTERS:
+            settlements = [each for each in settlements if _gives_all_back(each)]
+        if settlements and age < HELD and not self._closed and len(self._kept) < _MOST_KEPT:
+            self._kept.append((settlements, since))
             if not self._retrying.running:
                 self._retrying.start(RETRY, now=False)
 
     def _retry(self) -> None:
         kept, self._kept = self._kept, []
-        for settlements, until in kept:
-            self._tell(settlements, until)
+        for settlements, since in kept:
+            self._tell(settlements, since)
         if not kept:
             self._retrying.stop()
+
+
+def _gives_all_back(settlement: Settlement) -> bool:
+    return all(cost == 0 for cost in settlement[2])

@@ -13,8 +13,8 @@ class Limiter(Protocol):
 
     A method that returns a Deferred ends within its own deadline, and may fail with
     :class:`~vllmproxy.store.interface.StoreUnavailable`. Then nothing was taken, or it was given back, or, if Redis
-    cannot be told so for a minute, it leaves by itself: amounts when the window has passed, leases when theirs has, and
-    what is held of a budget after the next day (UTC), or when its period is over.
+    cannot be told so, it leaves by itself: amounts when the window has passed, leases when theirs has, and what is held
+    of a budget after the next day (UTC), or when its period is over.
     """
 
     def reserve(self, ask: Ask) -> Granted | Denied | Deferred[Granted | Denied]:

@@ -8,8 +8,9 @@ so that buckets leave in their order. Places are a sorted set of request ids by 
 hash: ``period``, ``spend`` and ``tokens``, and what requests under way hold of it since ``day``, days since the epoch,
 ``heldP`` and ``held_tokensP``, P being that day's number modulo 2, and since the day before it, with the other P. What
 was held before that is held no more: it was lost with a proxy. A reservation is what was taken for one request, empty
-once it is settled; only the proxy that made it reads it. All times are microseconds. What every script begins with is
-said in :mod:`vllmproxy.store.scripts`.
+once it is settled; only the proxy that made it reads it, and one that holds of a budget is kept for a day, so that it
+can be given back that late. All times are microseconds. What every script begins with is said in
+:mod:`vllmproxy.store.scripts`.
 
 Numbers go to Redis as text: it would write those of Lua with 17 digits, which takes longer than many a command.
 """
@@ -128,7 +129,7 @@ _ACCOUNT = """
 local spent = {budget = 'spend', budget_tokens = 'tokens'}
 local holds = {budget = 'held', budget_tokens = 'held_tokens'}
 local held_earlier = {budget = 'earlier', budget_tokens = 'earlier_tokens'}
-local accounts, today = {}, math.floor(now / 86400000000)
+local accounts, today, day_long = {}, math.floor(now / 86400000000), '86400000'
 
 local function account_of(name, period)
   local account = accounts[name]
@@ -204,7 +205,7 @@ local function reserve(from, id, rules)
     return {0, refusing - 1, longest, 0, left}
   end
 
-  local taken, answer = {}, {1}
+  local taken, answer, remembered = {}, {1}, kept
   for place = 1, count do
     local name, at, bucket = KEYS[from + 1 + place], 5 * place - 4, false
     local kind, left, period = rules[at], rules[at + 1] - used[place], rules[at + 3]
@@ -213,6 +214,7 @@ local function reserve(from, id, rules)
       local account = accounts[name]
       if account.period == period then account[holds[kind]] = account[holds[kind]] + cost end
       account.is_changed, bucket = true, holds[kind] .. account.day % 2
+      remembered = day_long
     elseif kind == 'max_parallel_requests' then
       local held = places[name]
       held.count = held.count + 1
@@ -233,7 +235,7 @@ local function reserve(from, id, rules)
     answer[place + 1] = math.max(0, left - cost)
     answer[place + 1 + count] = cost
   end
-  call('SET', KEYS[from + 1], cmsgpack.pack(taken), 'PX', kept)
+  call('SET', KEYS[from + 1], cmsgpack.pack(taken), 'PX', remembered)
   return answer
 end
 """

@@ -21,7 +21,8 @@ from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 from txredisapi import RedisError
 
-from vllmproxy.limits.behind import Settlement
+from vllmproxy.limits.accounts import has_budget
+from vllmproxy.limits.behind import HELD, Settlement
 from vllmproxy.limits.spans import Spans, micros
 from vllmproxy.limits.values import BUDGETS, BUSY_RETRY_AFTER, MAX_AMOUNT, Ask, Denied, DuplicateRequest, Granted, Rule
 from vllmproxy.limits.window import bucket_width
@@ -167,7 +168,7 @@ class RedisLimiter:
 
     async def _give_back(self, ask: Ask) -> None:
         """Say that it is not wanted, as long as Redis remembers it."""
-        until = self._clock.seconds() + self._spans.kept / 1e6
+        until = self._clock.seconds() + (HELD if has_budget(ask) else self._spans.kept / 1e6)
         while not self._closed and self._clock.seconds() < until:
             try:
                 await self.settle_all([_nothing_used(ask)])
