@@ -71,8 +71,8 @@ STREAM = HEAD + b"content-type: text/event-stream; charset=utf-8\r\ntransfer-enc
 #: What Redis answers a call, and in it each reservation, by how many limits that is for.
 DONE = b":1\r\n:1700000000000000\r\n"
 GRANTED = {
-    3: b"*7\r\n:1\r\n:99999999\r\n:999999999970\r\n:99999\r\n:1\r\n:30\r\n:1\r\n",
-    4: b"*9\r\n:1\r\n:99999999\r\n:999999999970\r\n:99999\r\n:999999999970\r\n:1\r\n:30\r\n:1\r\n:30\r\n",
+    3: b"*7\r\n:%d\r\n:99999999\r\n:999999999970\r\n:99999\r\n:1\r\n:30\r\n:1\r\n",
+    4: b"*9\r\n:%d\r\n:99999999\r\n:999999999970\r\n:99999\r\n:999999999970\r\n:1\r\n:30\r\n:1\r\n:30\r\n",
 }
 #: What a reservation is known by.
 RESERVING = {RESERVE.encode(), sha1(RESERVE.encode()).hexdigest().encode()}
@@ -147,9 +147,9 @@ class Bench:
         while words := commands.gets():
             assert self._redis is not None
             _, script, count, *rest = words
-            granted = len(rest[int(count) + 7 :]) // 2 if script in RESERVING else 0
-            limits = int(count) // granted - 2 if granted else 0
-            self._redis.receive(b"*%d\r\n" % (granted + 2) + DONE + GRANTED.get(limits, b"") * granted)
+            units = rest[int(count) + 8 :: 3] if script in RESERVING else []
+            granted = [GRANTED[int(count) // len(units) - 2] % max(int(number), 1) for number in units]
+            self._redis.receive(b"*%d\r\n" % (len(granted) + 2) + DONE + b"".join(granted))
 
     def close(self) -> None:
         os.close(self._sink)

@@ -1,5 +1,6 @@
 """The Redis limiter in real time: shared, stopped, killed, cancelled, late; and what it leaves behind."""
 
+import random
 import re
 import time
 from collections.abc import Callable
@@ -65,6 +66,16 @@ def left_behind(server: RedisServer) -> dict[str, int]:
     assert "vllmproxy:schema" in names
     names.remove("vllmproxy:schema")
     return {name: int(server.command("PTTL", name)[1:]) for name in names}
+
+
+def ids(count: int, of: str = "some") -> list[str]:
+    """Return the ids of so many that are reserved ahead together."""
+    return [f"{of}:{number}" for number in range(count)]
+
+
+def is_settled(server: RedisServer, reservation: str, unit: str = "") -> bool:
+    """Tell whether Redis knows a reservation, and as settled."""
+    return server.command("HGET", f"vllmproxy:{{{TOKEN}}}:request:{reservation}", f"u{unit}") == b"$0\r\n\r\n"
 
 
 def runs_of(server: RedisServer) -> int:
@@ -174,7 +185,7 @@ async def test_what_was_taken_unheard_is_given_back(server: RedisServer, links: 
     await unheard(server, links[0], lambda: limiter.reserve(ask("unheard")))
     assert await eventually(limiter, "after") == FIRST
     # It did run: its id is known, as settled.
-    assert server.command("GET", f"vllmproxy:{{{TOKEN}}}:request:unheard") == b"$0\r\n\r\n"
+    assert is_settled(server, "unheard")
 
 
 @pytest_twisted.ensureDeferred
@@ -212,7 +223,7 @@ async def test_a_cancelled_reservation_is_given_back(server: RedisServer, links:
             await call
     await (await links[0].get()).ping()  # whatever text of a script had to be sent first has been sent
     assert await limiter.reserve(ask("next")) == FIRST
-    assert server.command("GET", f"vllmproxy:{{{TOKEN}}}:request:gone-0") == b"$0\r\n\r\n"
+    assert is_settled(server, "gone-0")
 
 
 @pytest_twisted.ensureDeferred
@@ -220,21 +231,21 @@ async def test_a_late_script_does_nothing(server: RedisServer, links: list[Link]
     limiter = RedisLimiter(links[0], reactor)
     await limiter.reserve(ask("one"))
     wire = await links[0].get()
-    before = server.command("GET", f"vllmproxy:{{{TOKEN}}}:request:one")
     name = f"vllmproxy:{{{TOKEN}}}:request:one"
     late = round((time.time() - 0.001) * 1e6)
+    before = server.command("HGETALL", name)
     lengths, rules = [60_000_000, 476_191, 45_000_000, 1_000_000, 61_000], '["requests",10,1,0,1]'
     calls = [
-        (RESERVE, ["clock", "fresh", "counter"], [late, *lengths, "fresh", rules]),
-        (SETTLE, [name], [late, 5000, "one", "0 0"]),
-        (RENEW, ["clock", name], [late, 45_000_000, 61_000, "one"]),
+        (RESERVE, ["clock", "fresh", "counter"], [late, *lengths, 0, "fresh", 0, rules]),
+        (SETTLE, [name], [late, 5000, "one", 1, "", "0 0"]),
+        (RENEW, ["clock", name], [late, 45_000_000, 61_000, "one", ""]),
     ]
     for script, names, arguments in calls:
         what, told = await wire.eval(script, names, arguments)
         assert what == LATE
         assert abs(told / 1e6 - time.time()) < HUNG
     assert server.command("EXISTS", "clock", "fresh", "counter") == b":0\r\n"
-    assert server.command("GET", name) == before
+    assert server.command("HGETALL", name) == before
     assert await limiter.reserve(ask("two")) == Granted((8, 800, 8))
 
 
@@ -438,9 +449,9 @@ async def test_what_is_reserved_ahead_counts_from_when_its_requests_may_come(
         bench = RedisBench(server, links[0])
         limiter = bench.limiter
         assert isinstance(limiter, RedisLimiter)
-        made = await limiter.reserve_ahead(TOKEN, (requests(4), parallel(9)), ["a", "b"], 0.5)
+        made = await limiter.reserve_ahead(TOKEN, (requests(4), parallel(9)), ids(2), 0.5)
         assert made == [Granted((3, 8)), Granted((2, 7))]
-        assert [each.request_id for each in made] == ["a", "b"]
+        assert [each.request_id for each in made] == ids(2)
         bench.advance(0.1)
         assert await bench.reserve(requests(4)) == Granted((1,))  # which does not make that bucket leave sooner
         bench.advance(0.8)
@@ -459,17 +470,59 @@ async def test_what_is_reserved_ahead_counts_from_when_its_requests_may_come(
 @pytest_twisted.ensureDeferred
 async def test_of_what_is_reserved_ahead_some_may_be_granted(links: list[Link]) -> None:
     limiter = RedisLimiter(links[0], reactor)
-    made = await limiter.reserve_ahead(TOKEN, (requests(3),), ["a", "b", "c", "d"], 0.5)
-    assert [each.request_id for each in made] == ["a", "b", "c"]
-    await limiter.settle_all([(TOKEN, id, (0,)) for id in "abc"])
+    made = await limiter.reserve_ahead(TOKEN, (requests(3),), ids(4), 0.5)
+    assert [each.request_id for each in made] == ids(3)
+    await limiter.settle_all([(TOKEN, id, (0,)) for id in ids(3)])
     assert await limiter.reserve(ask("one", requests(3))) == Granted((2,))
+
+
+@pytest_twisted.ensureDeferred
+async def test_each_of_what_is_reserved_ahead_is_settled_once_and_for_itself(
+    server: RedisServer, links: list[Link]
+) -> None:
+    limiter = RedisLimiter(links[0], reactor)
+    one, two, three = await limiter.reserve_ahead(TOKEN, (tokens(1000, 100), parallel(9)), ids(3), 0.5)
+    assert (one.taken, three.taken) == ((100, 1), (100, 1))
+    for _ in range(2):
+        await limiter.settle_all([(TOKEN, one.request_id, (7, 0)), (TOKEN, one.request_id, (0, 0))])
+        await limiter.settle_all([(TOKEN, three.request_id, (130, 0)), (TOKEN, "some:9", (0, 0)), (TOKEN, "some", ())])
+    assert await limiter.reserve(ask("between", tokens(1000, 1), parallel(9))) == Granted((1000 - 237 - 1, 7))
+    assert int(server.command("PTTL", f"vllmproxy:{{{TOKEN}}}:request:some")[1:]) > 60_000 - HUNG * 1000
+    assert await limiter.renew(TOKEN, [each.request_id for each in (one, two, three)]) == ["some:0", "some:2"]
+    await limiter.settle_all([(TOKEN, two.request_id, (None, None))])
+    assert await limiter.reserve(ask("after", tokens(1000, 1), parallel(9))) == Granted((1000 - 237 - 2, 7))
+    assert 0 < int(server.command("PTTL", f"vllmproxy:{{{TOKEN}}}:request:some")[1:]) <= 5000
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest_twisted.ensureDeferred
+async def test_several_alike_are_decided_as_one_after_the_other(links: list[Link], seed: int) -> None:
+    choose, limiter, alone = random.Random(seed), RedisLimiter(links[0], reactor), MemoryLimiter(Clock())
+    alone.accounts.open(TOKEN, Account())
+    running: list[tuple[str, int]] = []
+    for round in range(12):
+        cost = choose.choice([1, 7, 30, 0])
+        some = requests(40), tokens(900, cost), Rule("budget_tokens", "", 800, cost), parallel(20, "m")
+        rules = tuple(choose.sample(some, choose.randint(1, 4)))
+        wanted = ids(choose.choice([1, 2, 5, 16]), f"r{round}")
+        made = await limiter.reserve_ahead(TOKEN, rules, wanted, 0.0)
+        expected = [alone.reserve_now(Ask(TOKEN, id, rules)) for id in wanted]
+        granted = [each for each in expected if isinstance(each, Granted)]
+        assert [(each.remaining, each.taken) for each in made] == [(each.remaining, each.taken) for each in granted]
+        running += [(each.request_id, len(rules)) for each in made]
+        choose.shuffle(running)
+        ended, running = running[:4], running[4:]
+        settled = [(TOKEN, id, tuple(choose.choice([None, 0, 3, 50]) for _ in range(count))) for id, count in ended]
+        await limiter.settle_all(settled)
+        for each in settled:
+            alone.settle(*each)
 
 
 @pytest_twisted.ensureDeferred
 async def test_what_was_reserved_ahead_unheard_is_given_back(server: RedisServer, links: list[Link]) -> None:
     limiter = RedisLimiter(links[0], reactor)
     await limiter.settle_all([(TOKEN, "unknown", ())])
-    await unheard(server, links[0], lambda: limiter.reserve_ahead(TOKEN, RULES, ["a", "b"], 0.5))
+    await unheard(server, links[0], lambda: limiter.reserve_ahead(TOKEN, RULES, ids(2), 0.5))
     assert await eventually(limiter, "after") == FIRST
-    for id in ("a", "b"):
-        assert server.command("GET", f"vllmproxy:{{{TOKEN}}}:request:{id}") == b"$0\r\n\r\n"
+    assert is_settled(server, "some", unit="0")
+    assert is_settled(server, "some", unit="1")

@@ -125,7 +125,8 @@ class Ahead:
         if missing <= 0:  # little is left by now
             return
         self._untouched.set(key)
-        ids = [fresh_id().decode("ascii") for _ in range(missing)]
+        one = fresh_id().decode("ascii")
+        ids = [f"{one}:{number}" for number in range(missing)]
         stock.asked += missing
         asked = self._limiter.reserve_ahead(key, stock.rules, ids, AHEAD)
         self._asking[asked] = key, stock, missing, now

@@ -48,7 +48,10 @@ class Shared(Protocol):
         self, key: str, rules: tuple[Rule, ...], request_ids: Sequence[str], ahead: float
     ) -> Deferred[list[Granted]]:
         """Take the same for each of several requests that may come within ``ahead`` seconds: what is taken counts so
-        much longer. Return what was granted."""
+        much longer. Return what was granted.
+
+        :param request_ids: ``ID:0``, ``ID:1`` … of one new ID. No other request's id has a colon.
+        """
 
     def settle_all(self, settlements: Sequence[Settlement]) -> Deferred[None]:
         """Say what requests did cost, each as :meth:`~vllmproxy.limits.interface.Limiter.settle` does."""

@@ -7,21 +7,19 @@ later is taken when the last of them may come; ``latest`` is that time, and what
 so that buckets leave in their order. Places are a sorted set of request ids by the end of their lease. An account is a
 hash: ``period``, ``spend`` and ``tokens``, and what requests under way hold of it since ``day``, days since the epoch,
 ``heldP`` and ``held_tokensP``, P being that day's number modulo 2, and since the day before it, with the other P. What
-was held before that is held no more: it was lost with a proxy. A reservation is what was taken for one request, empty
-once it is settled; only the proxy that made it reads it, and one that holds of a budget is kept for a day, so that it
-can be given back that late. All times are microseconds. What every script begins with is said in
-:mod:`vllmproxy.store.scripts`.
-
-Numbers go to Redis as text: it would write those of Lua with 17 digits, which takes longer than many a command.
+was held before that is held no more: it was lost with a proxy. A reservation is a hash: ``taken``, what was taken for
+a request, or for each of several that are alike, ``units``, how many these are (0: it is one request's), and ``uN``
+once unit N is settled, or ``u``; only the proxy that made it reads it, and one that holds of a budget is kept for a
+day, so that it can be given back that late. A request's id is the reservation's, and that of one of several ``ID:N``.
+All times are microseconds. What every script begins with is said in :mod:`vllmproxy.store.scripts`.
 """
 
 from typing import Final
 
 from vllmproxy.store.scripts import PUNCTUAL
 
-#: What happened: DUPLICATE is nothing, as are REFUSED and LATE.
+#: What happened to a reservation: nothing; else for how many it was granted.
 REFUSED: Final = 0
-GRANTED: Final = 1
 DUPLICATE: Final = -2
 
 # See vllmproxy.limits.steady. 'steady' is what everything but the answer goes by. Nearly always the clock has gone on
@@ -175,7 +173,9 @@ end
 _ONE = """
 local places = {}
 
-local function reserve(from, id, rules)
+local function reserve(from, id, units, rules)
+  local one_of = units > 0
+  units = math.max(units, 1)
   if call('EXISTS', KEYS[from + 1]) == 1 then return {-2} end
   local clock = clock_of(KEYS[from])
   local count, used, longest, refusing = #rules / 5, {}, 0, nil
@@ -205,46 +205,56 @@ local function reserve(from, id, rules)
     return {0, refusing - 1, longest, 0, left}
   end
 
-  local taken, answer, remembered = {}, {1}, kept
+  for place = 1, units > 1 and count or 0 do
+    local limit, cost = rules[5 * place - 3], rules[5 * place - 2]
+    if cost > 0 then units = math.min(units, math.floor((limit - used[place]) / cost)) end
+  end
+
+  local taken, answer, remembered = {}, {units}, kept
   for place = 1, count do
     local name, at, bucket = KEYS[from + 1 + place], 5 * place - 4, false
     local kind, left, period = rules[at], rules[at + 1] - used[place], rules[at + 3]
     local cost = math.min(rules[at + 2], math.max(left, rules[at + 4]))
+    local all = units * cost
     if holds[kind] then
       local account = accounts[name]
-      if account.period == period then account[holds[kind]] = account[holds[kind]] + cost end
+      if account.period == period then account[holds[kind]] = account[holds[kind]] + all end
       account.is_changed, bucket = true, holds[kind] .. account.day % 2
       remembered = day_long
     elseif kind == 'max_parallel_requests' then
       local held = places[name]
-      held.count = held.count + 1
-      held[#held + 1] = ends_text
-      held[#held + 1] = id
+      held.count = held.count + units
+      for unit = 1, units do
+        held[#held + 1] = ends_text
+        held[#held + 1] = one_of and id .. ':' .. unit - 1 or id
+      end
     else
       local window = windows[name]
       if window.head > window.tail or steady >= window.start + width then
         window.tail, window.start, window.is_begun = window.tail + 1, steady, true
       end
-      window.total, window.added = window.total + cost, (window.added or 0) + cost
+      window.total, window.added = window.total + all, (window.added or 0) + all
       bucket = window.tail
     end
     taken[4 * place - 3] = name
     taken[4 * place - 2] = bucket
     taken[4 * place - 1] = cost
     taken[4 * place] = period
-    answer[place + 1] = math.max(0, left - cost)
+    answer[place + 1] = math.max(0, left - all)
     answer[place + 1 + count] = cost
   end
-  call('SET', KEYS[from + 1], cmsgpack.pack(taken), 'PX', remembered)
+  call('HSET', KEYS[from + 1], 'taken', cmsgpack.pack(taken), 'units', one_of and units or 0)
+  call('PEXPIRE', KEYS[from + 1], remembered)
   return answer
 end
 """
 
 #: Requests, in order. KEYS: of each its key's clock, the reservation and each rule's counter. ARGV: not after; the
 #: lengths of window, bucket, lease and pause; milliseconds to keep things; how much later the requests may come; of
-#: each its id, and as one list in JSON of each of its rules the kind, limit, cost, period and the least that will do.
-#: Answers GRANTED, now, and of each request: GRANTED, what remains of each rule, what was taken of each; or REFUSED,
-#: which rule (from 0), wait, 1 if that is for ever, what is left of it; or DUPLICATE.
+#: each its id, how many are alike (0: it is one, without a unit), and as one list in JSON of each of its rules the
+#: kind, limit, cost, period and the least that will do. Answers 1, now, and of each: for how many it was granted (what
+#: fits), what remains of each rule after all of these, what was taken of each for one; or REFUSED, which rule (from
+#: 0), wait, 1 if that is for ever, what is left of it; or DUPLICATE.
 RESERVE: Final = (
     PUNCTUAL
     + """
@@ -258,9 +268,9 @@ local kept, ahead = ARGV[6], tonumber(ARGV[7])
     + _ONE
     + """
 local answers, from = {1, now}, 1
-for place = 8, #ARGV, 2 do
-  local rules = cjson.decode(ARGV[place + 1])
-  answers[#answers + 1] = reserve(from, ARGV[place], rules)
+for place = 8, #ARGV, 3 do
+  local rules = cjson.decode(ARGV[place + 2])
+  answers[#answers + 1] = reserve(from, ARGV[place], tonumber(ARGV[place + 1]), rules)
   from = from + 2 + #rules / 5
 end
 for name, window in pairs(windows) do
@@ -279,50 +289,85 @@ return answers
 """
 )
 
-#: KEYS: the reservations. ARGV: not after, milliseconds to remember that one is settled; of each its request id, and in
-#: one text of each rule what was used, or ``-`` where all was.
+#: KEYS: the reservations. ARGV: not after, milliseconds to remember that one is settled; of each its id, how many of
+#: its units, and of each of these its number (empty where it is one request's), and in one text of each rule what was
+#: used, or ``-`` where all was.
 SETTLE: Final = (
     PUNCTUAL
     + """
 local call, format = redis.call, string.format
+local changes, ended = {}, {}
 
-local function settle(reservation, id, text)
-  local taken = call('GET', reservation)
-  if not taken or taken == '' then return end
-  call('SET', reservation, '', 'PX', ARGV[2])
+local function add(to, name, bucket, change)
+  to[name] = to[name] or {}
+  to[name][bucket] = (to[name][bucket] or 0) + change
+end
+
+local function let_go(account, field, change, period)
+  if tonumber(call('HGET', account, 'period') or -1) ~= period then return end
+  -- An account that was set to nothing meanwhile holds nothing either.
+  if call('HINCRBY', account, field, format('%d', change)) < 0 then call('HSET', account, field, '0') end
+end
+
+local function settle(request, taken, text)
   local words = string.gmatch(text, '%S+')
-  taken = cmsgpack.unpack(taken)
   for at = 1, #taken, 4 do
     local name, bucket, cost = taken[at], taken[at + 1], taken[at + 2]
     local change = (tonumber(words() or '') or cost) - cost
     if not bucket then
-      call('ZREM', name, id)
+      ended[name] = ended[name] or {}
+      table.insert(ended[name], request)
     elseif change == 0 then
       -- It was as expected.
     elseif type(bucket) == 'string' then
-      if tonumber(call('HGET', name, 'period') or -1) == taken[at + 3] then
-        -- An account that was set to nothing meanwhile holds nothing either.
-        if call('HINCRBY', name, bucket, format('%d', change)) < 0 then call('HSET', name, bucket, '0') end
-      end
+      let_go(name, bucket, change, taken[at + 3])
     else
-      local field, by = format('a%d', bucket), format('%d', change)
-      -- One that is nothing but the change may have left; then it is not to come back.
-      if call('HINCRBY', name, field, by) == change
-         and call('HEXISTS', name, format('t%d', bucket)) == 0 then
-        call('HDEL', name, field)
-      else
-        call('HINCRBY', name, 'total', by)
-      end
+      add(changes, name, bucket, change)
     end
   end
 end
-for place, reservation in ipairs(KEYS) do settle(reservation, ARGV[2 * place + 1], ARGV[2 * place + 2]) end
+
+local place = 3
+for _, reservation in ipairs(KEYS) do
+  local id, count, asked, settled, written = ARGV[place], tonumber(ARGV[place + 1]), {'taken', 'units'}, {}, {}
+  for at = place + 2, place + 2 * count, 2 do asked[#asked + 1] = 'u' .. ARGV[at] end
+  local found = call('HMGET', reservation, unpack(asked))
+  local taken, units = found[1] and cmsgpack.unpack(found[1]), tonumber(found[2])
+  for number = 3, taken and #asked or 0 do
+    local unit, text = ARGV[place + 2 * number - 4], ARGV[place + 2 * number - 3]
+    local is_there = (tonumber(unit) or -1) < units and (unit == '') == (units == 0)
+    if is_there and not found[number] and not settled[unit] then
+      settled[unit] = true
+      written[#written + 1] = asked[number]
+      written[#written + 1] = ''
+      settle(unit == '' and id or id .. ':' .. unit, taken, text)
+    end
+  end
+  if #written > 0 then
+    call('HSET', reservation, unpack(written))
+    if call('HLEN', reservation) - 2 == math.max(units, 1) then call('PEXPIRE', reservation, ARGV[2]) end
+  end
+  place = place + 2 + 2 * count
+end
+for name, requests in pairs(ended) do call('ZREM', name, unpack(requests)) end
+for name, buckets in pairs(changes) do
+  for bucket, change in pairs(buckets) do
+    local field, by = format('a%d', bucket), format('%d', change)
+    -- One that is nothing but the change may have left; then it is not to come back.
+    if change ~= 0 and call('HINCRBY', name, field, by) == change
+       and call('HEXISTS', name, format('t%d', bucket)) == 0 then
+      call('HDEL', name, field)
+    elseif change ~= 0 then
+      call('HINCRBY', name, 'total', by)
+    end
+  end
+end
 return {1, now}
 """
 )
 
-#: KEYS: the key's clock, the reservations. ARGV: not after, the length of a lease, milliseconds to keep things, the
-#: request ids. Answers GRANTED, now, those (from 0) that have no lease any more.
+#: KEYS: the key's clock, of each request its reservation. ARGV: not after, the length of a lease, milliseconds to keep
+#: things; of each its id and its unit's number. Answers 1, now, those (from 0) that have no lease any more.
 RENEW: Final = (
     PUNCTUAL
     + _STEADY
@@ -331,10 +376,10 @@ local lease, kept = tonumber(ARGV[2]), ARGV[3]
 local steady = steady_time(KEYS[1], now, kept)
 local answer = {1, now}
 for place = 2, #KEYS do
-  local id, lost = ARGV[place + 2], true
-  local reservation = call('GET', KEYS[place])
-  if reservation and reservation ~= '' then
-    local taken = cmsgpack.unpack(reservation)
+  local id, lost = ARGV[2 * place], true
+  local found = call('HMGET', KEYS[place], 'taken', 'u' .. ARGV[2 * place + 1])
+  if found[1] and not found[2] then
+    local taken = cmsgpack.unpack(found[1])
     for at = 1, #taken, 4 do
       local name, bucket = taken[at], taken[at + 1]
       local ends = not bucket and call('ZSCORE', name, id)
@@ -347,7 +392,7 @@ for place = 2, #KEYS do
   end
   if lost then
     answer[#answer + 1] = place - 2
-  else
+  elseif call('PTTL', KEYS[place]) < tonumber(kept) then
     call('PEXPIRE', KEYS[place], kept)
   end
 end

@@ -6,7 +6,7 @@ What is kept, all of it but the account with a time to live, and all of a key un
     vllmproxy:{TOKEN}:requests:MODEL                      a window; no MODEL: of the whole key
     vllmproxy:{TOKEN}:tokens:MODEL                        a window
     vllmproxy:{TOKEN}:max_parallel_requests:MODEL         who holds a place
-    vllmproxy:{TOKEN}:request:ID                          what was taken for a request
+    vllmproxy:{TOKEN}:request:ID                          what was taken for a request, or for several that are alike
     vllmproxy:{TOKEN}:budget                              the account, for as long as there is the key
 """
 
@@ -29,7 +29,7 @@ from vllmproxy.limits.window import bucket_width
 from vllmproxy.store.calls import Calls
 from vllmproxy.store.gathering import Gathering
 from vllmproxy.store.interface import StoreUnavailable
-from vllmproxy.store.limits_lua import DUPLICATE, GRANTED, RENEW, RESERVE, SETTLE
+from vllmproxy.store.limits_lua import DUPLICATE, REFUSED, RENEW, RESERVE, SETTLE
 from vllmproxy.store.link import Link, Wire
 from vllmproxy.store.rows import name_bytes
 from vllmproxy.store.scripts import ScriptCall, Scripts
@@ -80,14 +80,10 @@ class RedisLimiter:
     def reserve_ahead(
         self, key: str, rules: tuple[Rule, ...], request_ids: Sequence[str], ahead: float
     ) -> Deferred[list[Granted]]:
-        names: list[bytes] = []
-        words = [*self._lengths, b"%d" % micros(ahead)]
+        reservation, _ = _place_of(request_ids[0])
         counters, text = _counted(name_bytes(key), rules)
-        clock, prefix = _name(key, b"clock"), _name(key, b"request", b"")
-        for request_id in request_ids:
-            id = name_bytes(request_id)
-            names += clock, prefix + id, *counters
-            words += id, text
+        names = [_name(key, b"clock"), _name(key, b"request", reservation), *counters]
+        words = [*self._lengths, b"%d" % micros(ahead), reservation, b"%d" % len(request_ids), text]
         call = self._scripts.call(RESERVE, names, words)
         reserved: Deferred[Any] = self._scripts.run(call)
         return reserved.addCallbacks(
@@ -100,15 +96,13 @@ class RedisLimiter:
     def _reserved_ahead(
         self, reply: list[Any], key: str, rules: tuple[Rule, ...], request_ids: Sequence[str]
     ) -> list[Granted]:
-        made = []
-        for request_id, answer in zip_longest(request_ids, reply[2:]):
-            decision = _decision(len(rules), answer, reply[1])
-            if isinstance(decision, Granted):
-                decision.request_id = request_id
-                made.append(decision)
-            elif decision is None:
+        decision = _decision(len(rules), reply[2] if len(reply) > 2 else None, reply[1])
+        if isinstance(decision, Granted):
+            return _each_of(decision, request_ids[: reply[2][0]])
+        if decision is None:
+            for request_id in request_ids:
                 Deferred.fromCoroutine(self._give_back(Ask(key, request_id, rules)))
-        return made
+        return []
 
     def _not_reserved_ahead(
         self, reason: Failure, key: str, rules: tuple[Rule, ...], request_ids: Sequence[str], call: ScriptCall
@@ -123,12 +117,15 @@ class RedisLimiter:
         return told.addCallback(lambda _: None)
 
     def _settling(self, settlements: Sequence[Settlement], seconds: float | None = None) -> ScriptCall:
-        names, words = [], [self._memory]
+        units: dict[tuple[str, bytes], list[bytes]] = {}
         for key, request_id, costs in settlements:
-            id = name_bytes(request_id)
-            names.append(b"vllmproxy:{%b}:request:%b" % (name_bytes(key), id))
+            reservation, unit = _place_of(request_id)
             used = [b"-" if cost is None else b"%d" % min(max(cost, 0), MAX_AMOUNT) for cost in costs]
-            words += id, b" ".join(used)
+            units.setdefault((key, reservation), []).extend((unit, b" ".join(used)))
+        names, words = [], [self._memory]
+        for (key, reservation), of_units in units.items():
+            names.append(_name(key, b"request", reservation))
+            words += reservation, b"%d" % (len(of_units) // 2), *of_units
         return self._scripts.call(SETTLE, names, words, seconds)
 
     def _send_reserves(self, asked: list["_Reserve"]) -> None:
@@ -181,9 +178,11 @@ class RedisLimiter:
     def renew(self, key: str, request_ids: Sequence[str]) -> list[str] | Deferred[list[str]]:
         if not request_ids:
             return []
-        ids = [name_bytes(request_id) for request_id in request_ids]
-        names = [_name(key, b"clock"), *(_name(key, b"request", id) for id in ids)]
-        words = [b"%d" % self._spans.lease, b"%d" % self._kept, *ids]
+        names, words = [_name(key, b"clock")], [b"%d" % self._spans.lease, b"%d" % self._kept]
+        for request_id in request_ids:
+            reservation, unit = _place_of(request_id)
+            names.append(_name(key, b"request", reservation))
+            words += name_bytes(request_id), unit
         lost = self._scripts.run(self._scripts.call(RENEW, names, words))
         return lost.addCallback(lambda reply: [request_ids[place] for place in reply[2:]])
 
@@ -221,7 +220,24 @@ class _Reserve:
         key, id = name_bytes(self.ask.key), name_bytes(self.ask.request_id)
         counters, text = _counted(key, self.ask.rules)
         names += b"vllmproxy:{%b}:clock" % key, b"vllmproxy:{%b}:request:%b" % (key, id), *counters
-        words += id, text
+        words += id, b"0", text
+
+
+def _place_of(request_id: str) -> tuple[bytes, bytes]:
+    """Return the name of the reservation that a request is of, and which of its units; empty: it is its only one's."""
+    reservation, _, unit = name_bytes(request_id).partition(b":")
+    return reservation, unit
+
+
+def _each_of(all_of_them: Granted, request_ids: Sequence[str]) -> list[Granted]:
+    """Return what each of several was granted, as if one after the other."""
+    remaining, taken = all_of_them.remaining, all_of_them.taken
+    pairs = list(zip(remaining, taken, strict=True))
+    after = range(len(request_ids) - 1, -1, -1)
+    return [
+        Granted(tuple([left + later * cost for left, cost in pairs]), taken, request_id)
+        for later, request_id in zip(after, request_ids, strict=True)
+    ]
 
 
 def _counted(key: bytes, rules: tuple[Rule, ...]) -> tuple[list[bytes], bytes]:
@@ -250,7 +266,7 @@ def _decision(count: int, answer: Any, now: int) -> Granted | Denied | Failure |
         what, *numbers = answer
         if what == DUPLICATE:
             return Failure(DuplicateRequest())
-        if what == GRANTED:
+        if what > REFUSED:
             if len(numbers) != 2 * count:
                 return None
             return Granted(tuple(numbers[:count]), tuple(numbers[count:]))
