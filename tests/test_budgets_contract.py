@@ -1,7 +1,6 @@
 """Budgets, from the reservation to the account: the same on memory, on SQLite and on a real Redis."""
 
 import random
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from vllmproxy.store.interface import Store, Writes
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.sums import Account
 
-NOW = time.time()
+NOW = 1_795_521_600.0
 TOKEN = hash_key("sk-one")
 
 
@@ -30,10 +29,14 @@ class Bench:
         self.limiter = store.limiter(reactor)
         self._ids = 0
         self._events = 0
+        self._day = 0
 
     async def reserve(self, *rules: Rule, key: str = TOKEN, id: str | None = None) -> Granted | Denied:
         self._ids += 1
-        return await maybeDeferred(self.limiter.reserve, Ask(key, id or f"r{self._ids}", rules))
+        decision = await maybeDeferred(self.limiter.reserve, Ask(key, id or f"r{self._ids}", rules))
+        if isinstance(decision, Granted):
+            self._day = decision.day
+        return decision
 
     async def settle(self, id: str, *costs: int | None) -> None:
         self.limiter.settle(TOKEN, id, costs)  # told in order, before what is asked next
@@ -41,7 +44,8 @@ class Bench:
     async def over(self, key: str = TOKEN, **fields: int) -> None:
         """A request is over, and written down."""
         self._events += 1
-        await self.store.add_usage("w", self._events, [UsageEvent(time=NOW, key=key, **fields)])
+        event = UsageEvent(time=NOW, key=key, held_on=self._day, **fields)
+        await self.store.add_usage("w", self._events, [event])
 
 
 @pytest.fixture(params=KINDS)

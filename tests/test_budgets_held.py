@@ -44,11 +44,17 @@ class Bench(RedisBench):
         self.now = round((MIDNIGHT + day * DAY + hours * 3600) * 10**6)
         self._set(self.now)
 
-    async def over(self, began: float, **fields: int) -> None:
-        """One request is over that began so many days after the first midnight, by its proxy's clock."""
+    async def over(self, held_on: int, **fields: int) -> None:
+        """One request is over that was held on that day, by whatever clock its proxy has."""
         self._events += 1
-        event = UsageEvent(time=MIDNIGHT + began * DAY, key=TOKEN, **fields)
+        event = UsageEvent(time=MIDNIGHT + 1e6 * self._events, key=TOKEN, held_on=held_on, **fields)
         await self._store.add_usage(self._writer, self._events, [event])
+
+    async def hold(self, *rules: Rule, id: str | None = None) -> int:
+        """Reserve, and return the day that it is held on."""
+        granted = await self.reserve(*rules, id=id)
+        assert isinstance(granted, Granted)
+        return granted.day
 
     async def set_account(self, account: Account) -> None:
         await self._store.set_account(TOKEN, account)
@@ -81,28 +87,18 @@ async def test_what_nobody_lets_go_of_is_held_for_a_day_at_least_and_two_at_most
     for day in range(5):
         for hours in (1, 22.9):
             bench.to(day, hours)
-            assert isinstance(await bench.reserve(rule, id=f"{day} {hours}"), Granted)
-            await bench.over(day + hours / 24, held=rule.cost * (rule.kind == "budget"), held_tokens=rule.cost)
+            held_on = await bench.hold(rule, id=f"{day} {hours}")
+            await bench.over(held_on, held=rule.cost * (rule.kind == "budget"), held_tokens=rule.cost)
             assert await bench.left(whole) == LIMIT - (60 if day == 0 else 0), (day, hours)
-
-
-@pytest.mark.parametrize("clock", [-1.5, -1, -0.5, 0, 0.5, 1, 1.5, 30], ids=lambda days: f"{days} days off")
-@pytest_twisted.ensureDeferred
-async def test_it_is_let_go_of_by_whatever_clock_the_proxy_has(bench: Bench, clock: float) -> None:
-    """But by one that is a whole day behind Redis's, by which it is held no more."""
-    bench.to(1)
-    assert isinstance(await bench.reserve(tokens(300)), Granted)
-    await bench.over(1.1 + clock, held_tokens=300, completion_tokens=7)
-    assert await bench.left() == LIMIT - 7 - (300 if clock < -1.1 else 0)
 
 
 @pytest_twisted.ensureDeferred
 async def test_a_request_that_lasts_past_midnight_is_let_go_of_from_the_day_that_it_was_held_on(bench: Bench) -> None:
-    assert isinstance(await bench.reserve(tokens(100)), Granted)
+    held_on = await bench.hold(tokens(100))
     bench.to(0)
-    assert isinstance(await bench.reserve(tokens(30)), Granted)
+    assert await bench.hold(tokens(30)) == held_on + 1
     assert await bench.left() == LIMIT - 130
-    await bench.over(-0.02, held_tokens=100)
+    await bench.over(held_on, held_tokens=100)
     assert await bench.left() == LIMIT - 30
     bench.to(1)
     assert await bench.left() == LIMIT - 30
@@ -112,10 +108,10 @@ async def test_a_request_that_lasts_past_midnight_is_let_go_of_from_the_day_that
 
 @pytest_twisted.ensureDeferred
 async def test_one_that_lasts_for_days_takes_nothing_from_what_others_hold(bench: Bench) -> None:
-    assert isinstance(await bench.reserve(tokens(100)), Granted)
+    held_on = await bench.hold(tokens(100))
     bench.to(1)
-    assert isinstance(await bench.reserve(tokens(30)), Granted)
-    await bench.over(-0.02, held_tokens=100, completion_tokens=5)
+    assert await bench.hold(tokens(30)) == held_on + 2
+    await bench.over(held_on, held_tokens=100, completion_tokens=5)
     assert await bench.left() == LIMIT - 35
 
 
@@ -130,17 +126,36 @@ async def test_what_was_never_forwarded_is_given_back_after_midnight_as_well(ben
     assert await bench.left(money(LIMIT)) == LIMIT
 
 
+@pytest.mark.parametrize("days", [1, 2, 30])
 @pytest_twisted.ensureDeferred
-async def test_a_clock_that_is_set_back_holds_what_was_held(bench: Bench) -> None:
-    bench.to(1)
-    assert isinstance(await bench.reserve(tokens(100)), Granted)
+async def test_a_clock_that_is_set_back_holds_what_was_held_from_then_on(bench: Bench, days: int) -> None:
+    """And what it holds next is let go of, though the account was of a day that is to come."""
+    bench.to(days)
+    ahead = await bench.hold(tokens(100))
+    lost = await bench.hold(tokens(40))
     bench.to(0)
-    assert isinstance(await bench.reserve(tokens(20)), Granted)
-    assert await bench.left() == LIMIT - 120
+    assert await bench.left() == LIMIT - 140
+    for _ in range(3):
+        await bench.over(await bench.hold(tokens(20)), held_tokens=20)
+    assert await bench.left() == LIMIT - 140
+    bench.to(1)
+    assert await bench.left() == LIMIT - 140
+    await bench.over(ahead, held_tokens=100)
+    assert await bench.left() == LIMIT - 40
+    assert lost == ahead
     bench.to(2)
-    assert await bench.left() == LIMIT - 120
-    bench.to(3)
     assert await bench.left() == LIMIT
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_was_never_forwarded_is_given_back_though_the_clock_was_set_back(bench: Bench) -> None:
+    bench.to(1)
+    await bench.hold(tokens(100), money(50), id="one")
+    bench.to(0)
+    await bench.hold(tokens(30))
+    await bench.settle("one", 0, 0)
+    assert await bench.left() == LIMIT - 30
+    assert await bench.left(money(LIMIT)) == LIMIT
 
 
 @pytest_twisted.ensureDeferred
@@ -154,13 +169,13 @@ async def test_what_is_given_back_of_an_account_that_was_set_to_nothing_is_no_gi
 
 @pytest_twisted.ensureDeferred
 async def test_a_period_that_begins_holds_nothing_of_the_one_before(bench: Bench) -> None:
-    assert isinstance(await bench.reserve(tokens(600, period=10), id="one"), Granted)
+    old = await bench.hold(tokens(600, period=10), id="one")
     bench.to(0)
-    assert isinstance(await bench.reserve(tokens(100, period=20)), Granted)
+    new = await bench.hold(tokens(100, period=20))
     await bench.settle("one", 0)
-    await bench.over(0, held_tokens=600, period=10)
+    await bench.over(old, held_tokens=600, period=10)
     assert await bench.left(tokens(LIMIT, period=20)) == LIMIT - 100
-    await bench.over(0, held_tokens=100, period=20)
+    await bench.over(new, held_tokens=100, period=20)
     assert await bench.left(tokens(LIMIT, period=20)) == LIMIT
 
 
@@ -170,20 +185,22 @@ async def test_what_is_held_is_what_began_today_or_yesterday_and_is_not_over(ben
     """Against a list of those that run."""
     choose = random.Random(seed)
     running: list[tuple[int, int]] = []
-    hours, spent = -1, 0
+    hours, spent, today = -1, 0, MIDNIGHT // DAY - 1
     for _ in range(60):
-        held = sum(cost for began, cost in running if began // 24 >= hours // 24 - 1)
+        held = sum(cost for held_on, cost in running if held_on >= today - 1)
         step, cost = choose.randrange(4), choose.randint(1, 200)
         if step < 2:
             answer = await bench.reserve(tokens(cost))
             assert isinstance(answer, Granted) is (spent + held + cost <= LIMIT)
             if isinstance(answer, Granted):
                 assert answer.remaining == (LIMIT - spent - held - cost,)
-                running.append((hours, cost))
+                assert answer.day == today
+                running.append((today, cost))
         elif step == 2 and running:
-            began, cost = running.pop(choose.randrange(len(running)))
-            await bench.over(began / 24, held_tokens=cost, completion_tokens=cost // 20)
+            held_on, cost = running.pop(choose.randrange(len(running)))
+            await bench.over(held_on, held_tokens=cost, completion_tokens=cost // 20)
             spent += cost // 20
         else:
             hours += choose.choice([1, 7, 23, 24, 49])
             bench.to(0, hours)
+            today = MIDNIGHT // DAY + hours // 24

@@ -71,8 +71,8 @@ STREAM = HEAD + b"content-type: text/event-stream; charset=utf-8\r\ntransfer-enc
 #: What Redis answers a call, and in it each reservation, by how many limits that is for.
 DONE = b":1\r\n:1700000000000000\r\n"
 GRANTED = {
-    3: b"*7\r\n:%d\r\n:99999999\r\n:999999999970\r\n:99999\r\n:1\r\n:30\r\n:1\r\n",
-    4: b"*9\r\n:%d\r\n:99999999\r\n:999999999970\r\n:99999\r\n:999999999970\r\n:1\r\n:30\r\n:1\r\n:30\r\n",
+    3: b"*8\r\n:%d\r\n:99999999\r\n:999999999970\r\n:99999\r\n:1\r\n:30\r\n:1\r\n:0\r\n",
+    4: b"*10\r\n:%d\r\n:99999999\r\n:999999999970\r\n:99999\r\n:999999999970\r\n:1\r\n:30\r\n:1\r\n:30\r\n:20783\r\n",
 }
 #: What a reservation is known by.
 RESERVING = {RESERVE.encode(), sha1(RESERVE.encode()).hexdigest().encode()}

@@ -201,6 +201,40 @@ def test_of_a_budget_a_request_takes_only_what_was_made_in_its_period(rule: Rule
     assert bool(house.ready) == finds
 
 
+def test_one_that_wants_none_that_was_reserved_before_has_one_of_its_own_and_leaves_the_others() -> None:
+    house = House()
+    house.warm(FAR)
+    ready = house.ready
+    alone = maybeDeferred(house.ahead.reserve, Ask(TOKEN, "alone", (FAR,), ahead=False))
+    assert not alone.called
+    house.clock.advance(LATENCY)
+    granted = now(alone)
+    assert isinstance(granted, Granted)
+    assert (granted.request_id, house.ready) == ("", ready)
+
+
+def test_nothing_is_ahead_for_those_that_want_none() -> None:
+    house = House()
+    for number in range(10):
+        asked = maybeDeferred(house.ahead.reserve, Ask(TOKEN, f"alone-{number}", (FAR,), ahead=False))
+        house.clock.advance(LATENCY)
+        assert isinstance(now(asked), Granted)
+    assert house.shared.of("ahead") == []
+
+
+@pytest.mark.parametrize("soft", [None, 500])
+def test_of_a_key_with_a_soft_budget_nothing_is_ahead(soft: int | None) -> None:
+    """It would be told as used."""
+    house = House()
+    quotas = Quotas(house.ahead, house.clock)
+    key = VirtualKey(token=TOKEN, key_name="k", max_budget=10**6, soft_budget=soft)
+    for _ in range(6):
+        reserved = maybeDeferred(quotas.reserve, key, Demand(spend=100))
+        house.pass_by(2 * LATENCY)
+        assert isinstance(now(reserved), Reservation)
+    assert bool(house.shared.of("ahead")) is (soft is None)
+
+
 def test_who_costs_more_has_more_made_ahead_and_who_costs_less_takes_it() -> None:
     house = House()
     for cost in (10, 3000, 20, 900, 10):

@@ -44,6 +44,23 @@ def test_a_refusal_gives_back_what_is_ahead(under_way: bool) -> None:
     house.assert_nothing_is_left()
 
 
+def test_of_several_that_ask_at_once_nobody_is_refused_because_of_what_is_ahead_here() -> None:
+    """The first refusal gives it back, and the others' answers are on the way."""
+    house, limit = House(), 100_000
+    for _ in range(300):
+        house.asked(tokens(limit, 64))
+        house.clock.advance(LATENCY / 4)
+    house.pass_by(3 * LATENCY)
+    ready = house.ready
+    assert ready >= 8
+    left = limit - house.counted["tokens", ""]
+    house.shared.reserve(Ask(TOKEN, "other", (tokens(limit, left),)))
+    house.clock.advance(LATENCY)
+    several = [house.ask(tokens(limit, 129)) for _ in range(ready * 64 // 129)]
+    house.pass_by(3 * LATENCY)
+    assert all(isinstance(now(each), Granted) for each in several)
+
+
 def test_nobody_is_refused_because_of_what_is_ahead_here() -> None:
     house, limit = House(), 1000
     house.warm(tokens(limit, 1))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from _limits import parallel, requests, tokens
 from _shared import LATENCY, Shared
 from attrs import define
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.task import Clock
 
+from vllmproxy.limits import behind
 from vllmproxy.limits.ahead import AHEAD, Ahead
 from vllmproxy.limits.values import Ask, Denied, Granted, Rule
 from vllmproxy.store.interface import StoreUnavailable
@@ -19,6 +21,12 @@ WINDOW = 10.0
 #: Of each key: 70 requests, 70 of the model m, 3000 tokens, 66 at a time, a budget of 9000 tokens. So 2 may be ahead,
 #: or 1, or none.
 REQUESTS, TOKENS, PLACES, BUDGET = 70, 3000, 66, 9000
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places have no end here but being given back, however long the store is away."""
+    monkeypatch.setattr(behind, "MATTERS", 1e6)
 
 
 def rules_of(kind: int, cost: int) -> tuple[Rule, ...]:

@@ -119,6 +119,7 @@ async def test_what_was_ahead_of_a_budget_is_given_back_after_an_outage_however_
     server: RedisServer, links: list[Link], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(behind, "MATTERS", 0.5)  # seconds, for all else
+    monkeypatch.setattr(behind, "SELDOM", 0.5)
     askers = Askers(links, Rule("budget_tokens", "", 10**8, 100), timeout=0.2)
     await askers.ask(8, 40)
     server.stall()
@@ -195,18 +196,36 @@ def proxies(server: RedisServer, sim: Twistd, tmp_path: Path) -> Iterator[list[T
         assert "Traceback" not in proxy.log
 
 
-def chat(proxies: list[Twistd], key: str, number: int) -> list[int]:
+def chat(proxies: list[Twistd], key: str, number: int, tells_left: bool = True) -> list[int]:
     """Have 8 clients ask as much each, on connections of their own, and return what each request used."""
 
     def ask_some(client: int) -> list[int]:
         replies = [ask(proxies[client % 2], "POST", "/vllm/v1/chat/completions", CHAT, key=key) for _ in range(number)]
         assert {reply.status for reply in replies} == {200}
-        left = [int(reply.headers["x-ratelimit-api_key-remaining-requests"]) for reply in replies]
+        left = [int(reply.headers["x-ratelimit-api_key-remaining-requests"]) for reply in replies if tells_left]
         assert all(0 < each < 10**5 for each in left)
         return [reply.json()["usage"]["total_tokens"] for reply in replies]
 
     with ThreadPoolExecutor(8) as pool:
         return [used for each in pool.map(ask_some, range(8)) for used in each]
+
+
+def test_what_uses_no_tokens_holds_nothing_of_a_budget(server: RedisServer, proxies: list[Twistd]) -> None:
+    """It takes what was reserved for others like it, has no usage event, and gives it back."""
+    made = make_key(proxies[0], max_budget_tokens=10**6)
+    key, token = made["key"], made["token"]
+
+    def look(number: int) -> int:
+        return sum(ask(proxies[0], "GET", "/vllm/v1/models", key=key).status == 200 for _ in range(number))
+
+    with ThreadPoolExecutor(3) as pool:
+        looks = [pool.submit(look, 60) for _ in range(2)]
+        used = pool.submit(chat, [proxies[0]] * 2, key, 8, False)
+        assert [each.result() for each in looks] == [60, 60]
+    assert used.result()
+    until(lambda: held_tokens(server, token) == 0)
+    proxies[0].stop()
+    assert held_tokens(server, token) == 0
 
 
 def test_two_proxies_count_what_their_requests_used(server: RedisServer, proxies: list[Twistd]) -> None:

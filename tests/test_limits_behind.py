@@ -190,6 +190,7 @@ def test_that_all_is_given_back_matters_for_a_day(hours: int, matters: bool) -> 
         house.behind.settle(TOKEN, f"cost-{cost}", (cost, cost), prompt=False)
     for _ in range(hours * 60):
         house.clock.advance(60)
+    assert len(house.told) <= hours * 60 + 2  # and no more often than each minute
     house.shared.mode = "up"
     house.clock.advance(60)
     house.clock.advance(60)

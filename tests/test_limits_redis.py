@@ -4,6 +4,7 @@ import random
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -210,6 +211,55 @@ async def test_what_was_taken_unheard_is_given_back_over_the_next_connection(
         assert time.monotonic() < give_up
         await deferLater(reactor, 0.02)
     assert await eventually(limiter, "after") == FIRST
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_was_given_back_too_late_is_given_back_again(server: RedisServer, links: list[Link]) -> None:
+    """Redis's clock was set on meanwhile, by which the script that gives back is late."""
+    limiter = RedisLimiter(links[0], reactor)
+    wire = await links[0].get()
+    run = wire.run
+
+    def lose(*call: Any) -> None:
+        wire.run = late  # type: ignore[method-assign]
+        run(*call[:-1], lambda _: None)  # nobody hears of it
+
+    def late(script: str, names: list[bytes], words: list[bytes], answered: Callable[[Any], None]) -> None:
+        wire.run = run  # type: ignore[method-assign]
+        run(script, names, [b"1", *words[1:]], answered)
+
+    wire.run = lose  # type: ignore[method-assign]
+    with pytest.raises(StoreUnavailable):
+        await limiter.reserve(ask("unheard", Rule("budget_tokens", "", 100, 60)))
+    give_up = time.monotonic() + HUNG
+    while held_tokens(server, TOKEN):
+        assert time.monotonic() < give_up
+        await deferLater(reactor, 0.02)
+    assert is_settled(server, "unheard")
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_renewal_makes_nobody_forget_what_is_held_of_a_budget(server: RedisServer, links: list[Link]) -> None:
+    limiter = RedisLimiter(links[0], reactor)
+    await limiter.reserve(ask("one", parallel(3), Rule("budget_tokens", "", 100, 60)))
+    assert await limiter.renew(TOKEN, ["one"]) == []
+    assert int(server.command("PTTL", f"vllmproxy:{{{TOKEN}}}:request:one")[1:]) > 86_000_000
+
+
+@pytest_twisted.ensureDeferred
+async def test_one_account_that_is_none_takes_nothing_of_another(server: RedisServer, links: list[Link]) -> None:
+    """Both are asked for in one call, which fails: nothing was written, and giving back finds nothing."""
+    limiter = RedisLimiter(links[0], reactor)
+    budget = Rule("budget_tokens", "", 1000, 100)
+    assert await limiter.reserve(ask("before", budget)) == Granted((900,))
+    server.command("SET", "vllmproxy:{other}:budget", "garbage")
+    calls = [limiter.reserve(each) for each in (ask("first", budget), Ask("other", "second", (budget,)))]
+    waits = limiter.reserve(ask("third", budget)), limiter.reserve(Ask("other", "fourth", (budget,)))
+    for call in (*calls, *waits):
+        with suppress(StoreUnavailable):
+            await call
+    await limiter.settle_all([(TOKEN, id, (0,)) for id in ("first", "third")])
+    assert held_tokens(server, TOKEN) == 100
 
 
 @pytest_twisted.ensureDeferred

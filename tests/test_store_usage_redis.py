@@ -19,6 +19,7 @@ from vllmproxy.usage.sums import Account, UsageQuery
 
 TOKEN, HEIR = hash_key("sk-one"), hash_key("sk-two")
 TIME, DAY = 1_795_521_600.0, "2026-11-24"
+HELD_ON = 20_700
 QUERY = UsageQuery(since=DAY, until=DAY)
 BUDGET = f"vllmproxy:{{{TOKEN}}}:budget"
 SUMS = f"vllmproxy:{{{TOKEN}}}:usage:{DAY}"
@@ -33,7 +34,7 @@ async def store(server: RedisServer) -> AsyncIterator[RedisStore]:
 
 
 def event(**fields: object) -> UsageEvent:
-    return UsageEvent(**{"time": TIME, "key": TOKEN, **fields})  # type: ignore[arg-type]
+    return UsageEvent(**{"time": TIME, "key": TOKEN, "held_on": HELD_ON, **fields})  # type: ignore[arg-type]
 
 
 def fields(server: RedisServer, name: str) -> dict[str, str]:
@@ -54,9 +55,9 @@ def account(server: RedisServer, name: str = BUDGET) -> tuple[int, ...]:
 
 def hold(server: RedisServer, *numbers: int) -> None:
     """Make an account of what :func:`account` is to return."""
-    day, (period, spend, tokens, held, held_tokens) = int(TIME) // 86_400, numbers
-    values = {"period": period, "spend": spend, "tokens": tokens, "day": day}
-    values |= {f"held{day % 2}": held, f"held_tokens{day % 2}": held_tokens}
+    period, spend, tokens, held, held_tokens = numbers
+    values = {"period": period, "spend": spend, "tokens": tokens, "day": HELD_ON}
+    values |= {f"held{HELD_ON % 2}": held, f"held_tokens{HELD_ON % 2}": held_tokens}
     server.command("HSET", BUDGET, *(str(word) for pair in values.items() for word in pair))
 
 

@@ -26,6 +26,7 @@ events = st.builds(
     period=st.sampled_from([0, 100, 200]),
     held=amounts,
     held_tokens=amounts,
+    held_on=st.sampled_from([0, 20_000, 20_001]),
 )
 
 
@@ -62,8 +63,8 @@ def test_a_batch_is_what_its_events_are_one_by_one(some: list[UsageEvent]) -> No
             account = accounts[key]
         if event.period == account.period:
             accounts[key] = type(account)(account.period, account.spend + bounded(event.spend), account.tokens + tokens)
-            money, of_tokens = holds[key].get(event.time // 86_400, (0, 0))
-            holds[key][event.time // 86_400] = money + bounded(event.held), of_tokens + bounded(event.held_tokens)
+            money, of_tokens = holds[key].get(event.held_on, (0, 0))
+            holds[key][event.held_on] = money + bounded(event.held), of_tokens + bounded(event.held_tokens)
     assert {key: charge.applied(NO_ACCOUNT) for key, charge in batch.charges.items()} == accounts
     for held in holds.values():
         for day in [day for day, amounts in held.items() if amounts == (0, 0)]:

@@ -53,7 +53,7 @@ class Ahead:
 
     def reserve(self, ask: Ask) -> Granted | Denied | Deferred[Granted | Denied]:
         stock = self._stocks.get(ask.key)
-        if stock is not None and stock.ready:
+        if stock is not None and stock.ready and ask.ahead:
             now = self._clock.seconds()
             if not 0 <= now - stock.ready[0][0] < AHEAD:
                 self._give_back(ask.key, stock.spoilt(now))
@@ -80,22 +80,27 @@ class Ahead:
 
     def _ask(self, ask: Ask, *, again: bool = True) -> Granted | Denied | Deferred[Granted | Denied]:
         self._behind.tell(ask.key)
+        stock = self._stocks.get(ask.key) if again else None
+        held = () if stock is None else stock.held
         decision = self._limiter.reserve(ask)
-        return decision.addCallback(self._decided, ask, again) if isinstance(decision, Deferred) else decision
+        return decision.addCallback(self._decided, ask, held) if isinstance(decision, Deferred) else decision
 
     def _decided(
-        self, decision: Granted | Denied, ask: Ask, again: bool
+        self, decision: Granted | Denied, ask: Ask, held: tuple[tuple[Rule, int], ...]
     ) -> Granted | Denied | Deferred[Granted | Denied]:
         """A request has waited for this.
 
-        :param again: to ask once more where it is refused only because of what is reserved here for nobody yet.
+        :param held: of what was reserved here for nobody when it was asked for, each rule and how much. Where it is
+            refused only because of that, it is asked for once more.
         """
         stock = self._stocks.get(ask.key)
         if isinstance(decision, Denied):
             self._drop(ask.key)
             rule = ask.rules[decision.rule]
-            helps = stock is not None and decision.left + stock.holds(rule) >= rule.needed
-            return self._ask(ask, again=False) if again and helps else decision
+            here = sum(amount for ours, amount in held if (ours.kind, ours.scope) == (rule.kind, rule.scope))
+            return self._ask(ask, again=False) if here and decision.left + here >= rule.needed else decision
+        if not ask.ahead:
+            return decision
         if stock is None or not stock.is_for(ask.rules):
             self._drop(ask.key)
             if not self._closed:  # nobody would give it back
@@ -211,12 +216,11 @@ class _Stock:
         self.size = max(self.size - len(out), 1)
         return out
 
-    def holds(self, rule: Rule) -> int:
-        """Return how much of a limit is reserved here."""
-        for place, ours in enumerate(self.rules):
-            if (ours.kind, ours.scope) == (rule.kind, rule.scope):
-                return sum(made.taken[place] for _, made in self.ready)
-        return 0
+    @property
+    def held(self) -> tuple[tuple[Rule, int], ...]:
+        """Each rule, and how much of it is reserved here."""
+        count = len(self.ready)
+        return tuple([(rule, count * rule.cost) for rule in self.rules]) if count else ()
 
     def grow(self) -> None:
         """A request has found nothing here, or would soon."""

@@ -22,8 +22,10 @@ PAUSE: Final = 0.01
 #: Seconds between tries while the store is away, for how long it matters, and how many calls are kept.
 RETRY: Final = 1.0
 MATTERS: Final = 60.0
-#: Seconds for which it matters that all is given back: for so long at least a budget holds what nobody lets go of.
+#: Seconds for which it matters that something is given back whole: for so long at least a budget holds what nobody lets
+#: go of; and between tries after a minute.
 HELD: Final = 86_400.0
+SELDOM: Final = 60.0
 _MOST_KEPT: Final = 10_000
 #: Calls that may be under way before what is prompt waits for one of them: who was given a place back here may ask for
 #: one elsewhere.
@@ -76,8 +78,8 @@ class Behind:
         self._is_hasty = False
         self._pause: IDelayedCall | None = None
         self._telling: set[Deferred[None]] = set()
-        #: What could not be told, and since when that is tried.
-        self._kept: list[tuple[Sequence[Settlement], float]] = []
+        #: What could not be told, since when that is tried, and when it is again.
+        self._kept: list[tuple[Sequence[Settlement], float, float]] = []
         self._retrying = LoopingCall(self._retry)
         self._retrying.clock = clock
         self._closed = False
@@ -139,21 +141,21 @@ class Behind:
         if reason.check(StoreUnavailable) is None:
             _log.failure("Settling reservations failed", reason)
             return
-        age = self._clock.seconds() - since
-        if age >= MATTERS:
-            settlements = [each for each in settlements if _gives_all_back(each)]
-        if settlements and age < HELD and not self._closed and len(self._kept) < _MOST_KEPT:
-            self._kept.append((settlements, since))
+        now = self._clock.seconds()
+        is_old = now - since >= MATTERS
+        if is_old:
+            settlements = [each for each in settlements if 0 in each[2]]
+        if settlements and now - since < HELD and not self._closed and len(self._kept) < _MOST_KEPT:
+            self._kept.append((settlements, since, now + (SELDOM if is_old else 0)))
             if not self._retrying.running:
                 self._retrying.start(RETRY, now=False)
 
     def _retry(self) -> None:
         kept, self._kept = self._kept, []
-        for settlements, since in kept:
-            self._tell(settlements, since)
+        for settlements, since, due in kept:
+            if due <= self._clock.seconds() or self._closed:
+                self._tell(settlements, since)
+            else:
+                self._kept.append((settlements, since, due))
         if not kept:
             self._retrying.stop()
-
-
-def _gives_all_back(settlement: Settlement) -> bool:
-    return all(cost == 0 for cost in settlement[2])

@@ -71,11 +71,13 @@ class Ask:
     :ivar key: the key's token (sha256 hex).
     :ivar request_id: names the request ever after; unique, and made by the proxy.
     :ivar rules: at most one for each kind and scope.
+    :ivar ahead: whether what was reserved before anybody asked will do, and more may be for the next.
     """
 
     key: str
     request_id: str
     rules: tuple[Rule, ...]
+    ahead: bool = True
 
     def __attrs_post_init__(self) -> None:
         if len(set(map(_limit_of, self.rules))) != len(self.rules):
@@ -90,11 +92,13 @@ class Granted:
         spent nor held.
     :ivar taken: for each rule, what was taken.
     :ivar request_id: under which it was taken, where that is not the ask's: it was reserved before somebody asked.
+    :ivar day: of a budget: on which day it is held, days since the epoch, where the store goes by days.
     """
 
     remaining: tuple[int, ...]
     taken: tuple[int, ...] = field(default=(), eq=False)
     request_id: str = field(default="", eq=False)
+    day: int = field(default=0, eq=False)
 
 
 @frozen

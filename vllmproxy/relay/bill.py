@@ -74,7 +74,8 @@ class Bill:
             event = self._expected
         if self._reservation is not None:
             tokens = None if event.quality == "unknown" else event.prompt_tokens + event.completion_tokens
-            self._quotas.settle(self._reservation, forwarded=outcome.forwarded, tokens=tokens)
+            counted = self._entry is not None
+            self._quotas.settle(self._reservation, forwarded=outcome.forwarded, tokens=tokens, counted=counted)
         if self._entry is not None:
             self._entry.end(event)
 
@@ -99,6 +100,7 @@ class Bill:
             # Of what was never forwarded, the limiter gives back what it held.
             held=expected.held if was_forwarded else 0,
             held_tokens=expected.held_tokens if was_forwarded else 0,
+            held_on=expected.held_on,
         )
 
     def _used(self, outcome: Outcome) -> _Used:
@@ -165,6 +167,7 @@ def open_bill(
         expected.period = period
         expected.held = reservation.held("budget")
         expected.held_tokens = reservation.held("budget_tokens")
+        expected.held_on = reservation.day
     elif caller.key is not None:
         expected.period = caller.key.budget.period(time)[0]
     entry = books.begin(expected) if admission.uses_tokens else None

@@ -37,6 +37,7 @@ class Reservation:
     :ivar request_id: the proxy's own, as the client's may come twice.
     :ivar remaining: for each rule, what was left; ``taken``: what was taken.
     :ivar demand: what it was for.
+    :ivar day: on which a budget holds it, see :class:`~vllmproxy.limits.values.Granted`.
     """
 
     ask: Ask
@@ -44,6 +45,7 @@ class Reservation:
     remaining: tuple[int, ...]
     taken: tuple[int, ...]
     demand: Demand = NO_DEMAND
+    day: int = 0
 
     @property
     def lines(self) -> bytes:
@@ -99,7 +101,8 @@ class Quotas:
         rules = rules_of(key, demand, self._clock.seconds())
         if not rules:
             return None
-        ask = Ask(key.token, fresh_id().decode("ascii"), rules)
+        # What is ahead is held of a budget by nobody: it is not to be told as used.
+        ask = Ask(key.token, fresh_id().decode("ascii"), rules, key.budget.soft is None)
         decision = self._limiter.reserve(ask)
         if isinstance(decision, Granted | Denied):
             return self._decided(decision, ask, key, demand)
@@ -113,7 +116,7 @@ class Quotas:
             self._leases.setdefault(ask.key, set()).add(request_id)
             if not self._renewing.running:
                 self._renewing.start(RENEWAL, now=False)
-        reservation = Reservation(ask, request_id, decision.remaining, decision.taken, demand)
+        reservation = Reservation(ask, request_id, decision.remaining, decision.taken, demand, decision.day)
         if key.budget.soft is not None:
             self._watch_soft_budget(key, reservation, key.budget.soft)
         return reservation
@@ -134,11 +137,13 @@ class Quotas:
             soft=soft / 1e6,
         )
 
-    def settle(self, reservation: Reservation, *, forwarded: bool, tokens: int | None = None) -> None:
-        """Give back what was not used: all of it, where the request was never forwarded. Else what is held of a budget
-        stays held until the usage event is added.
+    def settle(
+        self, reservation: Reservation, *, forwarded: bool, tokens: int | None = None, counted: bool = True
+    ) -> None:
+        """Give back what was not used: all of it, where the request was never forwarded.
 
         :param tokens: what the request has used, ``None`` where nobody knows: then the estimate counts.
+        :param counted: whether there will be a usage event: until it is added, what is held of a budget stays held.
         """
         ask = reservation.ask
         held = self._leases.get(ask.key)
@@ -147,10 +152,15 @@ class Quotas:
             if not held:
                 del self._leases[ask.key]
         if forwarded:
+            of_budget = None if counted else 0
             pairs = zip(ask.rules, reservation.taken, strict=True)
             costs = tuple(
                 [
-                    (min(taken, rule.cost) if tokens is None else tokens) if rule.kind == "tokens" else None
+                    (min(taken, rule.cost) if tokens is None else tokens)
+                    if rule.kind == "tokens"
+                    else of_budget
+                    if rule.kind in BUDGETS
+                    else None
                     for rule, taken in pairs
                 ]
             )

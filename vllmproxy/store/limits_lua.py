@@ -134,16 +134,19 @@ local function account_of(name, period)
   if not account then
     local fields = call('HMGET', name, 'period', 'spend', 'tokens', 'day', 'held0', 'held_tokens0', 'held1',
                         'held_tokens1')
-    local day = tonumber(fields[4] or 0)
+    local day, this, other = tonumber(fields[4] or 0), 5 + 2 * (today % 2), 7 - 2 * (today % 2)
     account = {period = tonumber(fields[1]) or -1, spend = tonumber(fields[2] or 0), tokens = tonumber(fields[3] or 0),
-               day = math.max(day, today), held = 0, held_tokens = 0, earlier = 0, earlier_tokens = 0,
-               is_begun = false, is_rolled = day < today, is_changed = false}
-    local this, other = 5 + 2 * (account.day % 2), 7 - 2 * (account.day % 2)
-    if day == account.day then
+               held = 0, held_tokens = 0, earlier = 0, earlier_tokens = 0, is_begun = false, is_rolled = day ~= today,
+               is_changed = false}
+    if day >= today then
       account.held, account.held_tokens = tonumber(fields[this] or 0), tonumber(fields[this + 1] or 0)
     end
-    if day >= account.day - 1 then
+    if day >= today - 1 then
       account.earlier, account.earlier_tokens = tonumber(fields[other] or 0), tonumber(fields[other + 1] or 0)
+    end
+    if day > today then  -- the clock was set back: all of it counts from today on
+      account.held, account.earlier = account.held + account.earlier, 0
+      account.held_tokens, account.earlier_tokens = account.held_tokens + account.earlier_tokens, 0
     end
     accounts[name] = account
   end
@@ -155,12 +158,12 @@ local function account_of(name, period)
 end
 
 local function write_account(name, account)
-  local this, other = account.day % 2, 1 - account.day % 2
+  local this, other = today % 2, 1 - today % 2
   if account.is_begun then
     call('HSET', name, 'period', format('%d', account.period), 'spend', '0', 'tokens', '0')
   end
   if account.is_begun or account.is_rolled then
-    call('HSET', name, 'day', format('%d', account.day), 'held' .. other, format('%d', account.earlier),
+    call('HSET', name, 'day', format('%d', today), 'held' .. other, format('%d', account.earlier),
          'held_tokens' .. other, format('%d', account.earlier_tokens))
   elseif not account.is_changed then
     return
@@ -171,12 +174,13 @@ end
 """
 
 _ONE = """
-local places = {}
+local places, known, reserved = {}, {}, {}
 
 local function reserve(from, id, units, rules)
   local one_of = units > 0
   units = math.max(units, 1)
-  if call('EXISTS', KEYS[from + 1]) == 1 then return {-2} end
+  if known[KEYS[from + 1]] or call('EXISTS', KEYS[from + 1]) == 1 then return {-2} end
+  known[KEYS[from + 1]] = true
   local clock = clock_of(KEYS[from])
   local count, used, longest, refusing = #rules / 5, {}, 0, nil
   for place = 1, count do
@@ -210,7 +214,7 @@ local function reserve(from, id, units, rules)
     if cost > 0 then units = math.min(units, math.floor((limit - used[place]) / cost)) end
   end
 
-  local taken, answer, remembered = {}, {units}, kept
+  local taken, answer, remembered, held_on = {}, {units}, kept, 0
   for place = 1, count do
     local name, at, bucket = KEYS[from + 1 + place], 5 * place - 4, false
     local kind, left, period = rules[at], rules[at + 1] - used[place], rules[at + 3]
@@ -219,8 +223,8 @@ local function reserve(from, id, units, rules)
     if holds[kind] then
       local account = accounts[name]
       if account.period == period then account[holds[kind]] = account[holds[kind]] + all end
-      account.is_changed, bucket = true, holds[kind] .. account.day % 2
-      remembered = day_long
+      account.is_changed, bucket = true, holds[kind] .. today % 2
+      remembered, held_on = day_long, today
     elseif kind == 'max_parallel_requests' then
       local held = places[name]
       held.count = held.count + units
@@ -243,8 +247,8 @@ local function reserve(from, id, units, rules)
     answer[place + 1] = math.max(0, left - all)
     answer[place + 1 + count] = cost
   end
-  call('HSET', KEYS[from + 1], 'taken', cmsgpack.pack(taken), 'units', one_of and units or 0)
-  call('PEXPIRE', KEYS[from + 1], remembered)
+  answer[2 * count + 2] = held_on
+  reserved[#reserved + 1] = {KEYS[from + 1], cmsgpack.pack(taken), one_of and units or 0, remembered}
   return answer
 end
 """
@@ -253,8 +257,8 @@ end
 #: lengths of window, bucket, lease and pause; milliseconds to keep things; how much later the requests may come; of
 #: each its id, how many are alike (0: it is one, without a unit), and as one list in JSON of each of its rules the
 #: kind, limit, cost, period and the least that will do. Answers 1, now, and of each: for how many it was granted (what
-#: fits), what remains of each rule after all of these, what was taken of each for one; or REFUSED, which rule (from
-#: 0), wait, 1 if that is for ever, what is left of it; or DUPLICATE.
+#: fits), what remains of each rule after all of these, what was taken of each for one, the day that a budget holds it
+#: on; or REFUSED, which rule (from 0), wait, 1 if that is for ever, what is left of it; or DUPLICATE.
 RESERVE: Final = (
     PUNCTUAL
     + """
@@ -285,6 +289,10 @@ for name, held in pairs(places) do
   end
 end
 for name, account in pairs(accounts) do write_account(name, account) end
+for _, each in ipairs(reserved) do
+  call('HSET', each[1], 'taken', each[2], 'units', each[3])
+  call('PEXPIRE', each[1], each[4])
+end
 return answers
 """
 )
@@ -305,8 +313,12 @@ end
 
 local function let_go(account, field, change, period)
   if tonumber(call('HGET', account, 'period') or -1) ~= period then return end
-  -- An account that was set to nothing meanwhile holds nothing either.
-  if call('HINCRBY', account, field, format('%d', change)) < 0 then call('HSET', account, field, '0') end
+  local left = call('HINCRBY', account, field, format('%d', change))
+  if left >= 0 then return end
+  -- As in vllmproxy.store.usage_lua: it may be held on the other day by now, or was set to nothing.
+  local other = string.sub(field, 1, -2) .. (1 - string.sub(field, -1))
+  left = left + (call('HGET', account, other) or 0)
+  call('HSET', account, field, '0', other, format('%d', math.max(0, left)))
 end
 
 local function settle(request, taken, text)

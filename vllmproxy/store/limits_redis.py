@@ -22,7 +22,7 @@ from twisted.python.failure import Failure
 from txredisapi import RedisError
 
 from vllmproxy.limits.accounts import has_budget
-from vllmproxy.limits.behind import HELD, Settlement
+from vllmproxy.limits.behind import HELD, SELDOM, Settlement
 from vllmproxy.limits.spans import Spans, micros
 from vllmproxy.limits.values import BUDGETS, BUSY_RETRY_AFTER, MAX_AMOUNT, Ask, Denied, DuplicateRequest, Granted, Rule
 from vllmproxy.limits.window import bucket_width
@@ -32,11 +32,12 @@ from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.limits_lua import DUPLICATE, REFUSED, RENEW, RESERVE, SETTLE
 from vllmproxy.store.link import Link, Wire
 from vllmproxy.store.rows import name_bytes
-from vllmproxy.store.scripts import ScriptCall, Scripts
+from vllmproxy.store.scripts import LATE, ScriptCall, Scripts
 
 #: Milliseconds that a time to live is longer than it must be: Redis counts it in milliseconds, and from its start.
 _MARGIN = 1000
-#: Seconds between tries to give back what was taken unheard, when the connection is lost; longer than a call may take.
+#: Seconds before the second try to give back what was taken unheard, when the connection is lost; longer than a call
+#: may take. Each pause is twice the last.
 _UNDO_SECONDS = 1.0
 
 
@@ -166,6 +167,7 @@ class RedisLimiter:
     async def _give_back(self, ask: Ask) -> None:
         """Say that it is not wanted, as long as Redis remembers it."""
         until = self._clock.seconds() + (HELD if has_budget(ask) else self._spans.kept / 1e6)
+        pause = _UNDO_SECONDS
         while not self._closed and self._clock.seconds() < until:
             try:
                 await self.settle_all([_nothing_used(ask)])
@@ -173,7 +175,8 @@ class RedisLimiter:
             except StoreUnavailable:
                 pass
             with suppress(StoreUnavailable):
-                await self._calls.run(deferLater(self._clock, _UNDO_SECONDS), 2 * _UNDO_SECONDS)
+                await self._calls.run(deferLater(self._clock, pause), 2 * pause)
+            pause = min(2 * pause, SELDOM)
 
     def renew(self, key: str, request_ids: Sequence[str]) -> list[str] | Deferred[list[str]]:
         if not request_ids:
@@ -195,7 +198,8 @@ class RedisLimiter:
         reply: Deferred[Any] = Deferred()
         self._settling([_nothing_used(ask)], self._spans.kept / 1e6).send(wire, reply.callback)
         try:
-            if not isinstance(await reply, RedisError):
+            answer: Any = await reply
+            if isinstance(answer, list) and answer[0] != LATE:
                 return
         except RedisError:
             pass
@@ -235,7 +239,7 @@ def _each_of(all_of_them: Granted, request_ids: Sequence[str]) -> list[Granted]:
     pairs = list(zip(remaining, taken, strict=True))
     after = range(len(request_ids) - 1, -1, -1)
     return [
-        Granted(tuple([left + later * cost for left, cost in pairs]), taken, request_id)
+        Granted(tuple([left + later * cost for left, cost in pairs]), taken, request_id, all_of_them.day)
         for later, request_id in zip(after, request_ids, strict=True)
     ]
 
@@ -267,9 +271,9 @@ def _decision(count: int, answer: Any, now: int) -> Granted | Denied | Failure |
         if what == DUPLICATE:
             return Failure(DuplicateRequest())
         if what > REFUSED:
-            if len(numbers) != 2 * count:
+            if len(numbers) != 2 * count + 1:
                 return None
-            return Granted(tuple(numbers[:count]), tuple(numbers[count:]))
+            return Granted(tuple(numbers[:count]), tuple(numbers[count:-1]), day=numbers[-1])
         place, wait, never, left = numbers
         return Denied(place, wait / 1e6, (now + wait) / 1e6, never=bool(never), left=left)
     except (TypeError, ValueError):

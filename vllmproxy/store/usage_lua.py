@@ -82,7 +82,8 @@ end
 local charged = {'spend', 'tokens'}
 local held = {[0] = {'held0', 'held_tokens0'}, {'held1', 'held_tokens1'}}
 
--- A proxy's clock is not the one by which its request was held: what is not there of one day is of the other.
+-- What was held before the day before the latest is held no more. Where Redis's clock was set back, it may be held on
+-- another day than it was.
 local function let_go(account, day, amounts)
   local fields = call('HMGET', account, 'day', 'held0', 'held_tokens0', 'held1', 'held_tokens1')
   local latest = tonumber(fields[1] or 0)

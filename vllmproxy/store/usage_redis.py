@@ -139,8 +139,8 @@ def _arguments(writer: str, first: int, count: int, batch: Batch) -> tuple[list[
     for token, charge in batch.charges.items():
         names.append(account_name(name_bytes(token)))
         words += [charge.period, charge.spend, charge.tokens, len(charge.held)]
-        for held_since, amounts in charge.held.items():
-            words += [held_since, *amounts]
+        for held_on, amounts in charge.held.items():
+            words += [held_on, *amounts]
     return names, words
 
 

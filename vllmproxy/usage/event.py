@@ -22,7 +22,7 @@ class UsageEvent:
     :ivar key: the virtual key's token (sha256 hex), ``"master"``, or ``""`` while authentication is off.
     :ivar model: as vLLM named it, ``""`` where nobody did.
     :ivar end_user: ``""`` where none was named.
-    :ivar requests: 1; 0 where nothing was forwarded after all and only ``held`` is given back.
+    :ivar requests: 1; 0 where nothing was forwarded after all.
     :ivar prompt_tokens: cached ones included.
     :ivar audio_ms: milliseconds of audio read.
     :ivar spend: money in micro-units.
@@ -30,6 +30,7 @@ class UsageEvent:
         budget that is never renewed.
     :ivar held: what was reserved of the money budget, in micro-units; ``held_tokens``: of the token budget. Both are
         let go of when the event is added, and ``spend`` and the tokens take their place.
+    :ivar held_on: the day on which they are held, see :class:`~vllmproxy.limits.values.Granted`.
     """
 
     time: float
@@ -46,6 +47,7 @@ class UsageEvent:
     period: int = 0
     held: int = 0
     held_tokens: int = 0
+    held_on: int = 0
 
     @property
     def day(self) -> str:
@@ -88,11 +90,13 @@ class UsageEvent:
             text += f',"quality":"{self.quality}"'
         if self.period:
             text += f',"period":{self.period}'
-        if self.held:
-            text += f',"held":{self.held}'
+        return f"{text}{self._holds_as_json()}}}"
+
+    def _holds_as_json(self) -> str:
+        text = f',"held":{self.held}' if self.held else ""
         if self.held_tokens:
             text += f',"held_tokens":{self.held_tokens}'
-        return text + "}"
+        return f'{text},"held_on":{self.held_on}' if self.held_on else text
 
     @classmethod
     def of_json(cls, fields: dict[str, Any]) -> Self:

@@ -26,7 +26,7 @@ MOST_GROUPS: Final = 10_000
 Numbers = tuple[int, ...]
 NOTHING: Final[Numbers] = (0,) * len(NUMBERS)
 
-_name_of: Final = attrgetter("key", "model", "end_user", "quality", "period")
+_name_of: Final = attrgetter("key", "model", "end_user", "quality", "period", "held_on")
 _numbers_of: Final = attrgetter(
     "requests", "prompt_tokens", "completion_tokens", "cached_tokens", "audio_ms", "spend", "held", "held_tokens"
 )
@@ -41,7 +41,7 @@ class Charge:
     """What a batch does to one account.
 
     :ivar period: the latest of its events' periods; all else is what those of that period add up to.
-    :ivar held: day (its number since the epoch) that something was held on → how much of money and of tokens.
+    :ivar held: day on which it was held (``held_on``) → how much of money and of tokens.
     """
 
     period: int
@@ -98,7 +98,7 @@ def batch_of(events: Iterable[UsageEvent]) -> Batch:
     sums: dict[tuple[str, str], dict[tuple[str, str], Numbers]] = {}
     charges: dict[str, Charge] = {}
     for name, each in alike.items():
-        first, (day, is_counted, key, model, end_user, quality, period) = firsts[name], name
+        first, (_, is_counted, key, model, end_user, quality, period, held_on) = firsts[name], name
         requests, prompt, completion, cached, audio_ms, spend, held, held_tokens = _added_up(each)
         if is_counted:
             estimated, unknown = requests * (quality == "estimated"), requests * (quality == "unknown")
@@ -106,7 +106,7 @@ def batch_of(events: Iterable[UsageEvent]) -> Batch:
             rows = sums.setdefault((first.day, key), {})
             rows[model, end_user] = added(rows.get((model, end_user), NOTHING), row)
         if first.is_of_virtual_key:
-            holds = {int(day): (held, held_tokens)} if held or held_tokens else {}
+            holds = {held_on: (held, held_tokens)} if held or held_tokens else {}
             charge, before = Charge(period, spend, prompt + completion, holds), charges.get(key)
             charges[key] = charge if before is None else before.joined(charge)
     return Batch(sums, charges)
