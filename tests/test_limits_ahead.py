@@ -246,6 +246,26 @@ def test_who_costs_more_has_more_made_ahead_and_who_costs_less_takes_it() -> Non
         assert granted.taken == (1, 4096)
 
 
+def test_what_is_too_much_for_one_is_left_for_others() -> None:
+    house, limit = House(), 10**6
+    house.warm(FAR, tokens(limit, 3000))
+    ready = house.ready
+    small = house.asked(FAR, tokens(limit, 10))
+    assert isinstance(small, Granted)
+    assert (small.request_id, small.taken, house.ready) == ("", (1, 10), ready)
+    assert house.ask(FAR, tokens(limit, 3000)).called
+
+
+def test_when_all_cost_less_what_is_ahead_is_soon_what_they_cost() -> None:
+    house, limit = House(), 10**6
+    house.warm(FAR, tokens(limit, 3000))
+    for _ in range(100):
+        asked = house.asked(FAR, tokens(limit, 10))
+        house.pass_by(10 * LATENCY)
+    assert isinstance(asked, Granted)
+    assert (bool(asked.request_id), asked.taken) == (True, (1, 16))
+
+
 def test_who_costs_more_of_one_and_who_costs_more_of_another_limit_find_the_same() -> None:
     house = House()
     one = tokens(10**7, 3000), tokens(10**7, 10, "m")

@@ -7,7 +7,7 @@ again and again, while its limits are far away, so that what nobody takes is no 
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Literal
 
 from attrs import evolve
 from twisted.internet.defer import Deferred, DeferredList
@@ -57,7 +57,7 @@ class Ahead:
             now = self._clock.seconds()
             if not 0 <= now - stock.ready[0][0] < AHEAD:
                 self._give_back(ask.key, stock.spoilt(now))
-            if stock.ready and stock.is_for(ask.rules):
+            if stock.ready and stock.fit(ask.rules) == "fits":
                 _, made = stock.ready.popleft()
                 self._fill_soon(ask.key, stock)
                 return made
@@ -101,12 +101,13 @@ class Ahead:
             return self._ask(ask, again=False) if here and decision.left + here >= rule.needed else decision
         if not ask.ahead:
             return decision
-        if stock is None or not stock.is_for(ask.rules):
+        fit = "not" if stock is None else stock.fit(ask.rules)
+        if stock is None or fit == "not":
             self._drop(ask.key)
             if not self._closed:  # nobody would give it back
                 self._stocks[ask.key] = _Stock(ask.rules, stock)
                 self._untouched.set(ask.key)
-        else:
+        elif fit == "fits":
             stock.left(decision.remaining)
             stock.grow()
             self._fill_soon(ask.key, stock)
@@ -193,20 +194,25 @@ class _Stock:
         self.filled = 0.0
         self._most = 0
 
-    def is_for(self, rules: tuple[Rule, ...]) -> bool:
+    def fit(self, rules: tuple[Rule, ...]) -> Literal["fits", "too much", "not"]:
         """Tell whether what is reserved here will do, and is not far too much."""
         if len(rules) != len(self.rules):
-            return False
+            return "not"
+        found: Literal["fits", "too much"] = "fits"
         for ours, theirs in zip(self.rules, rules, strict=True):
-            if theirs is not ours and (
-                not theirs.cost <= ours.cost <= max(2 * theirs.cost, _next_to_nothing(ours))
+            if theirs is ours:
+                continue
+            if (
+                theirs.cost > ours.cost
                 or theirs.limit != ours.limit
                 or theirs.kind != ours.kind
                 or theirs.scope != ours.scope
                 or theirs.period != ours.period
             ):
-                return False
-        return True
+                return "not"
+            if ours.cost > max(2 * theirs.cost, _next_to_nothing(ours)):
+                found = "too much"
+        return found
 
     def spoilt(self, now: float) -> list[Granted]:
         """Take out what has waited for too long: there was too much of it. Or the clock was set back."""
