@@ -17,11 +17,12 @@ from twisted.internet.task import Clock, deferLater
 
 from vllmproxy.limits.values import Ask, Denied, Granted, Rule
 from vllmproxy.store.interface import StoreUnavailable
-from vllmproxy.store.limits_lua import RENEW, RESERVE, SETTLE
+from vllmproxy.store.limits_lua import RESERVE
 from vllmproxy.store.limits_memory import MemoryLimiter
 from vllmproxy.store.limits_redis import RedisLimiter
 from vllmproxy.store.link import Link
 from vllmproxy.store.scripts import LATE
+from vllmproxy.store.settling_lua import RENEW, SETTLE
 from vllmproxy.usage.sums import Account
 
 RULES = requests(10), tokens(1000, 100), parallel(10)

@@ -1,4 +1,5 @@
-"""The limits as Redis does them: what :mod:`vllmproxy.limits.window` and :mod:`vllmproxy.limits.leases` do, in Lua.
+"""How Redis reserves: what :mod:`vllmproxy.limits.window` and :mod:`vllmproxy.limits.leases` do, in Lua. How it settles
+and renews is in :mod:`vllmproxy.store.settling_lua`.
 
 A window is a hash: ``head`` and ``tail``, the numbers of the oldest and the newest bucket, ``start``, when the newest
 began, ``total``, and for each bucket N ``tN``, when it took something last, and ``aN``, its amount; ``leaves`` is a
@@ -22,9 +23,9 @@ from vllmproxy.store.scripts import PUNCTUAL
 REFUSED: Final = 0
 DUPLICATE: Final = -2
 
-# See vllmproxy.limits.steady. 'steady' is what everything but the answer goes by. Nearly always the clock has gone on
-# and was never set back: then what is to be kept is known before what was.
-_STEADY = """
+#: See :mod:`vllmproxy.limits.steady`. 'steady' is what everything but the answer goes by. Nearly always the clock has
+#: gone on and was never set back: then what is to be kept is known before what was.
+STEADY = """
 local call, format = redis.call, string.format
 
 local function steady_time(name, now, kept)
@@ -265,7 +266,7 @@ RESERVE: Final = (
 local length, width, lease, pause = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local kept, ahead = ARGV[6], tonumber(ARGV[7])
 """
-    + _STEADY
+    + STEADY
     + _CLOCK
     + _WINDOW
     + _ACCOUNT
@@ -294,120 +295,5 @@ for _, each in ipairs(reserved) do
   call('PEXPIRE', each[1], each[4])
 end
 return answers
-"""
-)
-
-#: KEYS: the reservations. ARGV: not after, milliseconds to remember that one is settled; of each its id, how many of
-#: its units, and of each of these its number (empty where it is one request's), and in one text of each rule what was
-#: used, or ``-`` where all was.
-SETTLE: Final = (
-    PUNCTUAL
-    + """
-local call, format = redis.call, string.format
-local changes, ended = {}, {}
-
-local function add(to, name, bucket, change)
-  to[name] = to[name] or {}
-  to[name][bucket] = (to[name][bucket] or 0) + change
-end
-
-local function let_go(account, field, change, period)
-  if tonumber(call('HGET', account, 'period') or -1) ~= period then return end
-  local left = call('HINCRBY', account, field, format('%d', change))
-  if left >= 0 then return end
-  -- As in vllmproxy.store.usage_lua: it may be held on the other day by now, or was set to nothing.
-  local other = string.sub(field, 1, -2) .. (1 - string.sub(field, -1))
-  left = left + (call('HGET', account, other) or 0)
-  call('HSET', account, field, '0', other, format('%d', math.max(0, left)))
-end
-
-local function settle(request, taken, text)
-  local words = string.gmatch(text, '%S+')
-  for at = 1, #taken, 4 do
-    local name, bucket, cost = taken[at], taken[at + 1], taken[at + 2]
-    local change = (tonumber(words() or '') or cost) - cost
-    if not bucket then
-      ended[name] = ended[name] or {}
-      table.insert(ended[name], request)
-    elseif change == 0 then
-      -- It was as expected.
-    elseif type(bucket) == 'string' then
-      let_go(name, bucket, change, taken[at + 3])
-    else
-      add(changes, name, bucket, change)
-    end
-  end
-end
-
-local place = 3
-for _, reservation in ipairs(KEYS) do
-  local id, count, asked, settled, written = ARGV[place], tonumber(ARGV[place + 1]), {'taken', 'units'}, {}, {}
-  for at = place + 2, place + 2 * count, 2 do asked[#asked + 1] = 'u' .. ARGV[at] end
-  local found = call('HMGET', reservation, unpack(asked))
-  local taken, units = found[1] and cmsgpack.unpack(found[1]), tonumber(found[2])
-  for number = 3, taken and #asked or 0 do
-    local unit, text = ARGV[place + 2 * number - 4], ARGV[place + 2 * number - 3]
-    local is_there = (tonumber(unit) or -1) < units and (unit == '') == (units == 0)
-    if is_there and not found[number] and not settled[unit] then
-      settled[unit] = true
-      written[#written + 1] = asked[number]
-      written[#written + 1] = ''
-      settle(unit == '' and id or id .. ':' .. unit, taken, text)
-    end
-  end
-  if #written > 0 then
-    call('HSET', reservation, unpack(written))
-    if call('HLEN', reservation) - 2 == math.max(units, 1) then call('PEXPIRE', reservation, ARGV[2]) end
-  end
-  place = place + 2 + 2 * count
-end
-for name, requests in pairs(ended) do call('ZREM', name, unpack(requests)) end
-for name, buckets in pairs(changes) do
-  for bucket, change in pairs(buckets) do
-    local field, by = format('a%d', bucket), format('%d', change)
-    -- One that is nothing but the change may have left; then it is not to come back.
-    if change ~= 0 and call('HINCRBY', name, field, by) == change
-       and call('HEXISTS', name, format('t%d', bucket)) == 0 then
-      call('HDEL', name, field)
-    elseif change ~= 0 then
-      call('HINCRBY', name, 'total', by)
-    end
-  end
-end
-return {1, now}
-"""
-)
-
-#: KEYS: the key's clock, of each request its reservation. ARGV: not after, the length of a lease, milliseconds to keep
-#: things; of each its id and its unit's number. Answers 1, now, those (from 0) that have no lease any more.
-RENEW: Final = (
-    PUNCTUAL
-    + _STEADY
-    + """
-local lease, kept = tonumber(ARGV[2]), ARGV[3]
-local steady = steady_time(KEYS[1], now, kept)
-local answer = {1, now}
-for place = 2, #KEYS do
-  local id, lost = ARGV[2 * place], true
-  local found = call('HMGET', KEYS[place], 'taken', 'u' .. ARGV[2 * place + 1])
-  if found[1] and not found[2] then
-    local taken = cmsgpack.unpack(found[1])
-    for at = 1, #taken, 4 do
-      local name, bucket = taken[at], taken[at + 1]
-      local ends = not bucket and call('ZSCORE', name, id)
-      if ends and tonumber(ends) > steady then
-        call('ZADD', name, steady + lease, id)
-        call('PEXPIRE', name, kept)
-        lost = false
-      end
-    end
-  end
-  if lost then
-    answer[#answer + 1] = place - 2
-  elseif call('PTTL', KEYS[place]) < tonumber(kept) then
-    call('PEXPIRE', KEYS[place], kept)
-  end
-end
-return answer
 """
 )

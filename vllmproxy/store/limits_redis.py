@@ -29,10 +29,11 @@ from vllmproxy.limits.window import bucket_width
 from vllmproxy.store.calls import Calls
 from vllmproxy.store.gathering import Gathering
 from vllmproxy.store.interface import StoreUnavailable
-from vllmproxy.store.limits_lua import DUPLICATE, REFUSED, RENEW, RESERVE, SETTLE
+from vllmproxy.store.limits_lua import DUPLICATE, REFUSED, RESERVE
 from vllmproxy.store.link import Link, Wire
 from vllmproxy.store.rows import name_bytes
 from vllmproxy.store.scripts import LATE, ScriptCall, Scripts
+from vllmproxy.store.settling_lua import RENEW, SETTLE
 
 #: Milliseconds that a time to live is longer than it must be: Redis counts it in milliseconds, and from its start.
 _MARGIN = 1000
