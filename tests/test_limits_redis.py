@@ -537,6 +537,7 @@ async def test_each_of_what_is_reserved_ahead_is_settled_once_and_for_itself(
     for _ in range(2):
         await limiter.settle_all([(TOKEN, one.request_id, (7, 0)), (TOKEN, one.request_id, (0, 0))])
         await limiter.settle_all([(TOKEN, three.request_id, (130, 0)), (TOKEN, "some:9", (0, 0)), (TOKEN, "some", ())])
+        await limiter.settle_all([(TOKEN, f"some:{odd}", (0, 0)) for odd in ("x", "-1", "00", "0x1", "1.0", "1e0")])
     assert await limiter.reserve(ask("between", tokens(1000, 1), parallel(9))) == Granted((1000 - 237 - 1, 7))
     assert int(server.command("PTTL", f"vllmproxy:{{{TOKEN}}}:request:some")[1:]) > 60_000 - HUNG * 1000
     assert await limiter.renew(TOKEN, [each.request_id for each in (one, two, three)]) == ["some:0", "some:2"]

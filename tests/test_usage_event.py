@@ -32,5 +32,12 @@ def test_what_is_not_as_by_default_is_written_and_read_again(event: UsageEvent) 
     }
 
 
+def test_what_another_version_wrote_is_read_as_far_as_it_goes() -> None:
+    fields = {"time": 3.5 * 86_400, "key": "k", "held": 7}
+    older, newer = UsageEvent.of_json(fields), UsageEvent.of_json({**fields, "held_on": 5, "colour": "green"})
+    assert (older.held_on, newer.held_on) == (3, 5)
+    assert UsageEvent.of_json({"time": 3.5 * 86_400, "key": "k"}).held_on == 0
+
+
 def test_an_event_with_nothing_but_what_it_must_have() -> None:
     assert UsageEvent(time=1.5, key="k").as_json() == '{"time":1.5,"key":"k"}'

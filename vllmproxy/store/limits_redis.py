@@ -102,16 +102,15 @@ class RedisLimiter:
         if isinstance(decision, Granted):
             return _each_of(decision, request_ids[: reply[2][0]])
         if decision is None:
-            for request_id in request_ids:
-                Deferred.fromCoroutine(self._give_back(Ask(key, request_id, rules)))
+            Deferred.fromCoroutine(self._give_back([Ask(key, request_id, rules) for request_id in request_ids]))
         return []
 
     def _not_reserved_ahead(
         self, reason: Failure, key: str, rules: tuple[Rule, ...], request_ids: Sequence[str], call: ScriptCall
     ) -> Failure:
         if call.wire is not None:
-            for request_id in request_ids:
-                Deferred.fromCoroutine(self._undo(Ask(key, request_id, rules), call.wire))
+            asked = [Ask(key, request_id, rules) for request_id in request_ids]
+            Deferred.fromCoroutine(self._undo(asked, call.wire))
         return reason
 
     def settle_all(self, settlements: Sequence[Settlement]) -> Deferred[None]:
@@ -149,9 +148,12 @@ class RedisLimiter:
         answers = [
             _decision(len(each.ask.rules), answer, reply[1]) for each, answer in zip(asked, reply[2:], strict=False)
         ]
-        for each, decision in zip_longest(asked, answers):
-            if each.decided.called or decision is None:  # nobody waits for it any more, or knows what it says
-                Deferred.fromCoroutine(self._give_back(each.ask))
+        decided = list(zip_longest(asked, answers))
+        # Nobody waits for it any more, or knows what it says.
+        unwanted = [each.ask for each, decision in decided if each.decided.called or decision is None]
+        if unwanted:
+            Deferred.fromCoroutine(self._give_back(unwanted))
+        for each, decision in decided:
             if not each.decided.called:
                 each.decided.callback(_NONSENSE if decision is None else decision)
 
@@ -159,19 +161,19 @@ class RedisLimiter:
         """Nobody heard what came of it, and nobody will."""
         waiting = self._reserving.drop()
         if call.wire is not None:
-            for each in asked:
-                Deferred.fromCoroutine(self._undo(each.ask, call.wire))
+            Deferred.fromCoroutine(self._undo([each.ask for each in asked], call.wire))
         for each in (*asked, *waiting):
             if not each.decided.called:
                 each.decided.errback(reason)
 
-    async def _give_back(self, ask: Ask) -> None:
-        """Say that it is not wanted, as long as Redis remembers it."""
-        until = self._clock.seconds() + (HELD if has_budget(ask) else self._spans.kept / 1e6)
+    async def _give_back(self, asked: Sequence[Ask]) -> None:
+        """Say that they are not wanted, as long as Redis remembers one."""
+        settlements = list(map(_nothing_used, asked))
+        until = self._clock.seconds() + (HELD if any(map(has_budget, asked)) else self._spans.kept / 1e6)
         pause = _UNDO_SECONDS
         while not self._closed and self._clock.seconds() < until:
             try:
-                await self.settle_all([_nothing_used(ask)])
+                await self.settle_all(settlements)
                 return
             except StoreUnavailable:
                 pass
@@ -190,21 +192,22 @@ class RedisLimiter:
         lost = self._scripts.run(self._scripts.call(RENEW, names, words))
         return lost.addCallback(lambda reply: [request_ids[place] for place in reply[2:]])
 
-    async def _undo(self, ask: Ask, wire: Wire) -> None:
-        """Give back what a reservation may have taken whose answer nobody got; see :class:`Limiter`.
+    async def _undo(self, asked: Sequence[Ask], wire: Wire) -> None:
+        """Give back what reservations may have taken whose answer nobody got; see :class:`Limiter`.
 
         Redis runs what comes over one connection in order, and one that stays mute is dropped. If it is lost, what is
         held of a budget would not leave by itself: it is said over the next one, while Redis remembers the reservation.
         """
         reply: Deferred[Any] = Deferred()
-        self._settling([_nothing_used(ask)], self._spans.kept / 1e6).send(wire, reply.callback)
+        settlements = list(map(_nothing_used, asked))
+        self._settling(settlements, self._spans.kept / 1e6).send(wire, reply.callback)
         try:
             answer: Any = await reply
             if isinstance(answer, list) and answer[0] != LATE:
                 return
         except RedisError:
             pass
-        await self._give_back(ask)
+        await self._give_back(asked)
 
 
 def _nothing_used(ask: Ask) -> Settlement:

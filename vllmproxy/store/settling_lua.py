@@ -55,7 +55,9 @@ for _, reservation in ipairs(KEYS) do
   local taken, units = found[1] and cmsgpack.unpack(found[1]), tonumber(found[2])
   for number = 3, taken and #asked or 0 do
     local unit, text = ARGV[place + 2 * number - 4], ARGV[place + 2 * number - 3]
-    local is_there = (tonumber(unit) or -1) < units and (unit == '') == (units == 0)
+    local place_of_it = tonumber(unit)
+    local is_there = unit == '' and units == 0
+                     or place_of_it and place_of_it < units and format('%d', math.abs(place_of_it)) == unit
     if is_there and not found[number] and not settled[unit] then
       settled[unit] = true
       written[#written + 1] = asked[number]

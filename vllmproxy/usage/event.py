@@ -102,9 +102,12 @@ class UsageEvent:
     def of_json(cls, fields: dict[str, Any]) -> Self:
         """Return the event whose :meth:`as_json` says ``fields``.
 
+        What another version wrote is understood as far as it goes: what is not known is passed over, and what is held
+        is held on the day of ``time`` if nothing else is said.
+
         :raises TypeError: they are not an event's, or one of them is not what it can be.
         """
-        event = cls(**fields)
+        event = cls(**{name: value for name, value in fields.items() if name in _KNOWN})
         texts, numbers = _texts(event), _numbers(event)
         if not all(isinstance(text, str) for text in texts) or event.quality not in get_args(Quality):
             raise TypeError("a text is none")
@@ -112,6 +115,8 @@ class UsageEvent:
             raise TypeError("a number is none")
         if not isinstance(event.time, int | float) or not 0 <= event.time <= _END_OF_TIME:
             raise TypeError("the time is none")
+        if (event.held or event.held_tokens) and "held_on" not in fields:
+            event.held_on = int(event.time // 86_400)
         return event
 
 
@@ -121,6 +126,7 @@ def _date_of(days: int) -> str:
 
 
 _NAMES = tuple(a.name for a in attrs.fields(UsageEvent))
+_KNOWN = frozenset(_NAMES)
 _texts = attrgetter("key", "model", "end_user", "quality")
 _numbers = attrgetter(*(name for name in _NAMES if name not in ("time", "key", "model", "end_user", "quality")))
 _MOST = 1 << 53
