@@ -215,6 +215,19 @@ async def test_what_was_taken_unheard_is_given_back_over_the_next_connection(
 
 
 @pytest_twisted.ensureDeferred
+async def test_one_that_is_cancelled_because_of_another_of_its_call_is_given_back(links: list[Link]) -> None:
+    limiter = RedisLimiter(links[0], reactor)
+    first, one, other = (limiter.reserve(ask(name)) for name in ("first", "one", "other"))
+    one.addCallback(lambda granted: other.cancel() or granted)
+    assert await first == FIRST
+    assert await one == Granted((8, 800, 8))
+    with pytest.raises(CancelledError):
+        await other
+    await deferLater(reactor, 0)
+    assert await limiter.reserve(ask("next")) == Granted((7, 700, 7))
+
+
+@pytest_twisted.ensureDeferred
 async def test_what_was_given_back_too_late_is_given_back_again(server: RedisServer, links: list[Link]) -> None:
     """Redis's clock was set on meanwhile, by which the script that gives back is late."""
     limiter = RedisLimiter(links[0], reactor)

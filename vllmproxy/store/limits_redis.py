@@ -150,12 +150,19 @@ class RedisLimiter:
         ]
         decided = list(zip_longest(asked, answers))
         # Nobody waits for it any more, or knows what it says.
-        unwanted = [each.ask for each, decision in decided if each.decided.called or decision is None]
-        if unwanted:
-            Deferred.fromCoroutine(self._give_back(unwanted))
-        for each, decision in decided:
-            if not each.decided.called:
+        self._not_wanted([each for each, decision in decided if each.decided.called or decision is None])
+        waiting = [(each, decision) for each, decision in decided if not each.decided.called]
+        given_up = []
+        for each, decision in waiting:
+            if each.decided.called:  # because of what another one was granted
+                given_up.append(each)
+            else:
                 each.decided.callback(_NONSENSE if decision is None else decision)
+        self._not_wanted(given_up)
+
+    def _not_wanted(self, asked: list["_Reserve"]) -> None:
+        if asked:
+            Deferred.fromCoroutine(self._give_back([each.ask for each in asked]))
 
     def _not_reserved(self, reason: Failure, asked: list["_Reserve"], call: ScriptCall) -> None:
         """Nobody heard what came of it, and nobody will."""
