@@ -101,10 +101,9 @@ class Ahead:
             return self._ask(ask, again=False) if here and decision.left + here >= rule.needed else decision
         if not ask.ahead:
             return decision
-        fit = "not" if stock is None else stock.fit(ask.rules)
-        if stock is None or fit == "not":
+        if stock is None or (fit := stock.fit(ask.rules)) == "not":
             self._drop(ask.key)
-            if not self._closed:  # nobody would give it back
+            if not self._closed:  # else nobody would give it back
                 self._stocks[ask.key] = _Stock(ask.rules, stock)
                 self._untouched.set(ask.key)
         elif fit == "fits":

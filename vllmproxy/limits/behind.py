@@ -143,7 +143,7 @@ class Behind:
             return
         now = self._clock.seconds()
         is_old = now - since >= MATTERS
-        if is_old:
+        if is_old:  # what gives something back whole
             settlements = [each for each in settlements if 0 in each[2]]
         if settlements and now - since < HELD and not self._closed and len(self._kept) < _MOST_KEPT:
             self._kept.append((settlements, since, now + (SELDOM if is_old else 0)))

@@ -151,22 +151,15 @@ class Quotas:
             held.discard(reservation.request_id)
             if not held:
                 del self._leases[ask.key]
-        if forwarded:
-            of_budget = None if counted else 0
-            pairs = zip(ask.rules, reservation.taken, strict=True)
-            costs = tuple(
-                [
-                    (min(taken, rule.cost) if tokens is None else tokens)
-                    if rule.kind == "tokens"
-                    else of_budget
-                    if rule.kind in BUDGETS
-                    else None
-                    for rule, taken in pairs
-                ]
-            )
-        else:
-            costs = (0,) * len(ask.rules)
-        self._limiter.settle(ask.key, reservation.request_id, costs)
+        costs: list[int | None] = []
+        for rule, taken in zip(ask.rules, reservation.taken, strict=True):
+            if not forwarded or (rule.kind in BUDGETS and not counted):
+                costs.append(0)
+            elif rule.kind == "tokens":
+                costs.append(min(taken, rule.cost) if tokens is None else tokens)
+            else:
+                costs.append(None)
+        self._limiter.settle(ask.key, reservation.request_id, tuple(costs))
 
     def _refusal(self, denied: Denied, ask: Ask, key: VirtualKey) -> ApiError:
         rule = ask.rules[denied.rule]

@@ -25,7 +25,7 @@ DUPLICATE: Final = -2
 
 #: See :mod:`vllmproxy.limits.steady`. 'steady' is what everything but the answer goes by. Nearly always the clock has
 #: gone on and was never set back: then what is to be kept is known before what was.
-STEADY = """
+STEADY: Final = """
 local call, format = redis.call, string.format
 
 local function steady_time(name, now, kept)
@@ -34,6 +34,19 @@ local function steady_time(name, now, kept)
   local steady = math.max(now + tonumber(offset or 0), tonumber(latest or 0))
   if steady ~= now then call('SET', name, format('%d %d', steady, steady - now), 'PX', kept) end
   return steady
+end
+"""
+
+#: Less is held of an account; never less than nothing. Where Redis's clock was set back, it may be held on the other
+#: day than it was. Wants the local 'call'.
+LET_GO: Final = """
+local function let_go(account, field, amount)
+  if amount == 0 then return end
+  local left = call('HINCRBY', account, field, string.format('%d', -amount))
+  if left >= 0 then return end
+  local other = string.sub(field, 1, -2) .. (1 - string.sub(field, -1))
+  left = left + (call('HGET', account, other) or 0)
+  call('HSET', account, field, '0', other, string.format('%d', math.max(0, left)))
 end
 """
 

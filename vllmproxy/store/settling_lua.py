@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from vllmproxy.store.limits_lua import STEADY
+from vllmproxy.store.limits_lua import LET_GO, STEADY
 from vllmproxy.store.scripts import PUNCTUAL
 
 #: KEYS: the reservations. ARGV: not after, milliseconds to remember that one is settled; of each its id, how many of
@@ -13,20 +13,12 @@ SETTLE: Final = (
     + """
 local call, format = redis.call, string.format
 local changes, ended = {}, {}
-
-local function add(to, name, bucket, change)
-  to[name] = to[name] or {}
-  to[name][bucket] = (to[name][bucket] or 0) + change
-end
-
-local function let_go(account, field, change, period)
-  if tonumber(call('HGET', account, 'period') or -1) ~= period then return end
-  local left = call('HINCRBY', account, field, format('%d', change))
-  if left >= 0 then return end
-  -- As in vllmproxy.store.usage_lua: it may be held on the other day by now, or was set to nothing.
-  local other = string.sub(field, 1, -2) .. (1 - string.sub(field, -1))
-  left = left + (call('HGET', account, other) or 0)
-  call('HSET', account, field, '0', other, format('%d', math.max(0, left)))
+"""
+    + LET_GO
+    + """
+local function add(name, bucket, change)
+  changes[name] = changes[name] or {}
+  changes[name][bucket] = (changes[name][bucket] or 0) + change
 end
 
 local function settle(request, taken, text)
@@ -37,12 +29,10 @@ local function settle(request, taken, text)
     if not bucket then
       ended[name] = ended[name] or {}
       table.insert(ended[name], request)
-    elseif change == 0 then
-      -- It was as expected.
-    elseif type(bucket) == 'string' then
-      let_go(name, bucket, change, taken[at + 3])
-    else
-      add(changes, name, bucket, change)
+    elseif type(bucket) == 'number' then
+      add(name, bucket, change)
+    elseif tonumber(call('HGET', name, 'period') or -1) == taken[at + 3] then
+      let_go(name, bucket, -change)
     end
   end
 end
@@ -55,9 +45,9 @@ for _, reservation in ipairs(KEYS) do
   local taken, units = found[1] and cmsgpack.unpack(found[1]), tonumber(found[2])
   for number = 3, taken and #asked or 0 do
     local unit, text = ARGV[place + 2 * number - 4], ARGV[place + 2 * number - 3]
-    local place_of_it = tonumber(unit)
+    local which = tonumber(unit)
     local is_there = unit == '' and units == 0
-                     or place_of_it and place_of_it < units and format('%d', math.abs(place_of_it)) == unit
+                     or which and which < units and format('%d', math.abs(which)) == unit
     if is_there and not found[number] and not settled[unit] then
       settled[unit] = true
       written[#written + 1] = asked[number]
@@ -75,11 +65,12 @@ for name, requests in pairs(ended) do call('ZREM', name, unpack(requests)) end
 for name, buckets in pairs(changes) do
   for bucket, change in pairs(buckets) do
     local field, by = format('a%d', bucket), format('%d', change)
-    -- One that is nothing but the change may have left; then it is not to come back.
-    if change ~= 0 and call('HINCRBY', name, field, by) == change
-       and call('HEXISTS', name, format('t%d', bucket)) == 0 then
+    if change == 0 then
+      -- It was as expected.
+    elseif call('HINCRBY', name, field, by) == change and call('HEXISTS', name, format('t%d', bucket)) == 0 then
+      -- One that is nothing but the change has left; it is not to come back.
       call('HDEL', name, field)
-    elseif change ~= 0 then
+    else
       call('HINCRBY', name, 'total', by)
     end
   end

@@ -7,6 +7,7 @@ with is said in :mod:`vllmproxy.store.scripts`.
 
 from typing import Final
 
+from vllmproxy.store.limits_lua import LET_GO
 from vllmproxy.store.scripts import PUNCTUAL
 
 #: What happened.
@@ -80,25 +81,9 @@ for _ = 1, keydays do
 end
 
 local charged = {'spend', 'tokens'}
-local held = {[0] = {'held0', 'held_tokens0'}, {'held1', 'held_tokens1'}}
-
--- What was held before the day before the latest is held no more. Where Redis's clock was set back, it may be held on
--- another day than it was.
-local function let_go(account, day, amounts)
-  local fields = call('HMGET', account, 'day', 'held0', 'held_tokens0', 'held1', 'held_tokens1')
-  local latest = tonumber(fields[1] or 0)
-  if day < latest - 1 then return end
-  local first = math.min(day, latest) % 2
-  for number, amount in ipairs(amounts) do
-    for _, side in ipairs({first, 1 - first}) do
-      local before = tonumber(fields[1 + 2 * side + number] or 0)
-      local less = math.min(before, amount)
-      if less > 0 then call('HSET', account, held[side][number], text(before - less)) end
-      amount = amount - less
-    end
-  end
-end
-
+"""
+    + LET_GO
+    + """
 for place = name + 1, #KEYS do
   local account, period, days = KEYS[place], tonumber(ARGV[arg + 1]), tonumber(ARGV[arg + 4])
   local fields = call('HMGET', account, 'period', 'spend', 'tokens')
@@ -111,8 +96,14 @@ for place = name + 1, #KEYS do
       local amount = ARGV[arg + 1 + number]
       if amount ~= '0' then call('HSET', account, field, text((fields[number + 1] or 0) + amount)) end
     end
+    local latest = days > 0 and tonumber(call('HGET', account, 'day') or 0)
     for at = arg + 5, arg + 2 + 3 * days, 3 do
-      let_go(account, tonumber(ARGV[at]), {tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])})
+      local day = tonumber(ARGV[at])
+      if day >= latest - 1 then  -- what was held before that is held no more
+        local side = math.min(day, latest) % 2
+        let_go(account, 'held' .. side, tonumber(ARGV[at + 1]))
+        let_go(account, 'held_tokens' .. side, tonumber(ARGV[at + 2]))
+      end
     end
   end
   arg = arg + 4 + 3 * days
