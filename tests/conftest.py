@@ -12,10 +12,12 @@ from _redis import RedisServer, redis_server
 from _service import Twistd, start_proxy, start_simulator
 from _stores import KINDS, every_url, opened, url_of
 from hypothesis import settings
+from twisted.internet import reactor
 from twisted.logger import LogEvent, LogLevel, globalLogPublisher
 
 from vllmproxy.store.interface import Store
 from vllmproxy.store.link import Link
+from vllmproxy.store.redis import RedisStore
 
 # Who runs the tests in the background may have SIGINT ignored, which the services that they start would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -101,6 +103,15 @@ async def links(server: RedisServer) -> AsyncIterator[list[Link]]:
     yield made
     for link in made:
         await close_link(link)
+
+
+@pytest_twisted.async_yield_fixture
+async def redis_store(server: RedisServer) -> AsyncIterator[RedisStore]:
+    """A store at :func:`server`, open."""
+    made = RedisStore(server.url, reactor)
+    await made.open()
+    yield made
+    await made.close()
 
 
 @pytest.fixture(params=KINDS)

@@ -1,7 +1,6 @@
 """Two proxies that reserve ahead of budgets, over midnights, on a real Redis in virtual time."""
 
 import random
-from collections.abc import AsyncIterator
 
 import pytest
 import pytest_twisted
@@ -93,26 +92,18 @@ class Crowd:
             await self.ask(self._choose.choice(self._proxies))
 
 
-@pytest_twisted.async_yield_fixture
-async def store(server: RedisServer) -> AsyncIterator[RedisStore]:
-    made = RedisStore(server.url, reactor)
-    await made.open()
-    yield made
-    await made.close()
-
-
 @pytest.mark.parametrize("limits", [(10**6, 10**6), (30_000, 60_000), (10**6, 40_000)], ids=str)
 @pytest.mark.parametrize("seed", range(3))
 @pytest_twisted.ensureDeferred
 async def test_no_budget_is_exceeded_and_in_the_end_nothing_is_held(
-    server: RedisServer, links: list[Link], store: RedisStore, limits: tuple[int, int], seed: int
+    server: RedisServer, links: list[Link], redis_store: RedisStore, limits: tuple[int, int], seed: int
 ) -> None:
     choose = random.Random(seed)
     with virtual_time():
         bench = RedisBench(server, links[0])
         bench.advance(DAY - START / 1e6 % DAY - 3600)  # an hour before a midnight
         limiters = [RedisLimiter(link, reactor, timeout=20.0) for link in links]
-        proxies = [Proxy(limiter, store, f"w{number}") for number, limiter in enumerate(limiters)]
+        proxies = [Proxy(limiter, redis_store, f"w{number}") for number, limiter in enumerate(limiters)]
         crowd = Crowd(proxies, choose, limits)
         for _ in range(5):
             asking = gatherResults([Deferred.fromCoroutine(crowd.ask_on(15)) for _ in range(10)])

@@ -2,13 +2,12 @@
 
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 
 import pytest
 import pytest_twisted
 from _limits import START, TOKEN, RedisBench, virtual_time
 from _redis import RedisServer
-from twisted.internet import reactor
 
 from vllmproxy.limits.values import Denied, Granted, Rule
 from vllmproxy.store.link import Link
@@ -69,13 +68,10 @@ class Bench(RedisBench):
         return LIMIT
 
 
-@pytest_twisted.async_yield_fixture
-async def bench(server: RedisServer, links: list[Link]) -> AsyncIterator[Bench]:
-    store = RedisStore(server.url, reactor)
-    await store.open()
+@pytest.fixture
+def bench(server: RedisServer, links: list[Link], redis_store: RedisStore) -> Iterator[Bench]:
     with virtual_time():
-        yield Bench(server, links[0], store)
-    await store.close()
+        yield Bench(server, links[0], redis_store)
 
 
 @pytest.mark.parametrize("rule", [tokens(60), money(60)], ids=str)

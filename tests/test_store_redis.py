@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -51,12 +51,9 @@ def logged() -> Iterator[list[str]]:
     globalLogPublisher.removeObserver(observe)
 
 
-@pytest_twisted.async_yield_fixture
-async def store(server: RedisServer) -> AsyncIterator[RedisStore]:
-    made = RedisStore(server.url, reactor)
-    await made.open()
-    yield made
-    await made.close()
+@pytest.fixture
+def store(redis_store: RedisStore) -> RedisStore:
+    return redis_store
 
 
 async def eventually(call: Callable[[], Awaitable[object]]) -> None:

@@ -51,12 +51,9 @@ async def watching(server: RedisServer) -> AsyncIterator[Watching]:
     await made.store.close()
 
 
-@pytest_twisted.async_yield_fixture
-async def other(server: RedisServer) -> AsyncIterator[RedisStore]:
-    made = RedisStore(server.url, reactor)
-    await made.open()
-    yield made
-    await made.close()
+@pytest.fixture
+def other(redis_store: RedisStore) -> RedisStore:
+    return redis_store
 
 
 @pytest_twisted.ensureDeferred

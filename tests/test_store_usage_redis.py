@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import pytest
 import pytest_twisted
@@ -25,12 +25,9 @@ BUDGET = f"vllmproxy:{{{TOKEN}}}:budget"
 SUMS = f"vllmproxy:{{{TOKEN}}}:usage:{DAY}"
 
 
-@pytest_twisted.async_yield_fixture
-async def store(server: RedisServer) -> AsyncIterator[RedisStore]:
-    made = RedisStore(server.url, reactor)
-    await made.open()
-    yield made
-    await made.close()
+@pytest.fixture
+def store(redis_store: RedisStore) -> RedisStore:
+    return redis_store
 
 
 def event(**fields: object) -> UsageEvent:
