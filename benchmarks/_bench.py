@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import random
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -77,15 +78,19 @@ class Bench:
         once: Once,
         rounds: int | None = None,
     ) -> None:
-        """Measure each of ``running`` once in each round and keep the figures."""
-        names = list(running)
+        """Measure each of ``running`` once in each round and keep the figures, in the order of ``running``."""
+        kept = self.figures.setdefault(measure, {})
+        kept |= {name: {} for name in running}
         for number in range(rounds or self.rounds):
-            at = number % len(names)
-            for name in names[at:] + names[:at]:
+            names = list(running)
+            random.Random(f"{measure} {number}").shuffle(names)  # so that who comes before whom changes, too
+            for name in names:
                 figures = await self._tried(measure, number + 1, running[name], once)
                 if figures is not None:
                     self.record(measure, name, **figures)
                     print(f"{measure}, round {number + 1}, {name}: {_told(figures)}", flush=True)
+        for name in [name for name, figures in kept.items() if not figures]:
+            del kept[name]
 
     async def _tried(self, measure: str, number: int, running: Running, once: Once) -> dict[str, float] | None:
         """Return what one round gave; one that fails is told of and tried again, twice."""

@@ -27,6 +27,7 @@ LIMITS = {"rpm_limit": PLENTY, "tpm_limit": PLENTY, "max_parallel_requests": PLE
 _MASTER = "sk-benchmark-master-key-of-no-value"
 #: How the names of variables begin that set something in a contestant; only those set here shall count.
 _SETTINGS = ("VLLM", "LITELLM", "HOSTED_VLLM", "REDIS", "STATE_DIRECTORY")
+ROUTER = "vllm-router"
 #: Streams at a time that each peer has to bear.
 _MANY = 20_000
 
@@ -44,6 +45,7 @@ http {{
     location / {{
       proxy_pass http://vllm; proxy_http_version 1.1; proxy_set_header Connection "";
       proxy_buffering off; proxy_request_buffering off; proxy_read_timeout 600s;
+      {buffers}
     }}
   }}
 }}
@@ -117,13 +119,20 @@ def direct(place: Place) -> Iterator[Running]:
     yield Running("direct", place.upstream, None)
 
 
+#: Makes its buffers as large as large bodies like them.
+_LARGE_BUFFERS = (
+    "proxy_buffer_size 256k; proxy_buffers 8 256k; proxy_busy_buffers_size 512k; client_body_buffer_size 256k;"
+)
+
+
 @contextmanager
-def nginx(place: Place) -> Iterator[Running]:
+def nginx(place: Place, *, large_buffers: bool = False) -> Iterator[Running]:
     """One worker, connections kept to the upstream, nothing buffered, no access log."""
     port = free_port()
     with tempfile.TemporaryDirectory() as directory:
         places = {"directory": directory, "host": HOST, "port": port, "upstream": place.upstream}
-        text = _NGINX.format(user=_name_of_user(), many=_MANY, connections=2 * _MANY, **places)
+        buffers = _LARGE_BUFFERS if large_buffers else ""
+        text = _NGINX.format(user=_name_of_user(), many=_MANY, connections=2 * _MANY, buffers=buffers, **places)
         Path(directory, "nginx.conf").write_text(text)
         command = (nginx_binary() or "nginx", "-p", directory, "-c", f"{directory}/nginx.conf")
         with _pinned(place, Running("nginx", port, 0), *command, cwd=directory) as running:
@@ -140,16 +149,16 @@ def _name_of_user() -> str:
 
 
 @contextmanager
-def vllm_router(place: Place) -> Iterator[Running]:
+def vllm_router(place: Place, policy: str = "round_robin") -> Iterator[Running]:
     """Its cheapest policy (there is one upstream), no keys, warnings only in its log."""
     port = free_port()
     with tempfile.TemporaryDirectory() as directory:
         command = (
             *(str(place.peers / "vllm-router/bin/vllm-router"), "--host", HOST, "--port", str(port)),
-            *("--worker-urls", f"http://{HOST}:{place.upstream}", "--policy", "round_robin", "--log-level", "warning"),
+            *("--worker-urls", f"http://{HOST}:{place.upstream}", "--policy", policy, "--log-level", "warning"),
             *("--max-concurrent-requests", str(_MANY), "--prometheus-port", str(free_port())),
         )
-        with _pinned(place, Running("vllm-router", port, 0), *command, cwd=directory) as running:
+        with _pinned(place, Running(ROUTER, port, 0), *command, cwd=directory) as running:
             yield running
 
 
@@ -268,7 +277,7 @@ def _ask_until_answered(running: Running, deadline: float) -> None:
 CONTESTANTS: dict[str, Start] = {
     "direct": direct,
     "nginx": nginx,
-    "vllm-router": vllm_router,
+    ROUTER: vllm_router,
     "litellm": litellm,
     "bare": bare,
     "vllmproxy-on": vllmproxy_on,

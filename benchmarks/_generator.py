@@ -6,6 +6,7 @@ Each request is given as bytes and written at once; of an answer no more is read
 import asyncio
 import ctypes
 import os
+import random
 import sys
 import time
 from collections import deque
@@ -226,7 +227,7 @@ async def closed_loop(port: int, requests: list[bytes], connections: int, second
     :param requests: asked in turn.
     """
     took: list[int] = []
-    turn = 0
+    turn = random.randrange(len(requests))  # or each round would ask the same ones of many
 
     def again(call: Call) -> None:
         nonlocal turn
@@ -239,7 +240,7 @@ async def closed_loop(port: int, requests: list[bytes], connections: int, second
     many = len(requests) > 1
     crowd = Crowd()
     try:
-        await crowd.connect(lambda n: Call(requests[n % len(requests)], again, crowd.fail), port, connections)
+        await crowd.connect(lambda n: Call(requests[(turn - n) % len(requests)], again, crowd.fail), port, connections)
         for call in crowd.calls:
             call.ask()
         return await _measured(crowd, took, seconds, meter)
@@ -274,12 +275,13 @@ async def open_loop(
         else:
             idle.append(call)
 
-    def due(times: int) -> None:
-        for _ in range(times):
-            if idle:
-                idle.pop().ask()
-            else:
-                waiting.append(time.monotonic_ns())
+    def due(at: int) -> None:
+        if idle:
+            call = idle.pop()
+            call.ask()
+            call.began = at
+        else:
+            waiting.append(at)
 
     crowd = Crowd()
     idle: list[Call] = crowd.calls
@@ -296,7 +298,8 @@ async def open_loop(
 
 
 class Ticker:
-    """Calls ``due`` with how many times it is due, ``rate`` times a second, by a timer of the kernel (timerfd(2)).
+    """Calls ``due`` with the time that it is due at (``time.monotonic_ns``), ``rate`` times a second, by a timer of the
+    kernel (timerfd(2)).
 
     The loop's own timers count milliseconds.
     """
@@ -304,15 +307,18 @@ class Ticker:
     def __init__(self, rate: float, due: Callable[[int], None]) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         self._descriptor = libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
-        every = int(1e9 / rate)
+        self._every = every = int(1e9 / rate)
         times = (ctypes.c_long * 4)(every // 1_000_000_000, every % 1_000_000_000, 0, every)
+        self._next = time.monotonic_ns() + every
         if self._descriptor < 0 or libc.timerfd_settime(self._descriptor, 0, times, None):
             raise OSError(ctypes.get_errno(), "timerfd")
         self._due = due
         asyncio.get_running_loop().add_reader(self._descriptor, self._tick)
 
     def _tick(self) -> None:
-        self._due(int.from_bytes(os.read(self._descriptor, 8), "little"))
+        for _ in range(int.from_bytes(os.read(self._descriptor, 8), "little")):
+            self._due(self._next)
+            self._next += self._every
 
     def stop(self) -> None:
         """Call no more."""

@@ -1,4 +1,5 @@
-"""What becomes of the cost when there is more: keys, limits and worker processes; and how soon the proxy is there."""
+"""What becomes of the cost when there is more: keys, limits and worker processes; how soon the proxy is there; and what
+the Rust router's policies cost."""
 
 import subprocess
 import sys
@@ -7,39 +8,47 @@ from functools import partial
 from pathlib import Path
 
 from _bench import Bench
-from _contestants import LIMITS, OURS, PLENTY, Running, vllmproxy_on
+from _contestants import LIMITS, OURS, PLENTY, ROUTER, Running, vllm_router, vllmproxy_on
 from _requests import small_posts
 
 #: How many keys there are in the store.
-KEYS = (10, 1_000, 100_000)
+KEYS = (1, 10, 1_000, 100_000)
+#: The router's cheapest policy, and the one that it has unless it is told otherwise.
+_POLICIES = ("round_robin", "cache_aware")
 #: Connections of the load on workers: more than each can answer in the moment that it has the core.
 _CALLERS = 256
 
 
 async def start_up(bench: Bench) -> None:
     """From the start of the process to the first request answered; LiteLLM, which takes long, once."""
-    for _ in range(bench.rounds):
-        for name in bench.running:
-            if name not in ("direct", "litellm"):
-                with bench.fresh([name]) as running:
-                    _record_start(bench, running[name])
+
+    async def once(running: Running) -> dict[str, float]:
+        with bench.fresh([running.name]) as started:
+            return {"seconds": started[running.name].seconds}
+
+    await bench.rotate("start-up", bench.without("direct", "litellm"), once)
     if "litellm" in bench.running:
-        _record_start(bench, bench.running["litellm"])
+        bench.record("start-up", "litellm", seconds=bench.running["litellm"].seconds)
 
 
-def _record_start(bench: Bench, running: Running) -> None:
-    bench.record("start-up", running.name, seconds=running.seconds)
-    print(f"start-up, {running.name}: {running.seconds:.2f} s", flush=True)
+async def policies(bench: Bench) -> None:
+    """vllm-router as it is by default, beside the policy that it is compared with in everything else."""
+    if ROUTER not in bench.running:
+        bench.leave_out("policies", ROUTER, "it is not among the contestants")
+        return
+    with ExitStack() as stack:
+        running = {name: stack.enter_context(vllm_router(bench.place, policy=name)) for name in _POLICIES}
+        await bench.rotate("policies", running, partial(small_posts, bench))
 
 
 async def keys(bench: Bench) -> None:
-    """10 to 100,000 keys in the store: requests with ten of them, and with all of them in turn."""
+    """1 to 100,000 keys in the store: requests with ten of them at most, and with all of them in turn."""
     if not _has_on(bench, "keys"):
         return
     with ExitStack() as stack:
         proxies = {count: stack.enter_context(vllmproxy_on(bench.place, keys=count)) for count in KEYS}
         for used in ("ten of them", "all of them"):
-            running = {f"{count:,} keys": proxy for count, proxy in proxies.items()}
+            running = {f"{count:,} key{'s' * (count > 1)}": proxy for count, proxy in proxies.items()}
             most = 10 if used == "ten of them" else max(KEYS)
             asked = {
                 proxy.port: [proxy.with_key(n).request("small") for n in range(min(count, most))]

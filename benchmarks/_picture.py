@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import matplotlib as mpl
-from _report import TITLES, number
+from _report import TITLES, mark, number
 from _rows import ROWS, Results, Row
 
 mpl.use("Agg")
@@ -43,13 +43,30 @@ def _draw_panel(axis: "plt.Axes", results: Results, row: Row, title: str) -> Non
     values = {name: row.value(results, name) for name in names}
     shown = {name: value for name, value in values.items() if value is not None and value > 0}
     colours = [_OURS if name.startswith("vllmproxy") else _THEIRS for name in shown]
-    drawn = axis.barh([TITLES[name] for name in shown], list(shown.values()), color=colours)
-    axis.bar_label(drawn, labels=[number(value) for value in shown.values()], padding=4, fontsize=8)
+    missing = ", ".join(TITLES[name] for name in names if name not in shown)
+    if missing:
+        title += f" (not measured: {missing})"
+    if shown and max(shown.values()) > 30 * min(shown.values()):
+        axis.set_xscale("log")  # on which a bar's length means nothing
+        axis.scatter(list(shown.values()), range(len(shown)), color=colours, s=60)
+        title += ", log scale"
+    else:
+        axis.barh(range(len(shown)), list(shown.values()), color=colours)
+    axis.set_yticks(range(len(shown)), [TITLES[name] for name in shown])
+    for place, (name, value) in enumerate(shown.items()):
+        label = number(value) + mark(results, row, name)
+        axis.annotate(label, (value, place), (6, -3), textcoords="offset points", fontsize=8)
+    _draw_asked(axis, results, row)
     axis.set_title(title, fontsize=10, loc="left")
     axis.margins(x=0.15)
-    if shown and max(shown.values()) > 30 * min(shown.values()):
-        axis.set_xscale("log")
-        axis.set_title(f"{title} (log scale)", fontsize=10, loc="left")
     axis.tick_params(labelsize=8)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
+
+
+def _draw_asked(axis: "plt.Axes", results: Results, row: Row) -> None:
+    """Draw where the figure of everything on is to be."""
+    for bar in row.bars:
+        other = row.value(results, bar.of) if bar.of else 1.0
+        if other is not None:
+            axis.axvline(bar.limit * other, color="#c0392b", linestyle="--", linewidth=1)

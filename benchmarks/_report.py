@@ -56,13 +56,18 @@ def bars(results: Results) -> str:
                 lines.append([row.what, _NOTHING, "", "", "", _asked(bar), "not measured"])
                 continue
             ratios = [_ratio(value, row, results, peer) for peer in _PEERS]
-            other = row.value(results, bar.of) if bar.of else None
+            times = row.ratio(results, row.whose, bar.of) if row in GROWTH and bar.of else None
+            other = (row.value(results, bar.of) if times is None else value / times) if bar.of else None
             met = {True: "yes", False: "**no**", None: "not measured"}[bar.is_met(value, other)]
-            found = number(value) + _mark(results, row, row.whose)
-            if row in GROWTH and other:
-                found += f" ({value / other:.2f} {_TIMES})"
+            found = number(value) + mark(results, row, row.whose) + _between(row.spread(results, row.whose))
+            if times is not None:
+                found += f"; {times:.2f} {_TIMES}"
             lines.append([row.what, found, *ratios, _asked(bar), met])
     return _table(head, lines)
+
+
+def _between(spread: tuple[float, float] | None) -> str:
+    return "" if spread is None else f" ({number(spread[0])} to {number(spread[1])})"
 
 
 def _asked(bar: Bar) -> str:
@@ -85,10 +90,10 @@ def _cell(results: Results, row: Row, name: str) -> str:
     value = row.value(results, name)
     if value is None or (row.figure == "redis cpu" and name != ON) or (row.figure == "cpu" and name == "direct"):
         return _NOTHING
-    return number(value) + _mark(results, row, name)
+    return number(value) + mark(results, row, name)
 
 
-def _mark(results: Results, row: Row, name: str) -> str:
+def mark(results: Results, row: Row, name: str) -> str:
     """Return the sign of the note on whether the proxy was the limit."""
     if not row.limited:
         return ""
@@ -99,7 +104,7 @@ def _mark(results: Results, row: Row, name: str) -> str:
 
 
 def _notes(results: Results) -> Iterator[str]:
-    marks = {_mark(results, row, name).strip() for row in ROWS for name in results["contestants"]}
+    marks = {mark(results, row, name).strip() for row in ROWS for name in results["contestants"]}
     if _LOAD_IS_FULL in marks:
         yield (
             f"{_LOAD_IS_FULL} The load generator, the upstream and Redis had their core full and the proxy had not: it "
@@ -169,7 +174,10 @@ def number(value: float) -> str:
 def _ratio(value: float, row: Row, results: Results, peer: str) -> str:
     """Return how many times the peer's figure it is; nothing for growth, which should be about none."""
     other = row.value(results, peer)
-    return f"{value / other:.2f}" if other and other > 0 and row.figure != "growth" else ""
+    if not other or other <= 0 or row.figure == "growth":
+        return ""
+    times = value / other
+    return (f"{times:.2f}" if times >= 0.1 else f"1/{1 / times:.0f}") + mark(results, row, peer)
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -43,17 +43,17 @@ async def latency(bench: Bench) -> None:
     await bench.rotate("latency", bench.running, once)
 
 
-async def half_load(bench: Bench) -> None:
-    """The same rate for all: half of what the slowest of them bears, LiteLLM aside, which bears less than that."""
+async def part_load(bench: Bench, measure: str, share: float) -> None:
+    """The same rate for all: that share of what the slowest of them bears, LiteLLM aside, which bears less."""
     if "requests" not in bench.figures:
         await requests(bench)
     rates = [median(found["rate"]) for name, found in bench.figures["requests"].items() if name != "litellm"]
-    rate = min(rates) / 2
+    rate = min(rates) * share
     if "litellm" in bench.running:
-        bench.leave_out("half load", "litellm", "its capacity is less than this rate")
+        bench.leave_out(measure, "litellm", "it bears less than this rate")
 
     async def once(running: Running) -> dict[str, float]:
-        seconds = bench.seconds(4)
+        seconds = bench.seconds(3)
         outcome = await open_loop(
             running.port,
             running.request("small"),
@@ -66,7 +66,7 @@ async def half_load(bench: Bench) -> None:
             "p50": outcome.quantile(0.5),
             "p99": outcome.quantile(0.99),
             "asked": rate,
-            **outcome.used.shares(),
+            **cost(outcome.count, outcome.used),
         }
 
-    await bench.rotate("half load", bench.without("litellm"), once)
+    await bench.rotate(measure, bench.without("litellm"), once)

@@ -51,16 +51,31 @@ class Row:
 
     def value(self, results: Results, name: str) -> float | None:
         """Return the median of the rounds, ``None`` where it was not measured."""
-        found = _median(results, self.measure, name, self.figure)
-        if not self.added or found is None:
-            return found
-        direct = _median(results, self.measure, "direct", self.figure)
-        return None if direct is None or name == "direct" else found - direct
+        found = self._rounds(results, name)
+        if not found:
+            return None
+        if not self.added:
+            return median(found)
+        direct = self._rounds(results, "direct")
+        return median(found) - median(direct) if direct and name != "direct" else None
 
+    def spread(self, results: Results, name: str) -> tuple[float, float] | None:
+        """Return the least and the most that a round gave, ``None`` where there was one round only."""
+        found = self._rounds(results, name)
+        if self.added:
+            found = [value - direct for value, direct in zip(found, self._rounds(results, "direct"), strict=False)]
+        return (min(found), max(found)) if len(found) > 1 else None
 
-def _median(results: Results, measure: str, name: str, figure: str) -> float | None:
-    values = results["figures"].get(measure, {}).get(name, {}).get(figure)
-    return median(values) if values else None
+    def ratio(self, results: Results, name: str, other: str) -> float | None:
+        """Return the median of what each round gave as the ratio of one variant to another, which came one right after
+        the other; ``None`` where either was not measured."""
+        pairs = zip(self._rounds(results, name), self._rounds(results, other), strict=False)
+        ratios = [value / beside for value, beside in pairs]
+        return median(ratios) if ratios else None
+
+    def _rounds(self, results: Results, name: str) -> list[float]:
+        rounds: list[float] = results["figures"].get(self.measure, {}).get(name, {}).get(self.figure, [])
+        return rounds
 
 
 _AS_ROUTER = Bar(1.0, of="vllm-router")
@@ -85,6 +100,12 @@ ROWS = (
     Row("added latency, half load, p50, µs", "half load", "p50", (_AS_ROUTER,), added=True),
     Row("added latency, half load, p99, µs", "half load", "p99", (_AS_ROUTER, _MILLISECOND), added=True),
     Row("… at so many requests a second", "half load", "asked"),
+    Row("… of which so many were answered", "half load", "rate"),
+    Row("… CPU per small POST, µs", "half load", "cpu"),
+    Row("added latency, a quarter of the load, p50, µs", "quarter load", "p50", added=True),
+    Row("added latency, a quarter of the load, p99, µs", "quarter load", "p99", added=True),
+    Row("… at so many requests a second", "quarter load", "asked"),
+    Row("… CPU per small POST, µs", "quarter load", "cpu"),
     Row("time to first event, added, p50, µs", "lateness", "first p50", (_MILLISECOND,), added=True),
     Row("time to first event, added, p99, µs", "lateness", "first p99", (_MILLISECOND,), added=True),
     Row("gap between events, added, p99, µs", "lateness", "gap p99", (_MILLISECOND,), added=True),
@@ -98,9 +119,15 @@ ROWS = (
 )
 
 _FLAT = 1.15
+_ALL_ON = "vllmproxy, all on"
 
-#: One column for each variant of everything on; the bar is for the last against the first.
+#: One column for each variant; the bar is for one against another, as the median of the rounds' ratios.
 GROWTH = (
+    Row("CPU per small POST by vllm-router's policy, µs", "policies", "cpu", whose="cache_aware"),
+    Row("… requests a second", "policies", "rate", whose="cache_aware"),
+    Row("upload of 32 MB, MB/s", "upload by buffers", "MB/s", whose=_ALL_ON),
+    Row("download of 200 MB, MB/s", "download by buffers", "MB/s", whose=_ALL_ON),
+    Row("memory per idle stream, 2,000 streams, KiB", "idle streams by buffers", "KiB", whose=_ALL_ON),
     Row(
         "CPU per small POST with ten keys of so many in the store, µs",
         "keys, ten of them",
@@ -108,8 +135,9 @@ GROWTH = (
         (Bar(_FLAT, of="10 keys"),),
         whose="100,000 keys",
     ),
+    Row("… of its Redis, µs", "keys, ten of them", "redis cpu", whose="100,000 keys"),
     Row(
-        "… with all of the keys in turn, µs",
+        "CPU per small POST with all of the keys in turn, µs",
         "keys, all of them",
         "cpu",
         (Bar(_FLAT, of="10 keys"),),

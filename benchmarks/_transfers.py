@@ -2,12 +2,16 @@
 
 import asyncio
 import time
+from contextlib import ExitStack
+from functools import partial
 
 from _bench import Bench
-from _contestants import Running
+from _contestants import Running, nginx, vllmproxy_on
 from _generator import Transfer
 from _processes import forget_peaks, peak_of_tree, rss_of_tree
+from _rows import ON
 from _running import HOST
+from _streams import hold
 
 #: Millions of bytes.
 UPLOAD = 32
@@ -16,37 +20,59 @@ DOWNLOAD = 200
 
 async def upload(bench: Bench) -> None:
     """A chat completion with an image of 32 MB."""
-    url = "data:image/png;base64," + "A" * (UPLOAD * 1_000_000)
-    body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
-    await _transfer(bench, "upload", "small", UPLOAD, body)
+    with bench.fresh(bench.running) as running:
+        await bench.rotate("upload", running, partial(_upload, bench))
 
 
 async def download(bench: Bench) -> None:
     """An answer of 200 MB."""
-    await _transfer(bench, "download", f"download-{DOWNLOAD}", DOWNLOAD, None)
-
-
-async def _transfer(bench: Bench, measure: str, model: str, size: int, body: dict[str, object] | None) -> None:
-    async def once(running: Running) -> dict[str, float]:
-        request = running.request(model, body)
-        before = 0
-        if running.pid:
-            forget_peaks(running.pid)
-            before = rss_of_tree(running.pid)
-        transport, transfer = await asyncio.get_running_loop().create_connection(Transfer, HOST, running.port)
-        meter = bench.meter(running)
-        rates = []
-        try:
-            meter.begin()
-            for _ in range(bench.some(4, 2)):
-                began = time.monotonic()
-                await transfer.ask(request)
-                rates.append(size / (time.monotonic() - began))
-            used = meter.end()
-        finally:
-            transport.abort()
-        grown = peak_of_tree(running.pid) - before if running.pid else 0
-        return {"MB/s": max(rates), "growth": grown / 2**20, **used.shares()}
-
     with bench.fresh(bench.running) as running:
-        await bench.rotate(measure, running, once)
+        await bench.rotate("download", running, partial(_download, bench))
+
+
+async def buffers(bench: Bench) -> None:
+    """nginx as it is by default and with large buffers, beside everything on: large bodies, and what a stream holds."""
+    if not {"nginx", ON} <= bench.running.keys():
+        bench.leave_out("buffers", "nginx", "it is not compared with everything on")
+        return
+    place = bench.place
+    measures = {"upload": _upload, "download": _download, "idle streams": partial(hold, streams=2_000)}
+    for name, once in measures.items():
+        with ExitStack() as stack:
+            running = {
+                "nginx": stack.enter_context(nginx(place)),
+                "nginx, buffers of 256 KiB": stack.enter_context(nginx(place, large_buffers=True)),
+                "vllmproxy, all on": stack.enter_context(vllmproxy_on(place)),
+            }
+            await bench.rotate(f"{name} by buffers", running, partial(once, bench))
+
+
+async def _upload(bench: Bench, running: Running) -> dict[str, float]:
+    url = "data:image/png;base64," + "A" * (UPLOAD * 1_000_000)
+    body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+    return await _transfer(bench, running, running.request("small", body), UPLOAD)
+
+
+async def _download(bench: Bench, running: Running) -> dict[str, float]:
+    return await _transfer(bench, running, running.request(f"download-{DOWNLOAD}"), DOWNLOAD)
+
+
+async def _transfer(bench: Bench, running: Running, request: bytes, size: int) -> dict[str, float]:
+    before = 0
+    if running.pid:
+        forget_peaks(running.pid)
+        before = rss_of_tree(running.pid)
+    transport, transfer = await asyncio.get_running_loop().create_connection(Transfer, HOST, running.port)
+    meter = bench.meter(running)
+    rates = []
+    try:
+        meter.begin()
+        for _ in range(bench.some(4, 2)):
+            began = time.monotonic()
+            await transfer.ask(request)
+            rates.append(size / (time.monotonic() - began))
+        used = meter.end()
+    finally:
+        transport.abort()
+    grown = peak_of_tree(running.pid) - before if running.pid else 0
+    return {"MB/s": max(rates), "growth": grown / 2**20, **used.shares()}

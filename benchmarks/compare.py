@@ -27,14 +27,14 @@ except ModuleNotFoundError:
     raise SystemExit("The benchmark needs more than the proxy does: pip install -e '.[bench,test]'") from None
 from _bench import Bench, default_peers
 from _contestants import CONTESTANTS, Place
-from _growth import keys, limits, start_up, workers
+from _growth import keys, limits, policies, start_up, workers
 from _peers import environment, missing
 from _picture import draw
 from _report import report
-from _requests import half_load, latency, requests, small_posts
+from _requests import latency, part_load, requests, small_posts
 from _running import HERE, allow_many_files, free_port, process
 from _streams import burst, idle, lateness, paced
-from _transfers import download, upload
+from _transfers import buffers, download, upload
 
 MEASURES: dict[str, Callable[[Bench], Awaitable[None]]] = {
     "requests": requests,
@@ -42,13 +42,16 @@ MEASURES: dict[str, Callable[[Bench], Awaitable[None]]] = {
     "streams-1000": partial(paced, streams=1_000),
     "burst": burst,
     "latency": latency,
-    "half-load": half_load,
+    "half-load": partial(part_load, measure="half load", share=1 / 2),
+    "quarter-load": partial(part_load, measure="quarter load", share=1 / 4),
     "lateness": lateness,
     "idle-2000": partial(idle, streams=2_000),
     "idle-9500": partial(idle, streams=9_500),
     "upload": upload,
     "download": download,
+    "buffers": buffers,
     "start-up": start_up,
+    "policies": policies,
     "keys": keys,
     "limits": limits,
     "workers": workers,

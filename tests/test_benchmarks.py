@@ -69,8 +69,40 @@ def test_latency_counts_from_direct() -> None:
 
 def test_what_grows_is_compared_with_where_it_began() -> None:
     cells = _line(report(_results()), "CPU per small POST by limits")
-    assert cells[1] == "120 (1.20 \N{MULTIPLICATION SIGN})"
+    assert cells[1] == "120; 1.20 \N{MULTIPLICATION SIGN}"
     assert cells[-1] == "**no**"
+
+
+def test_variants_are_compared_round_by_round() -> None:
+    results = _results()
+    results["figures"]["limits"] = {"1 limit": {"cpu": [100.0, 200.0, 400.0]}, "20 limits": {"cpu": [130.0, 210, 410]}}
+    cells = _line(report(results), "CPU per small POST by limits")
+    assert cells[1] == "210 (130 to 410); 1.05 \N{MULTIPLICATION SIGN}"
+    assert cells[-1] == "yes"
+
+
+def test_what_the_rounds_gave_is_shown() -> None:
+    results = _results()
+    results["figures"]["requests"]["vllmproxy-on"]["cpu"] = [50.0, 40.0, 70.0]
+    results["figures"]["latency"] = {
+        "direct": {"p50": [30.0, 50.0], "p99": [60.0, 60.0]},
+        "vllmproxy-on": {"p50": [130.0, 170.0], "p99": [160.0, 260.0]},
+    }
+    text = report(results)
+    assert _line(text, "CPU per small POST, µs")[1] == "50.0 (40.0 to 70.0)"
+    assert _line(text, "added latency, one connection, p50")[1] == "110 (100 to 120)"
+
+
+def test_a_small_part_is_a_fraction() -> None:
+    results = _results()
+    results["figures"]["requests"]["litellm"] = {"cpu": [5_000.0], "rate": [100.0]}
+    assert _line(report(results), "CPU per small POST, µs")[4] == "1/100"
+
+
+def test_a_peer_that_the_load_limited_is_marked_beside_its_ratio() -> None:
+    results = _results()
+    results["figures"]["requests"]["vllm-router"] |= {"proxy core": [0.6], "load core": [0.99]}
+    assert _line(report(results), "requests a second")[3] == "2.22 †"
 
 
 def test_a_figure_that_two_bars_are_for_is_shown_once() -> None:
