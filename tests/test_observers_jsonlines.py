@@ -174,6 +174,16 @@ def test_a_full_batch_does_not_wait(log: JsonLines, writer: Writer, clock: Clock
     assert clock.getDelayedCalls() == []
 
 
+def test_what_is_written_at_once_are_whole_lines(clock: Clock) -> None:
+    pieces: list[bytes] = []
+    log = JsonLines(pieces.append, clock)
+    for number in range(3000):
+        log.finished(record("/" + "x" * (number % 97)))
+    log.close()
+    assert len(pieces) > 3
+    assert all(piece.endswith(b"\n") for piece in pieces)
+
+
 def test_close_flushes_and_is_final(writer: Writer, clock: Clock) -> None:
     closed: list[int] = []
     log = JsonLines(writer, clock, close=lambda: closed.append(1))

@@ -128,7 +128,8 @@ class JsonLines:
         waiting = len(self._buffer)
         try:
             while self._buffer:
-                self._took(self._write(bytes(self._buffer[:BATCH_BYTES])))
+                piece = self._next_piece()
+                self._took(piece, self._write(piece))
         except OSError as error:
             if not isinstance(error, BlockingIOError):
                 self._complain(error.strerror or type(error).__name__)
@@ -165,8 +166,13 @@ class JsonLines:
         if self._close is not None:
             self._close()
 
-    def _took(self, taken: int | None) -> None:
-        taken = min(len(self._buffer), BATCH_BYTES) if taken is None else taken
+    def _next_piece(self) -> bytes:
+        """Return whole lines: other processes append to the same file, and their lines come in between."""
+        whole = self._buffer.rfind(b"\n", 0, BATCH_BYTES) + 1
+        return bytes(self._buffer[: whole or BATCH_BYTES])
+
+    def _took(self, piece: bytes, taken: int | None) -> None:
+        taken = len(piece) if taken is None else taken
         if taken == 0:
             raise BlockingIOError
         self._torn = self._buffer[taken - 1] != ord("\n")
