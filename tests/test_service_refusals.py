@@ -150,6 +150,7 @@ def test_workers_that_cannot_start_say_so_once(tmp_path: Path) -> None:
     assert f"127.0.0.1:{port}" in line
     assert "refused" in line
     assert "no/such" in refused(tmp_path / "b", *UPSTREAM, *store, "--access-log", f"{tmp_path}/no/such/access.jsonl")
+    assert "another is started" not in (tmp_path / "a" / "out").read_text()
 
 
 def test_a_busy_port_and_auth_that_is_off_are_the_parent_s_business(tmp_path: Path) -> None:

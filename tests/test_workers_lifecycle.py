@@ -20,6 +20,8 @@ from _service import MASTER_KEY, START_SECONDS, Twistd, free_port
 from _workers import both_again, is_alive, one_on_each, start_workers, workers
 from test_restarts import ACTIVATE
 
+from vllmproxy.workers.parent import STUCK
+
 MODELS = request(b"GET", b"/vllm/v1/models")
 SHORT = request(b"GET", b"/vllm/x", b"X-Vllmsim: bytes; length=10; chunk=1; delay=0.1; chunked=1")
 LONG = request(b"GET", b"/vllm/x", b"X-Vllmsim: bytes; length=40000; chunk=1; delay=0.1; chunked=1")
@@ -102,6 +104,20 @@ def test_a_second_signal_ends_all_of_them_at_once(
     service.process.send_signal(signal.SIGINT)
     assert service.process.wait(START_SECONDS) in (-signal.SIGINT, 128 + signal.SIGINT)
     assert [wire.rest()[1] for wire in wires.values()] == ["reset", "reset"]
+
+
+def test_a_second_signal_does_not_wait_for_one_that_is_stuck(
+    tmp_path: Path, sim: Twistd, redis: RedisServer, services: list[Twistd]
+) -> None:
+    service = start_workers(tmp_path, sim.url, redis, "--drain-timeout", "600")
+    services.append(service)
+    stuck, other = workers(service)
+    os.kill(stuck, signal.SIGSTOP)
+    service.process.send_signal(signal.SIGTERM)
+    until(lambda: not is_alive(other), START_SECONDS)
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(STUCK - 10) in TERMINATED  # it would be taken for stuck after that
+    assert not is_alive(stuck)
 
 
 def test_without_their_parent_they_go(tmp_path: Path, sim: Twistd, redis: RedisServer, services: list[Twistd]) -> None:

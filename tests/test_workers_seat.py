@@ -11,7 +11,7 @@ from twisted.logger import LogEvent
 from vllmproxy.workers.backoff import LONGEST, YOUNG, Backoff
 from vllmproxy.workers.channel import Channel
 from vllmproxy.workers.process import Ending
-from vllmproxy.workers.seat import ABORTING, STARTING, Seat, State
+from vllmproxy.workers.seat import ABORTING, HURRYING, STARTING, Seat, State
 
 LIMIT = 30.0
 KILLED = Ending(None, "by SIGKILL")
@@ -157,6 +157,26 @@ def test_one_that_is_stuck_is_ended_and_where_that_does_not_help_killed(house: H
     house.clock.advance(0)
     house.live(LIMIT)
     assert house.processes[-1].signals == []
+
+
+def test_one_that_is_to_end_at_once_is_killed_if_it_does_not(house: House) -> None:
+    house.seat.stop()
+    house.seat.hurry()
+    (process,) = house.processes
+    assert b'"hurry"' in process.said
+    house.clock.advance(HURRYING - 0.1)
+    assert process.signals == []
+    house.clock.advance(0.1)
+    assert process.signals == [signal.SIGKILL]
+
+
+def test_who_ends_at_once_is_not_killed(house: House) -> None:
+    house.seat.stop()
+    house.seat.hurry()
+    house.seat.ended(KILLED)
+    house.seat.hurry()
+    house.clock.advance(HURRYING)
+    assert house.processes[0].signals == []
 
 
 def test_a_start_may_take_longer(house: House) -> None:

@@ -178,6 +178,7 @@ class Parent(Service):
         seat.shown = []
         if not self._has_been_ready and ending.status and self.running:
             self._fail(seat.number)
+            seat.stop()  # or it would be started again
         seat.ended(ending)
 
     def _fail(self, number: int) -> None:
@@ -287,5 +288,4 @@ class Parent(Service):
 
     def _hurry(self) -> None:
         for seat in self._seats:
-            if seat.channel is not None:
-                seat.channel.tell("hurry")
+            seat.hurry()

@@ -19,6 +19,8 @@ _log = Logger()
 STARTING: Final = 60.0
 #: Seconds after SIGABRT, which shows where it stood, to SIGKILL.
 ABORTING: Final = 5.0
+#: Seconds to SIGKILL for one that is to end at once.
+HURRYING: Final = 2.0
 
 
 class State(Enum):
@@ -102,6 +104,16 @@ class Seat:
         """Stop it as its settings say; the result fires when it takes no new connections."""
         self._feed(Event.STOP)
         return self.deaf
+
+    def hurry(self) -> None:
+        """End it at once; it is killed if it does not listen."""
+        if self._process is not None:
+            self._process.channel.tell("hurry")
+            self._clock.callLater(HURRYING, self._kill, self._process)
+
+    def _kill(self, process: Running) -> None:
+        if self._process is process:
+            process.kill(signal.SIGKILL)
 
     def accepts(self) -> None:
         """It says that it accepts."""
