@@ -120,6 +120,14 @@ def test_a_second_signal_does_not_wait_for_one_that_is_stuck(
     assert not is_alive(stuck)
 
 
+def test_a_file_in_the_working_directory_is_no_module(
+    tmp_path: Path, sim: Twistd, redis: RedisServer, services: list[Twistd]
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('this is not the json that was meant')")
+    services.append(start_workers(tmp_path, sim.url, redis))
+    assert ask(services[0], "GET", "/vllm/v1/models", key=MASTER_KEY).status == 200
+
+
 def test_without_their_parent_they_go(tmp_path: Path, sim: Twistd, redis: RedisServer, services: list[Twistd]) -> None:
     service = start_workers(tmp_path, sim.url, redis, "--drain-timeout", "60")
     services.append(service)

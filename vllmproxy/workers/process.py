@@ -67,7 +67,8 @@ class WorkerProcess(ProcessProtocol):
             reactor.adoptStreamConnection(ours.fileno(), socket.AF_UNIX, factory)
             descriptors: dict[int, int | str] = {0: "w", 1: 1, 2: "r", CHANNEL: theirs.fileno(), LOADS: loads}
             descriptors |= dict(enumerate(listeners, LISTENERS))
-            command = [sys.executable, "-m", "vllmproxy.workers"]
+            # -P: or a file in the working directory would be taken for a module, as twistd takes none.
+            command = [sys.executable, "-P", "-m", "vllmproxy.workers"]
             reactor.spawnProcess(self, command[0], command, _environment(os.environ), childFDs=descriptors)
 
     @property
