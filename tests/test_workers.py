@@ -121,6 +121,19 @@ def test_one_that_is_asked_to_stop_lets_its_streams_end_and_is_started_again(ser
     both_again(service, asked)
 
 
+def test_one_that_finishes_what_it_has_is_not_counted_among_those_that_accept(service: Twistd) -> None:
+    with connect(service) as wire:
+        wire.send(request(b"GET", b"/vllm/x", b"X-Vllmsim: bytes; length=40000; chunk=1; delay=0.1; chunked=1"))
+        wire.head()
+        asked = serving(service, wire)
+        os.kill(asked, signal.SIGTERM)
+        until(lambda: ask(service, "GET", "/health/readiness").json()["workers"] == {"ready": 1, "of": 2}, 30)
+        assert metric(metrics(service), "vllmproxy_workers") == 1
+        wire.chunk()
+        assert asked in workers(service)
+    both_again(service, asked)
+
+
 def test_each_line_of_the_access_log_is_whole(service: Twistd) -> None:
     wires = one_on_each(service, connect)
     before = len(service.access_records)

@@ -103,6 +103,25 @@ def test_one_that_dies_is_started_again_at_once_and_says_why(house: House, logge
     assert house.states == [State.STARTING, State.READY, State.WAITING, State.STARTING]
 
 
+def test_one_that_was_asked_to_stop_by_others_is_started_again(house: House) -> None:
+    house.seat.accepts()
+    house.seat.accepts_no_more()
+    assert house.seat.state is State.LEAVING
+    house.seat.ended(Ending(0, "with status 0"))
+    house.clock.advance(0)
+    assert house.states[1:] == [State.READY, State.LEAVING, State.WAITING, State.STARTING]
+
+
+def test_one_that_was_asked_to_stop_by_others_and_then_by_us_is_not(house: House) -> None:
+    house.seat.accepts()
+    house.seat.accepts_no_more()
+    house.seat.stop()
+    assert b'"stop"' in house.processes[0].said
+    house.seat.accepts_no_more()
+    house.seat.ended(Ending(0, "with status 0"))
+    assert house.seat.state is State.OVER
+
+
 def test_one_that_keeps_dying_is_started_less_and_less_often(house: House) -> None:
     waits = []
     for _ in range(8):

@@ -39,6 +39,8 @@ _LOOKING: Final = 1.0
 _SHOWING: Final = 1.0
 _RELOADING: Final = 10.0
 
+#: States in which a worker can show its metrics.
+_SHOWN: Final = (State.READY, State.LEAVING, State.STOPPING)
 _COMPLAINT: Final = "vllmproxy: "
 #: The name of the parent, where others have a number.
 _PARENT: Final = "parent"
@@ -153,6 +155,8 @@ class Parent(Service):
             seat.beat(body)
         elif kind == "ready":
             seat.accepts()
+        elif kind == "closed":
+            seat.accepts_no_more()
         elif kind == "log":
             level, namespace, text = body
             system = {} if namespace else {"log_system": "-"}
@@ -216,7 +220,7 @@ class Parent(Service):
         waiting = [
             seat.channel.ask("shown", within=(_SHOWING, self._reactor)).addCallback(seat.beat)
             for seat in self._seats
-            if seat is not asked and seat.state in (State.READY, State.STOPPING) and seat.channel is not None
+            if seat is not asked and seat.state in _SHOWN and seat.channel is not None
         ]
         return DeferredList(waiting, consumeErrors=True).addCallback(lambda _: self._metrics_text())
 

@@ -24,11 +24,13 @@ HURRYING: Final = 2.0
 
 
 class State(Enum):
-    """How it is. ``WAITING``: it died, and is started again in a while."""
+    """How it is. ``LEAVING``: somebody else has asked it to stop. ``WAITING``: it died, and is started again in a
+    while."""
 
     IDLE = auto()
     STARTING = auto()
     READY = auto()
+    LEAVING = auto()
     WAITING = auto()
     STOPPING = auto()
     OVER = auto()
@@ -39,6 +41,7 @@ class Event(Enum):
 
     START = auto()
     ACCEPTS = auto()
+    CLOSED = auto()
     DIED = auto()
     STOP = auto()
 
@@ -119,6 +122,10 @@ class Seat:
         """It says that it accepts."""
         self._feed(Event.ACCEPTS)
 
+    def accepts_no_more(self) -> None:
+        """It says that it takes no new connections."""
+        self._feed(Event.CLOSED)
+
     def beat(self, shown: Any) -> None:
         """It lives, and shows its metrics."""
         self.shown = shown
@@ -175,6 +182,9 @@ class Seat:
     def _ready(self) -> None:
         self.state = State.READY
 
+    def _leave(self) -> None:
+        self.state = State.LEAVING
+
     def _died(self) -> None:
         self.state = State.WAITING
         assert self.ending is not None
@@ -206,8 +216,11 @@ _TABLE: dict[tuple[State, Event], Callable[[Seat], None]] = {
     (State.STARTING, Event.ACCEPTS): Seat._ready,
     (State.STARTING, Event.DIED): Seat._died,
     (State.STARTING, Event.STOP): Seat._stop,
+    (State.READY, Event.CLOSED): Seat._leave,
     (State.READY, Event.DIED): Seat._died,
     (State.READY, Event.STOP): Seat._stop,
+    (State.LEAVING, Event.DIED): Seat._died,
+    (State.LEAVING, Event.STOP): Seat._stop,
     (State.WAITING, Event.START): Seat._start,
     (State.WAITING, Event.STOP): Seat._stop_waiting,
     (State.STOPPING, Event.DIED): Seat._over,

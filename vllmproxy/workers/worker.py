@@ -113,6 +113,7 @@ class Worker:
         """It takes no new connections: when none of the workers does, the parent lets go of the listeners."""
         self._loads.leave(self._number)
         if not self._listens_no_more.called:
+            self.channel.tell("closed")
             self._listens_no_more.callback(None)
 
     def close(self) -> Deferred[Any]:
