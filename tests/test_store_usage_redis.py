@@ -10,6 +10,7 @@ from _redis import RedisServer
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.task import deferLater
+from twisted.logger import LogEvent
 
 from vllmproxy.keys.key import VirtualKey, hash_key
 from vllmproxy.store.interface import StoreUnavailable, Writes
@@ -218,6 +219,35 @@ async def test_a_hash_that_grows_while_it_is_read_counts_once(server: RedisServe
     assert 6000 <= found.requests <= 12_000
     (found,) = await store.read_usage(QUERY)
     assert found.requests == 12_000
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        ("SET", BUDGET, "no hash"),
+        ("HSET", BUDGET, "period", "soon"),
+        ("HSET", BUDGET, "period", "0", "spend", "much"),
+        ("SET", SUMS, "no hash"),
+        ("SET", f"{SUMS}:models", "no set"),
+    ],
+)
+async def test_garbage_at_one_key_costs_no_other_key(
+    server: RedisServer, store: RedisStore, logged_errors: list[LogEvent], garbage: tuple[str, ...]
+) -> None:
+    server.command(*garbage)
+    other = hash_key("sk-three")
+    keys = (TOKEN, other, HEIR)
+    await store.add_usage("w", 1, [event(key=key, model="m", end_user="u", spend=5) for key in keys])
+    assert [(await store.read_account(key)).spend for key in (other, HEIR)] == [5, 5]
+    for key in (other, HEIR):
+        (found,) = await store.read_usage(UsageQuery(since=DAY, until=DAY, key=key))
+        assert (found.requests, found.spend) == (1, 5)
+    (said,) = logged_errors
+    assert said["name"] == (BUDGET if BUDGET in garbage else SUMS)
+    logged_errors.clear()
+    await store.add_usage("w", 1, [event(key=key, spend=5) for key in keys])  # as it does where no answer came
+    assert (await store.read_account(other)).spend == 5
 
 
 @pytest_twisted.ensureDeferred

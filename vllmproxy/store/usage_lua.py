@@ -18,8 +18,9 @@ OVERLAP: Final = 2
 #: accounts. ARGV: not after; the number of the first event, how many; seconds to keep the writer and the sums; how
 #: many models and end users have sums of their own, and the name of all others; how many keys and days. For each of
 #: these the key, how many rows, and of each row model, end user, numbers; for each account period, spend, tokens, how
-#: many days, and of each of these (its number since the epoch) what was held of money and of tokens. Answers DONE; or
-#: OVERLAP, now, the last number that was added, where it is not before the first.
+#: many days, and of each of these (its number since the epoch) what was held of money and of tokens. Answers DONE, now,
+#: and the names of sums and accounts that hold something else, so that not all could be added; or OVERLAP, now, the
+#: last number that was added, where it is not before the first.
 ADD: Final = (
     PUNCTUAL
     + """
@@ -56,10 +57,9 @@ local function added(before, numbers)
   return table.concat(sums, ' ')
 end
 
-local name, arg = 1, 9
-for _ = 1, keydays do
+local function add_rows(name, arg, rows)
   local day, sums, models, end_users = unpack(KEYS, name + 1, name + 4)
-  local key, rows, is_known = ARGV[arg + 1], tonumber(ARGV[arg + 2]), true
+  local key, is_known = ARGV[arg + 1], true
   arg = arg + 2
   for _ = 1, rows do
     local model, end_user = ARGV[arg + 1], ARGV[arg + 2]
@@ -77,15 +77,14 @@ for _ = 1, keydays do
   end
   if not is_known then call('SADD', day, key) end
   for place = name + 1, name + 4 do call('EXPIRE', KEYS[place], kept) end
-  name = name + 4
 end
 
 local charged = {'spend', 'tokens'}
 """
     + LET_GO
     + """
-for place = name + 1, #KEYS do
-  local account, period, days = KEYS[place], tonumber(ARGV[arg + 1]), tonumber(ARGV[arg + 4])
+local function charge(account, arg, days)
+  local period = tonumber(ARGV[arg + 1])
   local fields = call('HMGET', account, 'period', 'spend', 'tokens')
   local current = tonumber(fields[1] or -1)
   if period > current then
@@ -106,9 +105,21 @@ for place = name + 1, #KEYS do
       end
     end
   end
+end
+
+-- Garbage at one place is not to cost what is added at the others: it would not be added again.
+local answer, name, arg = {1, now}, 1, 9
+for _ = 1, keydays do
+  local rows = tonumber(ARGV[arg + 2])
+  if not pcall(add_rows, name, arg, rows) then answer[#answer + 1] = KEYS[name + 2] end
+  name, arg = name + 4, arg + 2 + 3 * rows
+end
+for place = name + 1, #KEYS do
+  local days = tonumber(ARGV[arg + 4])
+  if not pcall(charge, KEYS[place], arg, days) then answer[#answer + 1] = KEYS[place] end
   arg = arg + 4 + 3 * days
 end
-return {1, now}
+return answer
 """
 )
 

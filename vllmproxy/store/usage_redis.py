@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
 
 from vllmproxy.store.changes import LIST_SECONDS
 from vllmproxy.store.interface import AuditEntry, StoreUnavailable
@@ -30,6 +31,8 @@ from vllmproxy.usage.ledger import (
     unseen,
 )
 from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
+
+_log = Logger()
 
 #: Days that the number of a writer's last event is kept for after it was last heard of.
 WRITER_DAYS: Final = 90
@@ -103,11 +106,13 @@ class RedisUsage:
     async def _add(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
         while events:
             names, words = _arguments(writer, first, len(events), batch_of(events))
-            what, _, *last = await self._scripts.run(self._scripts.call(ADD, names, _words(words)))
+            what, _, *more = await self._scripts.run(self._scripts.call(ADD, names, _words(words)))
             if what != OVERLAP:
+                for name in more:
+                    _log.error("{name} in the Redis holds something else: usage is lost there", name=name_text(name))
                 return
             # Somebody has sent some of these before; only those after them can be added.
-            rest = unseen(first, events, last[0])
+            rest = unseen(first, events, more[0])
             first, events = first + len(events) - len(rest), rest
 
     async def _keys_of(self, day: str, only: str | None) -> list[bytes]:
