@@ -16,11 +16,13 @@ from vllmproxy.keys.key import VirtualKey, hash_key
 from vllmproxy.store.interface import StoreUnavailable, Writes
 from vllmproxy.store.redis import RedisStore
 from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.ledger import KEPT_DAYS
 from vllmproxy.usage.sums import Account, UsageQuery
 
 TOKEN, HEIR = hash_key("sk-one"), hash_key("sk-two")
 TIME, DAY = 1_795_521_600.0, "2026-11-24"
 HELD_ON = 20_700
+KEY = VirtualKey(token=TOKEN, key_name="sk-...one")
 QUERY = UsageQuery(since=DAY, until=DAY)
 BUDGET = f"vllmproxy:{{{TOKEN}}}:budget"
 SUMS = f"vllmproxy:{{{TOKEN}}}:usage:{DAY}"
@@ -98,6 +100,7 @@ async def test_an_heir_takes_over_what_is_spent_and_not_what_is_held(server: Red
 
 @pytest_twisted.ensureDeferred
 async def test_how_long_things_are_kept(server: RedisServer, store: RedisStore) -> None:
+    await store.change_keys([TOKEN], lambda found: Writes(put=(KEY,)))
     await store.add_usage("w", 1, [event(model="m", end_user="u", spend=1)])
     year = [f"vllmproxy:usage:{DAY}", SUMS, f"{SUMS}:models", f"{SUMS}:end_users"]
     spans = {name: number(server, "TTL", name) for name in (*year, "vllmproxy:usage:writer:w", BUDGET)}
@@ -248,6 +251,21 @@ async def test_garbage_at_one_key_costs_no_other_key(
     logged_errors.clear()
     await store.add_usage("w", 1, [event(key=key, spend=5) for key in keys])  # as it does where no answer came
     assert (await store.read_account(other)).spend == 5
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_a_deleted_key_used_is_not_kept_for_ever(server: RedisServer, store: RedisStore) -> None:
+    await store.change_keys([TOKEN], lambda found: Writes(put=(KEY,)))
+    await store.add_usage("w", 1, [event(spend=1)])
+    assert number(server, "TTL", BUDGET) == -1
+    await store.change_keys([TOKEN], lambda found: Writes(remove=(TOKEN,)))
+    assert number(server, "EXISTS", BUDGET) == 0
+    await store.add_usage("w", 2, [event(spend=2)])  # it was under way meanwhile
+    assert 0 < number(server, "TTL", BUDGET) <= KEPT_DAYS * 86_400
+    await store.change_keys([TOKEN], lambda found: Writes(put=(KEY,)))
+    await store.add_usage("w", 3, [event(spend=3)])
+    assert number(server, "TTL", BUDGET) == -1
+    assert (await store.read_account(TOKEN)).spend == 3
 
 
 @pytest_twisted.ensureDeferred

@@ -90,6 +90,10 @@ local function charge(account, arg, days)
   if period > current then
     call('HSET', account, 'period', ARGV[arg + 1], 'spend', ARGV[arg + 2], 'tokens', ARGV[arg + 3])
     call('HDEL', account, 'held0', 'held_tokens0', 'held1', 'held_tokens1')
+    -- What a key used that was deleted meanwhile is not to be kept for ever.
+    if current < 0 and call('EXISTS', (string.gsub(account, ':budget$', ':key'))) == 0 then
+      call('EXPIRE', account, kept)
+    end
   elseif period == current then
     for number, field in ipairs(charged) do
       local amount = ARGV[arg + 1 + number]
