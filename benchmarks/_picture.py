@@ -55,7 +55,8 @@ def _draw_panel(axis: "plt.Axes", results: Results, row: Row, title: str) -> Non
     axis.set_yticks(range(len(shown)), [TITLES[name] for name in shown])
     for place, (name, value) in enumerate(shown.items()):
         label = number(value) + mark(results, row, name)
-        axis.annotate(label, (value, place), (6, -3), textcoords="offset points", fontsize=8)
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the line of what is asked
+        axis.annotate(label, (value, place), (6, -3), textcoords="offset points", fontsize=8, bbox=white, zorder=3)
     _draw_asked(axis, results, row)
     axis.set_title(title, fontsize=10, loc="left")
     axis.margins(x=0.15)

@@ -248,6 +248,7 @@ async def test_garbage_at_one_key_costs_no_other_key(
         assert (found.requests, found.spend) == (1, 5)
     (said,) = logged_errors
     assert said["name"] == (BUDGET if BUDGET in garbage else SUMS)
+    assert re.search("wrong kind of value|compare|arithmetic", said["why"])
     logged_errors.clear()
     await store.add_usage("w", 1, [event(key=key, spend=5) for key in keys])  # as it does where no answer came
     assert (await store.read_account(other)).spend == 5

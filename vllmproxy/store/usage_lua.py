@@ -19,8 +19,8 @@ OVERLAP: Final = 2
 #: many models and end users have sums of their own, and the name of all others; how many keys and days. For each of
 #: these the key, how many rows, and of each row model, end user, numbers; for each account period, spend, tokens, how
 #: many days, and of each of these (its number since the epoch) what was held of money and of tokens. Answers DONE, now,
-#: and the names of sums and accounts that hold something else, so that not all could be added; or OVERLAP, now, the
-#: last number that was added, where it is not before the first.
+#: and for each sums or account that not all could be added to, as they hold something else, say, its name and why in
+#: turn; or OVERLAP, now, the last number that was added, where it is not before the first.
 ADD: Final = (
     PUNCTUAL
     + """
@@ -113,14 +113,21 @@ end
 
 -- Garbage at one place is not to cost what is added at the others: it would not be added again.
 local answer, name, arg = {1, now}, 1, 9
+
+local function note(where, is_added, why)
+  if is_added then return end
+  answer[#answer + 1] = where
+  answer[#answer + 1] = type(why) == 'table' and why.err or why
+end
+
 for _ = 1, keydays do
   local rows = tonumber(ARGV[arg + 2])
-  if not pcall(add_rows, name, arg, rows) then answer[#answer + 1] = KEYS[name + 2] end
+  note(KEYS[name + 2], pcall(add_rows, name, arg, rows))
   name, arg = name + 4, arg + 2 + 3 * rows
 end
 for place = name + 1, #KEYS do
   local days = tonumber(ARGV[arg + 4])
-  if not pcall(charge, KEYS[place], arg, days) then answer[#answer + 1] = KEYS[place] end
+  note(KEYS[place], pcall(charge, KEYS[place], arg, days))
   arg = arg + 4 + 3 * days
 end
 return answer
