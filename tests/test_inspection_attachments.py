@@ -43,8 +43,7 @@ def mapped(body: bytes) -> mmap.mmap:
 
 def members(document: Document, *, without: frozenset[str]) -> dict[str, tuple[object, int, int]]:
     return {
-        name: (None if name in without else repr(member.value), member.start, member.end)
-        for name, member in document.members.items()
+        name: (None if name in without else repr(document.values[name]), *span) for name, span in document.spans.items()
     }
 
 

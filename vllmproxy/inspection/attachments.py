@@ -79,10 +79,9 @@ def read_around(
         gone.append(gone[-1] + attachment.end - attachment.begun)
         at = attachment.end
     document = read_document(b"".join([*pieces, body[at:]]), wanted)
-    for name, member in document.members.items():
-        before, within = bisect_right(cuts, member.start), bisect_right(cuts, member.end)
+    for name, (start, end) in document.spans.items():
+        before, within = bisect_right(cuts, start), bisect_right(cuts, end)
         if before != within and name not in unread:
             return read_document(body, wanted)
-        member.start += gone[before]
-        member.end += gone[within]
+        document.spans[name] = start + gone[before], end + gone[within]
     return document

@@ -7,9 +7,9 @@ order mark, surrogates encoded as if they were UTF-8, and a document that is no 
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from mmap import mmap
-from operator import attrgetter
+from operator import itemgetter
 from typing import Final
 
 from attrs import define
@@ -42,38 +42,26 @@ class TooMuch(Unreadable):
     """Reading the body would take too long."""
 
 
-@define  # not frozen: that takes three times as long to make, and there are some for each request
-class Member:
-    """One member of an object.
-
-    :ivar value: as ``json.loads`` gives it.
-    :ivar start: where the value's bytes begin in the body; ``end``: where they end.
-    """
-
-    value: object
-    start: int
-    end: int
+#: Where a value's bytes begin in a body, and where they end.
+Span = tuple[int, int]
 
 
-@define(kw_only=True)  # as above
+@define(kw_only=True)  # not frozen: that takes three times as long to make, and there is one for each request
 class Document:
-    """An object's members.
+    """An object's members by name, with escapes in it undone; of members with one name the last, as vLLM takes it.
 
-    :ivar members: by name, with escapes in the name undone; of members with one name the last, as vLLM takes it.
-    :ivar repeated: the names in ``members`` that were given more than once.
+    :ivar values: as ``json.loads`` gives them.
+    :ivar spans: where they are.
+    :ivar repeated: the names that were given more than once.
     :ivar opening: where the byte after the opening brace is.
     :ivar empty: there are no members at all.
     """
 
-    members: Mapping[str, Member]
-    repeated: frozenset[str]
+    values: dict[str, object]
+    spans: dict[str, Span]
+    repeated: set[str]
     opening: int
     empty: bool
-
-    def value(self, name: str) -> object:
-        """Return the value of the member ``name``, ``None`` if there is none."""
-        member = self.members.get(name)
-        return None if member is None else member.value
 
 
 def read_document(body: bytes | mmap, wanted: Collection[str] | None = None) -> Document:
@@ -90,14 +78,14 @@ def read_document(body: bytes | mmap, wanted: Collection[str] | None = None) -> 
         raise Unreadable("the body is not a JSON object")
     begin = opening.end()
     try:
-        members, repeated, number = _read_members(text, begin, wanted)
+        values, spans, repeated, number = _read_members(text, begin, wanted)
     except RecursionError:
         raise Unreadable("the body is nested too deeply") from None
     except (ValueError, StopIteration):
         raise Unreadable("the body is not JSON") from None
     if len(text) != len(body):
-        _count_in_bytes(text, members)
-    return Document(members=members, repeated=frozenset(repeated), opening=begin, empty=number == 0)
+        _count_in_bytes(text, spans)
+    return Document(values=values, spans=spans, repeated=repeated, opening=begin, empty=number == 0)
 
 
 def _values_in(body: bytes | mmap) -> int:
@@ -112,10 +100,13 @@ def _text_of(body: bytes | mmap) -> str:
         raise Unreadable("the body is not UTF-8") from None
 
 
-def _read_members(text: str, end: int, wanted: Collection[str] | None) -> tuple[dict[str, Member], set[str], int]:
-    """Return the members from ``end`` to the end of ``text``, which count in characters, the names that are repeated,
+def _read_members(
+    text: str, end: int, wanted: Collection[str] | None
+) -> tuple[dict[str, object], dict[str, Span], set[str], int]:
+    """Return the members from ``end`` to the end of ``text``, their spans in characters, the names that are repeated,
     and how many members there are in all."""
-    members: dict[str, Member] = {}
+    values: dict[str, object] = {}
+    spans: dict[str, Span] = {}
     repeated: set[str] = set()
     number = 0
     before, following = _NAMED
@@ -124,7 +115,7 @@ def _read_members(text: str, end: int, wanted: Collection[str] | None) -> tuple[
         if match is not None:
             name, start = match[1], match.end()
         elif _CLOSING.fullmatch(text, end) is not None:
-            return members, repeated, number
+            return values, spans, repeated, number
         else:
             name, start = _name_with_escapes(text, end, number)
         value, end = _scan(text, start)
@@ -132,9 +123,10 @@ def _read_members(text: str, end: int, wanted: Collection[str] | None) -> tuple[
         if number > MOST_MEMBERS:
             raise TooMuch("the body has too many members")
         if wanted is None or name in wanted:
-            if name in members:
+            if name in values:
                 repeated.add(name)
-            members[name] = Member(value, start, end)
+            values[name] = value
+            spans[name] = start, end
         before = following
 
 
@@ -153,11 +145,11 @@ def _name_with_escapes(text: str, at: int, number: int) -> tuple[str, int]:
     return name, colon.end()
 
 
-def _count_in_bytes(text: str, members: dict[str, Member]) -> None:
-    """Have ``members``, which count in characters, count in bytes."""
+def _count_in_bytes(text: str, spans: dict[str, Span]) -> None:
+    """Have ``spans``, which count in characters, count in bytes."""
     seen, at = 0, 0  # so many characters, so many bytes
-    for member in sorted(members.values(), key=attrgetter("start")):
-        start, end = member.start, member.end
-        member.start = at + len(text[seen:start].encode())
-        member.end = at = member.start + len(text[start:end].encode())
+    for name, (start, end) in sorted(spans.items(), key=itemgetter(1)):
+        begin = at + len(text[seen:start].encode())
+        at = begin + len(text[start:end].encode())
+        spans[name] = begin, at
         seen = end

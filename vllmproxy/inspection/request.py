@@ -9,7 +9,7 @@ import attrs
 from attrs import define
 
 from vllmproxy.inspection.attachments import Attachment, attachments_in, read_around
-from vllmproxy.inspection.document import Document, Member, TooMuch, Unreadable, read_document
+from vllmproxy.inspection.document import Document, TooMuch, Unreadable, read_document
 from vllmproxy.inspection.form import Form, is_form, read_form
 from vllmproxy.inspection.lax import MOST, count_of, truth_of
 from vllmproxy.inspection.routes import bounds_of, writes_nothing
@@ -22,9 +22,8 @@ LONGEST_END_USER: Final = 256
 #: What ``/v1/completions`` writes at most where nothing is said (``CompletionRequest.max_tokens``).
 _COMPLETION_TOKENS: Final = 16
 
-#: Members that may be as large as the body: that they are there is kept, and not what they are.
+#: Members that may be as large as the body.
 _LARGE: Final = frozenset({"messages", "prompt", "prompt_embeds"})
-_KEPT: Final = _LARGE | {"model", "stream", "stream_options"}
 #: Members that decide on how many tokens are used, and how they are told.
 _COUNTED: Final = frozenset(
     {
@@ -41,7 +40,7 @@ _COUNTED: Final = frozenset(
     }
 )
 _END_USERS: Final = frozenset({"metadata", "safety_identifier", "user"})
-_READ: Final = _KEPT | _COUNTED | _END_USERS
+_READ: Final = _COUNTED | _END_USERS | {"model"}
 
 _BYTES_PER_TOKEN: Final = 4
 #: An image, a sound or a file.
@@ -66,7 +65,8 @@ class Asked:
         the caller; empty where it is clear.
     :ivar usage: the client asked for the usage of a stream itself.
     :ivar end_user: printable, not empty, at most ``LONGEST_END_USER`` characters.
-    :ivar document: where the members are that a splice may touch; ``form``: the same of a form.
+    :ivar document: where the members are that a splice may touch, and of their values the one that it looks at;
+        ``form``: the same of a form.
     """
 
     model: str | None = None
@@ -127,12 +127,11 @@ def _prompt_tokens(body: bytes | mmap, attachments: list[Attachment]) -> int:
 
 
 def _of_document(document: Document, path: str, prompt_tokens: int) -> Asked:
-    members, repeated = document.members, document.repeated
-    values = {name: member.value for name, member in members.items()}
+    values, repeated = document.values, document.repeated
     model, surety, reason = _model_of(values.get("model"), "model" in repeated)
     options = values.get("stream_options")
     answers = _answers(values, path)
-    document.members = _pruned(members)
+    document.values = {"stream_options": options}  # others may be as large as the body
     return Asked(
         model=model,
         surety=surety,
@@ -150,20 +149,9 @@ def _of_document(document: Document, path: str, prompt_tokens: int) -> Asked:
     )
 
 
-def _unclear(repeated: frozenset[str]) -> str:
+def _unclear(repeated: set[str]) -> str:
     twice = sorted(repeated & _COUNTED)
     return f"{twice[0]} is given twice" if twice else ""
-
-
-def _pruned(members: Mapping[str, Member]) -> dict[str, Member]:
-    """Return of ``members`` what a splice needs to know, and nothing large."""
-    kept = {}
-    for name, member in members.items():
-        if name in _KEPT:
-            kept[name] = member
-            if name in _LARGE:
-                member.value = None
-    return kept
 
 
 def _of_form(form: Form, path: str) -> Asked:

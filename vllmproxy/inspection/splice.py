@@ -7,7 +7,7 @@ concern different members: they are made together.
 import json
 from mmap import mmap
 
-from vllmproxy.inspection.document import Document, Member, Unreadable, read_document
+from vllmproxy.inspection.document import Document, Span, Unreadable, read_document
 from vllmproxy.inspection.lax import truth_of
 from vllmproxy.inspection.request import Asked
 from vllmproxy.inspection.routes import needed_of, streams_usage
@@ -22,8 +22,7 @@ def model_edits(asked: Asked, model: str) -> list[Edit]:
     :raises ValueError: it names none, or ``model`` cannot stand in a form's field.
     """
     if asked.surety == "named" and asked.document is not None:
-        member = asked.document.members["model"]
-        return [(member.start, member.end, json.dumps(model).encode())]
+        return [(*asked.document.spans["model"], json.dumps(model).encode())]
     if asked.surety == "named" and asked.form is not None and model.isprintable():
         field = asked.form.fields["model"]
         return [(field.start, field.end, model.encode())]
@@ -40,38 +39,38 @@ def usage_edits(path: str, body: bytes | mmap, asked: Asked) -> list[Edit]:
     document = asked.document
     if document is None or not asked.stream or asked.usage or not streams_usage(path):
         return []
-    if not document.repeated.isdisjoint(("stream", "stream_options")) or needed_of(path).isdisjoint(document.members):
+    if not document.repeated.isdisjoint(("stream", "stream_options")) or needed_of(path).isdisjoint(document.spans):
         return []
-    options = document.members.get("stream_options")
+    options = document.spans.get("stream_options")
     if options is None:
         return [(document.opening, document.opening, b'"stream_options":{"include_usage":true},')]
-    if options.value is None:
-        return [(options.start, options.end, b'{"include_usage":true}')]
+    if document.values["stream_options"] is None:
+        return [(*options, b'{"include_usage":true}')]
     return _edits_within(body, options)
 
 
-def _edits_within(body: bytes | mmap, options: Member) -> list[Edit]:
+def _edits_within(body: bytes | mmap, options: Span) -> list[Edit]:
+    begin, behind = options
     try:
-        inner = read_document(body[options.start : options.end])
+        inner = read_document(body[begin:behind])
     except Unreadable:  # it is no object
         return []
     if not inner.repeated.isdisjoint(("include_usage", "continuous_usage_stats")):
         return []
-    include = truth_of(inner.value("include_usage"))
-    continuous = truth_of(inner.value("continuous_usage_stats"))
+    include = truth_of(inner.values.get("include_usage"))
+    continuous = truth_of(inner.values.get("continuous_usage_stats"))
     if include is None or continuous is None:
         return []
     edits = [_set_true(inner)]
     if continuous:  # without include_usage, vLLM passes over it
-        member = inner.members["continuous_usage_stats"]
-        edits.append((member.start, member.end, b"false"))
-    return [(options.start + start, options.start + end, new) for start, end, new in edits]
+        edits.append((*inner.spans["continuous_usage_stats"], b"false"))
+    return [(begin + start, begin + end, new) for start, end, new in edits]
 
 
 def _set_true(inner: Document) -> Edit:
-    member = inner.members.get("include_usage")
-    if member is not None:
-        return member.start, member.end, b"true"
+    include = inner.spans.get("include_usage")
+    if include is not None:
+        return *include, b"true"
     return inner.opening, inner.opening, b'"include_usage":true' + (b"" if inner.empty else b",")
 
 
