@@ -107,14 +107,16 @@ class Admission:
             if key.needs_model or key.counts_tokens:
                 raise Forbidden(_NO_TUNNEL)
             return False
-        if not (self.way.uses_tokens and self._reads_body_of(key)):
-            return False
-        if head.content_length is not None:
-            self._check_size(head.content_length)
-        return True
+        return self.way.uses_tokens and self._reads_body_of(key)
 
     def _reads_body_of(self, key: VirtualKey) -> bool:
         return key.needs_body or (self._relay.usage == "exact" and self.way.streams_usage)
+
+    def expect(self) -> None:
+        """The body is to be held as it comes. Raises as :meth:`hold` does, if it says that it is too large."""
+        length = self._stream.head.content_length
+        if length is not None:
+            self._check_size(length)
 
     def hold(self, data: bytes) -> None:
         """Keep a piece of the body. Raises :class:`TooLarge`, :class:`StoreDown`."""

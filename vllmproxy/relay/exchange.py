@@ -116,6 +116,7 @@ class Exchange:
             self._hold(whole)
             self._held()
         else:
+            self._admission.expect()
             self._state = State.HOLDING
             self._stream.read_body()
 
@@ -197,7 +198,6 @@ class Exchange:
         sending = server.client.request(stream.head.method, url, headers=headers, data=self._body)
         self._sending = sending
         sending.addCallbacks(self._got_answer, self._got_none)
-        sending.addErrback(self._broke)
 
     def _got_answer(self, answer: Answer) -> None:
         self.feed(Event.ANSWERED, answer)
@@ -447,6 +447,8 @@ class Exchange:
                 action(self, *args)
             except ApiError as error:  # only what admits a request raises one: it does not pass
                 self._explain(error, "refused")
+            except Exception:  # nothing is awaited here
+                self._broke(Failure())
 
 
 _TABLE: dict[tuple[State, Event], Callable[..., None]] = {
