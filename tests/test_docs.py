@@ -5,7 +5,10 @@ from pathlib import Path
 
 from docutils.core import publish_doctree
 from docutils.utils import Reporter
+from prometheus_client import CollectorRegistry
 
+from vllmproxy.observers.metrics import MetricsObserver
+from vllmproxy.observers.occupancy import Occupancy, OccupancyCollector
 from vllmproxy.reloading import RESTART_ONLY
 from vllmproxy.settings_table import TABLE
 from vllmproxy.simulator.faults import DIRECTIVES
@@ -24,6 +27,15 @@ def test_every_setting_is_documented() -> None:
     for row in TABLE.values():
         assert f"``{row.name}``" in text
         assert all(f"``{name}``" in text for name in row.environment)
+
+
+def test_the_metrics_that_are_documented_are_those_that_there_are() -> None:
+    occupancy = OccupancyCollector(lambda: Occupancy(connections=0, evicted=0, requests=0, waiting=0))
+    families = [*MetricsObserver(CollectorRegistry()).collect(), *occupancy.collect()]
+    of_the_parent = {"vllmproxy_workers", "vllmproxy_worker_restarts_total"}
+    text = (ROOT / "docs" / "metrics.rst").read_text()
+    documented = set(re.findall(r"(?m)^``((?:vllmproxy|litellm)_\w+)``", text))
+    assert documented == {each.name + "_total" * (each.type == "counter") for each in families} | of_the_parent
 
 
 def test_every_directive_of_the_simulator_is_documented() -> None:
