@@ -114,6 +114,20 @@ def test_a_fault_of_the_store_is_not_the_callers_to_read(logged_errors: list[Log
     logged_errors.clear()
 
 
+def test_a_fault_of_ours_at_a_request_is_not_the_one_s_before(logged_errors: list[LogEvent]) -> None:
+    house = House()
+    house.client.receive(GET + GET + GET)
+    house.gate.error = ValueError("a fault")
+    house.wires[0].receive(OK)
+    house.turn()
+    first, *others = house.client.take().split(b"HTTP/1.1 ")[1:]
+    assert [first[:3], *(each[:3] for each in others)] == [b"200", b"500", b"500"]
+    assert sorted(record.ended for record in house.observer.records) == ["done", "upstream_failed", "upstream_failed"]
+    assert house.observer.in_flight == 0
+    assert len(logged_errors) == 2
+    logged_errors.clear()
+
+
 def test_continue_is_said_when_the_key_is_good() -> None:
     house = House()
     house.gate.hold = True
@@ -473,8 +487,9 @@ def test_what_cannot_be_counted_keeps_no_place(monkeypatch: pytest.MonkeyPatch, 
     logged_errors.clear()
 
 
+@pytest.mark.parametrize("reads", [1, 2])
 def test_a_reader_that_fails_leaves_nothing_waiting(
-    monkeypatch: pytest.MonkeyPatch, logged_errors: list[LogEvent]
+    reads: int, monkeypatch: pytest.MonkeyPatch, logged_errors: list[LogEvent]
 ) -> None:
     def fail(*_: Any) -> None:
         raise OverflowError
@@ -482,7 +497,8 @@ def test_a_reader_that_fails_leaves_nothing_waiting(
     house = House()
     monkeypatch.setattr(Passing, "read", fail)
     house.client.receive(POST + b"hello")
-    house.wires[0].receive(OK)
+    for data in (OK,) if reads == 1 else (OK[:-1], OK[-1:]):
+        house.wires[0].receive(data)
     assert house.client.ending == "abort"
     assert house.record.ended == "upstream_failed"
     assert house.relay.line.places.taken == 0

@@ -92,6 +92,8 @@ class Exchange:
                 caller.addErrback(self._broke)
         except ApiError as error:
             self._refused(error)
+        except Exception:  # nothing is awaited here, and whoever begins it may be in the middle of another request
+            self._broke(Failure())
 
     def _identified(self, caller: Caller) -> None:
         self.feed(Event.ADMITTED, caller)
