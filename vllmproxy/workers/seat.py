@@ -19,8 +19,8 @@ _log = Logger()
 STARTING: Final = 60.0
 #: Seconds after SIGABRT, which shows where it stood, to SIGKILL.
 ABORTING: Final = 5.0
-#: Seconds to SIGKILL for one that is to end at once.
-HURRYING: Final = 2.0
+#: Seconds to SIGKILL for one that is to end at once; it may have its last words with a slow Redis.
+HURRYING: Final = 10.0
 
 
 class State(Enum):
