@@ -233,6 +233,7 @@ async def test_a_hash_that_grows_while_it_is_read_counts_once(server: RedisServe
         ("HSET", BUDGET, "period", "0", "spend", "much"),
         ("SET", SUMS, "no hash"),
         ("SET", f"{SUMS}:models", "no set"),
+        ("SET", f"{SUMS}:end_users", "no set"),
     ],
 )
 async def test_garbage_at_one_key_costs_no_other_key(

@@ -75,8 +75,9 @@ local function add_rows(name, arg, rows)
     call('HSET', sums, row, before and added(before, ARGV[arg + 3]) or ARGV[arg + 3])
     arg = arg + 3
   end
+  for place = name + 2, name + 4 do call('EXPIRE', KEYS[place], kept) end
   if not is_known then call('SADD', day, key) end
-  for place = name + 1, name + 4 do call('EXPIRE', KEYS[place], kept) end
+  call('EXPIRE', day, kept)
 end
 
 local charged = {'spend', 'tokens'}

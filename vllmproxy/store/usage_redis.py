@@ -109,7 +109,9 @@ class RedisUsage:
             what, _, *more = await self._scripts.run(self._scripts.call(ADD, names, _words(words)))
             if what != OVERLAP:
                 for name, why in zip(more[::2], more[1::2], strict=True):
-                    _log.error("Usage is lost at {name} in the Redis: {why}", name=name_text(name), why=name_text(why))
+                    _log.error(
+                        "Adding usage at {name} in the Redis failed: {why}", name=name_text(name), why=name_text(why)
+                    )
                 return
             # Somebody has sent some of these before; only those after them can be added.
             rest = unseen(first, events, more[0])
