@@ -1,5 +1,6 @@
 """What the tables of ``compare.py`` show, row by row, and the bars that issue 5 sets. Pure."""
 
+from operator import truediv
 from statistics import median
 from typing import Any
 
@@ -60,22 +61,28 @@ class Row:
         return median(found) - median(direct) if direct and name != "direct" else None
 
     def spread(self, results: Results, name: str) -> tuple[float, float] | None:
-        """Return the least and the most that a round gave, ``None`` where there was one round only."""
+        """Return the least and the most that a round gave, ``None`` where there was one round only, or what it is to be
+        compared with has not as many."""
         found = self._rounds(results, name)
         if self.added:
-            found = [value - direct for value, direct in zip(found, self._rounds(results, "direct"), strict=False)]
+            direct = self._rounds(results, "direct")
+            found = [value - other for value, other in zip(found, direct, strict=True)] if _pair(found, direct) else []
         return (min(found), max(found)) if len(found) > 1 else None
 
     def ratio(self, results: Results, name: str, other: str) -> float | None:
-        """Return the median of what each round gave as the ratio of one variant to another, which came one right after
-        the other; ``None`` where either was not measured."""
-        pairs = zip(self._rounds(results, name), self._rounds(results, other), strict=False)
-        ratios = [value / beside for value, beside in pairs]
-        return median(ratios) if ratios else None
+        """Return the median of the ratios of one variant to another that the rounds gave; ``None`` where either was not
+        measured, or in some rounds only."""
+        found, beside = self._rounds(results, name), self._rounds(results, other)
+        return median(map(truediv, found, beside)) if _pair(found, beside) else None
 
     def _rounds(self, results: Results, name: str) -> list[float]:
         rounds: list[float] = results["figures"].get(self.measure, {}).get(name, {}).get(self.figure, [])
         return rounds
+
+
+def _pair(found: list[float], beside: list[float]) -> bool:
+    """Tell whether each of the two was measured in every round."""
+    return len(found) == len(beside) > 0
 
 
 _AS_ROUTER = Bar(1.0, of="vllm-router")

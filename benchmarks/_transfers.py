@@ -36,15 +36,19 @@ async def buffers(bench: Bench) -> None:
         bench.leave_out("buffers", "nginx", "it is not compared with everything on")
         return
     place = bench.place
-    measures = {"upload": _upload, "download": _download, "idle streams": partial(hold, streams=2_000)}
-    for name, once in measures.items():
+    measures = (
+        ("upload", _upload, bench.rounds),
+        ("download", _download, bench.rounds),
+        ("idle streams", partial(hold, streams=2_000), 1),  # what a process keeps of one round would be the next one's
+    )
+    for name, once, rounds in measures:
         with ExitStack() as stack:
             running = {
                 "nginx": stack.enter_context(nginx(place)),
                 "nginx, buffers of 256 KiB": stack.enter_context(nginx(place, large_buffers=True)),
                 "vllmproxy, all on": stack.enter_context(vllmproxy_on(place)),
             }
-            await bench.rotate(f"{name} by buffers", running, partial(once, bench))
+            await bench.rotate(f"{name} by buffers", running, partial(once, bench), rounds)
 
 
 async def _upload(bench: Bench, running: Running) -> dict[str, float]:

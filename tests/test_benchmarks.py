@@ -81,6 +81,14 @@ def test_variants_are_compared_round_by_round() -> None:
     assert cells[-1] == "yes"
 
 
+def test_rounds_that_are_missing_are_not_paired_with_others() -> None:
+    results = _results()
+    results["figures"]["limits"] = {"1 limit": {"cpu": [100.0, 100.0]}, "20 limits": {"cpu": [100.0, 150.0, 200.0]}}
+    cells = _line(report(results), "CPU per small POST by limits")
+    assert cells[1] == "150 (100 to 200)"
+    assert cells[-1] == "**no**"
+
+
 def test_what_the_rounds_gave_is_shown() -> None:
     results = _results()
     results["figures"]["requests"]["vllmproxy-on"]["cpu"] = [50.0, 40.0, 70.0]
