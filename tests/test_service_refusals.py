@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import trustme
+from _ports import free_port
 from _redis import redis_server
-from _service import MASTER_KEY, START_SECONDS, Twistd, free_port, run, start
+from _service import MASTER_KEY, START_SECONDS, Twistd, run, start
 
 KEY = {"VLLMPROXY_MASTER_KEY": MASTER_KEY}
 UPSTREAM = ("--upstream", "http://127.0.0.1:9")

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import trustme
 from _asking import CHAT, ask, make_key, until
+from _ports import free_port
 from _raw import Ended, Wire, connect, request
-from _service import MASTER_KEY, START_SECONDS, Twistd, free_port, run, start, start_simulator
+from _service import MASTER_KEY, START_SECONDS, Twistd, run, start, start_simulator
 
 MODELS = "/vllm/v1/models"
 LONG = request(b"GET", b"/vllm/x", b"X-Vllmsim: bytes; length=40000; chunk=1; delay=0.05; chunked=1")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from _asking import ask, until
-from _service import START_SECONDS, Twistd, free_port, run
+from _ports import free_port
+from _service import START_SECONDS, Twistd, run
 
 
 def first_run(directory: Path) -> Twistd:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import trustme
-from _service import MASTER_KEY, Twistd, free_port, run, start, start_proxy
+from _ports import free_port
+from _service import MASTER_KEY, Twistd, run, start, start_proxy
 from _wire import Answer, Wire, ask, compare, echo, request, values, wire
 from attrs import define
 

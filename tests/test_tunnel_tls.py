@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import trustme
+from _ports import free_port
 from _raw import CHUNKED, LAST_CHUNK, PATIENCE, MiB, Upstream, Wire, chunk, each_request, eventually, request, settled
-from _service import Twistd, free_port, start_proxy
+from _service import Twistd, start_proxy
 
 MARKER = b"MARKER-of-what-must-be-secret-0123456789"
 CHAT = request(b"POST", b"/vllm/v1/chat/completions", body=b'{"model":"m","stream":true,"x":"%s"}' % MARKER)

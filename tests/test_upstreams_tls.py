@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import trustme
-from _service import Twistd, free_port, start, start_proxy
+from _ports import free_port
+from _service import Twistd, start, start_proxy
 from _wire import ask
 
 NOW = datetime.now(UTC)

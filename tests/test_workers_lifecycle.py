@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import trustme
 from _asking import ask, until
+from _ports import free_port
 from _raw import Wire, connect, request
 from _redis import RedisServer
-from _service import MASTER_KEY, START_SECONDS, Twistd, free_port
+from _service import MASTER_KEY, START_SECONDS, Twistd
 from _workers import both_again, is_alive, one_on_each, start_workers, workers
 from test_restarts import ACTIVATE
 
