@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from _rows import GROWTH, ON, ROWS, Bar, Results, Row
+from _rows import ALL_ON, GROWTH, ON, ROWS, Bar, Results, Row
 
 TITLES = {
     "direct": "direct",
@@ -11,7 +11,7 @@ TITLES = {
     "litellm": "LiteLLM",
     "bare": "bare Twisted",
     "vllmproxy-off": "vllmproxy, all off",
-    "vllmproxy-on": "vllmproxy, all on",
+    ON: ALL_ON,
 }
 _PEERS = ("nginx", "vllm-router", "litellm")
 #: Share of a core from which on it counts as full.

@@ -9,7 +9,7 @@ from _bench import Bench
 from _contestants import Running, nginx, vllmproxy_on
 from _generator import Transfer
 from _processes import forget_peaks, peak_of_tree, rss_of_tree
-from _rows import ON
+from _rows import ALL_ON, ON
 from _running import HOST
 from _streams import hold
 
@@ -46,7 +46,7 @@ async def buffers(bench: Bench) -> None:
             running = {
                 "nginx": stack.enter_context(nginx(place)),
                 "nginx, buffers of 256 KiB": stack.enter_context(nginx(place, large_buffers=True)),
-                "vllmproxy, all on": stack.enter_context(vllmproxy_on(place)),
+                ALL_ON: stack.enter_context(vllmproxy_on(place)),
             }
             await bench.rotate(f"{name} by buffers", running, partial(once, bench), rounds)
 
