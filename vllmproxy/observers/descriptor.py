@@ -40,12 +40,12 @@ class LogDescriptor:
         Raises ``BlockingIOError`` if nothing can be written now, another ``OSError`` if it cannot be at all.
         """
         if self._socket is not None:
-            return self._socket.send(_whole_lines(data, _PIECE), socket.MSG_DONTWAIT)
+            return self._socket.send(whole_lines(data, _PIECE), socket.MSG_DONTWAIT)
         if self._regular:
             return os.write(self._descriptor, data)
         if not self._poll.poll(0):
             raise BlockingIOError
-        return os.write(self._descriptor, _whole_lines(data, select.PIPE_BUF))
+        return os.write(self._descriptor, whole_lines(data, select.PIPE_BUF))
 
     def replace(self, descriptor: int) -> None:
         """Write to ``descriptor`` from now on, and close the one before."""
@@ -83,7 +83,8 @@ def log_file(path: str) -> int:
     return os.open(path, _OUR_OWN | os.O_CREAT, _NEW_FILE_MODE)
 
 
-def _whole_lines(data: bytes, most: int) -> bytes:
+def whole_lines(data: bytes | bytearray, most: int) -> bytes | bytearray:
+    """Return of ``data`` the lines that are whole within its first ``most`` bytes, or as many bytes where none is."""
     if len(data) <= most:
         return data
     return data[: data.rfind(b"\n", 0, most) + 1 or most]

@@ -9,7 +9,7 @@ from typing import Final
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
-from vllmproxy.observers.descriptor import LogDescriptor, log_file, standard_output
+from vllmproxy.observers.descriptor import LogDescriptor, log_file, standard_output, whole_lines
 from vllmproxy.observers.record import RequestRecord
 
 _log = Logger()
@@ -128,7 +128,8 @@ class JsonLines:
         waiting = len(self._buffer)
         try:
             while self._buffer:
-                piece = self._next_piece()
+                # Other processes append to the same file: what they write comes in between.
+                piece = bytes(whole_lines(self._buffer, BATCH_BYTES))
                 self._took(piece, self._write(piece))
         except OSError as error:
             if not isinstance(error, BlockingIOError):
@@ -165,11 +166,6 @@ class JsonLines:
         self._buffer.clear()
         if self._close is not None:
             self._close()
-
-    def _next_piece(self) -> bytes:
-        """Return whole lines: other processes append to the same file, and their lines come in between."""
-        whole = self._buffer.rfind(b"\n", 0, BATCH_BYTES) + 1
-        return bytes(self._buffer[: whole or BATCH_BYTES])
 
     def _took(self, piece: bytes, taken: int | None) -> None:
         taken = len(piece) if taken is None else taken
