@@ -89,7 +89,6 @@ class Exchange:
                 self._admitted(caller)
             else:
                 caller.addCallbacks(self._identified, self._not_admitted)
-                caller.addErrback(self._broke)
         except ApiError as error:
             self._refused(error)
         except Exception:  # nothing is awaited here, and whoever begins it may be in the middle of another request

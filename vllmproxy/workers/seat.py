@@ -109,7 +109,7 @@ class Seat:
         return self.deaf
 
     def hurry(self) -> None:
-        """End it at once; it is killed if it does not listen."""
+        """End it at once; it is killed if that takes longer."""
         if self._process is not None:
             self._process.channel.tell("hurry")
             self._clock.callLater(HURRYING, self._kill, self._process)
