@@ -11,10 +11,11 @@ from vllmproxy.errors import ApiError, Overloaded
 from vllmproxy.http1.message import WireError
 from vllmproxy.http1.stream import Stream
 from vllmproxy.http1.web import WebExchange
+from vllmproxy.ids import fresh_id
 from vllmproxy.keys.credentials import read_credential
 from vllmproxy.keys.gate import RETRY_AFTER, Gate
 from vllmproxy.observers.record import Ended, Observer, RequestRecord
-from vllmproxy.relay.headers import TrustedProxies, request_id
+from vllmproxy.relay.headers import TrustedProxies, request_id_in
 from vllmproxy.relay.refuse import refuse, refuse_body, request_id_line
 
 #: What every route that takes a body begins with; all of them need a key.
@@ -54,7 +55,7 @@ class _ApiRequest:
         self._branch = branch
         self._stream = stream
         self._began = branch.clock.seconds()
-        self._id = request_id(stream.head)
+        self._id = request_id_in(stream.head.fields) or fresh_id()
         self._held = 0
 
     def begin(self) -> None:

@@ -1,35 +1,24 @@
 """What a request has to pass before it is forwarded: who calls, where to, for which model, and for how much."""
 
 from mmap import mmap
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from attrs import define
 from twisted.internet.defer import Deferred
 
 from vllmproxy.errors import BadRequest, Forbidden, ModelDenied, StoreDown, TooLarge
 from vllmproxy.http1.bodies import Piece
-from vllmproxy.http1.message import RequestHead, once
 from vllmproxy.http1.stream import Stream
-from vllmproxy.inspection.request import Asked, printable, read_request
+from vllmproxy.inspection.request import Asked, read_request
 from vllmproxy.inspection.splice import edited, model_edits, usage_edits
-from vllmproxy.keys.credentials import Credential, read_credential
 from vllmproxy.keys.gate import ANONYMOUS, RETRY_AFTER, Caller
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.relay.demand import NO_DEMAND, Demand, expected_tokens, guessed_prompt
+from vllmproxy.relay.facts import Facts
 from vllmproxy.relay.holding import HeldBody
 from vllmproxy.relay.quotas import Reservation
-from vllmproxy.relay.ways import Way
 
 if TYPE_CHECKING:
     from vllmproxy.relay.relay import Relay
-
-#: The end user of a request, in LiteLLM's names and order.
-_END_USER_HEADERS: Final = (b"x-litellm-customer-id", b"x-litellm-end-user-id")
-
-#: What a body is read by; of several, vLLM takes the first, and others the last.
-_DECIDING: Final = {b"content-type": "Content-Type", b"content-encoding": "Content-Encoding"}
-#: What vLLM takes for the model on ``/invocations``, whatever the body says (its SageMaker router).
-_OVERRIDES: Final = frozenset({b"x-amzn-sagemaker-adapter-identifier"})
 
 _NO_TUNNEL = (
     "This key is for certain models, or has a limit of tokens or a budget. What passes in a WebSocket is not read, so "
@@ -37,49 +26,29 @@ _NO_TUNNEL = (
 )
 
 
-@define  # not frozen, which takes three times as long to make
-class _Reading:
-    """What decides how a body is read.
-
-    :ivar unclear: why that is not clear, as half a sentence for the caller.
-    """
-
-    content_type: bytes | None
-    content_encoding: bytes | None
-    unclear: str
-
-
 class Admission:
     """What is known of one request while it is being judged.
 
-    :ivar way: where it is going.
+    :ivar facts: what its head tells; ``way``: where it is going.
     :ivar end_user: what it names as its own user, if anything.
     :ivar body: all of the request's body, in pieces, as it is forwarded, where that had to be read; else ``None``.
     :ivar demand: what it is expected to use.
     :ivar withholds: the answer has one event that the client did not ask for.
-    :ivar is_preflight: this is a CORS preflight, which vLLM answers without a key (its ``AuthenticationMiddleware``).
     """
 
-    def __init__(self, relay: "Relay", stream: Stream, way: Way, end_user: str | None) -> None:
+    def __init__(self, relay: "Relay", stream: Stream, facts: Facts) -> None:
         self._relay = relay
         self._stream = stream
-        self._base = relay.server.upstream.base_path
-        self.way = way
+        self.facts = facts
+        self.way = facts.way
         self.caller = ANONYMOUS
-        self.end_user = end_user
+        self.end_user = facts.end_user
         self.body: list[Piece] | None = None
         self.demand: Demand = NO_DEMAND
         self.withholds = False
         self._first = b""
         self._more: HeldBody | None = None
         self._held = 0
-        head = stream.head
-        self.is_preflight = (
-            head.method == b"OPTIONS"
-            and not head.has_body
-            and way.group in ("inference", "info")
-            and not head.websocket
-        )
 
     @property
     def uses_tokens(self) -> bool:
@@ -99,7 +68,8 @@ class Admission:
     def check(self, caller: Caller) -> bool:
         """Tell whether the body has to be read first. Raises :class:`~vllmproxy.errors.ApiError`: it does not pass."""
         self.caller = caller
-        self._relay.gate.check_route(caller, self.way.group, self.way.path, self._base)
+        base = self.facts.server.upstream.base_path
+        self._relay.gate.check_route(caller, self.way.group, self.way.path, base)
         key, head = caller.key, self._stream.head
         if key is None:
             return False
@@ -175,7 +145,7 @@ class Admission:
         )
 
     def _read(self, body: bytes | mmap) -> Asked:
-        reading = once(self._stream.head, _reading_of)
+        reading = self.facts.reading
         if reading.unclear:
             return Asked(surety="ambiguous", reason=reading.unclear, unclear=reading.unclear)
         return read_request(self.way.route, body, reading.content_type, reading.content_encoding)
@@ -222,28 +192,3 @@ class Admission:
             self._relay.hold(self.caller.key_id, -self._held)
             self._held = 0
         self._first, self._more = b"", None
-
-
-def credential_in(head: RequestHead) -> Credential:
-    """Return what the caller showed."""
-    return read_credential(head.fields)
-
-
-def _reading_of(head: RequestHead) -> "_Reading":
-    """Return how the head says that the body is to be read."""
-    deciding: list[bytes | None] = []
-    for name, said in _DECIDING.items():
-        values = head.fields.get(name)
-        if values is not None and len(values) > 1:
-            return _Reading(None, None, f"there are several headers {said}")
-        deciding.append(values[0] if values else None)
-    unclear = "" if _OVERRIDES.isdisjoint(head.fields) else "a header names another model"
-    return _Reading(deciding[0], deciding[1], unclear)
-
-
-def end_user_in(fields: dict[bytes, list[bytes]]) -> str | None:
-    """Return the end user that the headers name."""
-    for name in _END_USER_HEADERS:
-        if name in fields and (user := printable(fields[name][0].decode("utf-8", "replace"))):
-            return user
-    return None

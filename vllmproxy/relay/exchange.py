@@ -11,15 +11,17 @@ from vllmproxy.errors import ApiError, AuthError, BadRequest, Internal, Upstream
 from vllmproxy.http1.agent import ConnectFailed
 from vllmproxy.http1.answer import Answer
 from vllmproxy.http1.bodies import StreamedBody, WholeBody
-from vllmproxy.http1.message import ResponseHead, WireError, once
+from vllmproxy.http1.message import ResponseHead, WireError
 from vllmproxy.http1.stream import Stream
+from vllmproxy.ids import fresh_id
 from vllmproxy.keys.gate import Caller
 from vllmproxy.keys.routes import is_anthropic
 from vllmproxy.observers.record import Ended
-from vllmproxy.relay.admission import Admission, credential_in, end_user_in
+from vllmproxy.relay.admission import Admission
 from vllmproxy.relay.bill import Bill, Outcome
+from vllmproxy.relay.facts import facts_of
 from vllmproxy.relay.failures import error_of
-from vllmproxy.relay.headers import answer_lines, request_id
+from vllmproxy.relay.headers import answer_lines
 from vllmproxy.relay.passing import Passing
 from vllmproxy.relay.quotas import Reservation
 from vllmproxy.relay.recording import begin_record, end_record
@@ -29,7 +31,6 @@ from vllmproxy.relay.states import Event, State
 from vllmproxy.relay.targets import split_target, upstream_path
 from vllmproxy.relay.tunnel import Tunnel
 from vllmproxy.relay.waits import Patience
-from vllmproxy.relay.ways import way_of
 
 if TYPE_CHECKING:
     from vllmproxy.relay.relay import Relay
@@ -52,7 +53,8 @@ class Exchange:
         self._stream = stream
         self._state = State.ADMITTING
         self._began = relay.clock.seconds()
-        self._server = relay.server  # it may be exchanged meanwhile
+        self._facts = facts = facts_of(stream, relay.server, relay.trusted)
+        self._server = facts.server  # that of the relay may be exchanged meanwhile
         self._bill: Bill | None = None
         self._forwarded = False
         self._released = self._settled = False
@@ -62,14 +64,9 @@ class Exchange:
         self._passing: Passing | None = None
         self._tunnel: Tunnel | None = None
         self._patience = Patience(self, relay.waits)
-        self._client = relay.client_of(stream)
-        head = stream.head
-        path, self._query = split_target(head.target)
-        self._way = way = way_of(head.method, path, self._server.upstream.base_path)
-        end_user = end_user_in(head.fields)
-        self._admission = Admission(relay, stream, way, end_user)
-        self._id = request_id(head)
-        self._record = begin_record(stream, self._client, self._id, time=self._began, way=way, end_user=end_user)
+        self._admission = Admission(relay, stream, facts)
+        self._id = facts.given_id or fresh_id()
+        self._record = begin_record(facts, self._id, time=self._began)
 
     # admission
 
@@ -78,13 +75,13 @@ class Exchange:
         stream = self._stream
         stream.receiver = self
         try:
-            if self._way.is_unsafe:
+            if self._facts.way.is_unsafe:
                 stream.head.keep_alive = False  # whoever writes such a path is given no second try on this connection
                 raise BadRequest(_UNSAFE_PATH)
-            if self._admission.is_preflight:
+            if self._facts.is_preflight:
                 self._queue()
                 return
-            caller = self._relay.gate.identify(once(stream.head, credential_in))
+            caller = self._relay.gate.identify(self._facts.credential)
             if isinstance(caller, Caller):
                 self._admitted(caller)
             else:
@@ -131,7 +128,7 @@ class Exchange:
         self._queue()
 
     def _queue(self) -> None:
-        if self._relay.line.enter(self, self._client):
+        if self._relay.line.enter(self, self._facts.client):
             self._go_on()
         else:
             self._state = State.QUEUED
@@ -143,7 +140,7 @@ class Exchange:
 
     def _go_on(self) -> None:
         self._state = State.ADMITTING
-        if self._admission.is_preflight:
+        if self._facts.is_preflight:
             self._send()
         else:
             self._reserve()
@@ -190,13 +187,12 @@ class Exchange:
         self._state = State.WAITING
         self._forwarded = True
         stream, server = self._stream, self._server
-        headers = headers_of(stream, self._admission, self._client, self._id, server)
+        headers = headers_of(stream, self._admission, self._id)
         headers.inform = self._inform
         self._body = body_of(stream, self._admission)
         if not isinstance(self._body, StreamedBody):
             self._patience.for_answer(self._admission)
-        url = server.upstream.origin + self._way.path + self._query
-        sending = server.client.request(stream.head.method, url, headers=headers, data=self._body)
+        sending = server.client.request(stream.head.method, self._facts.url, headers=headers, data=self._body)
         self._sending = sending
         sending.addCallbacks(self._got_answer, self._got_none)
 

@@ -11,7 +11,6 @@ from vllmproxy import __version__
 from vllmproxy.http1.message import RequestHead, ResponseHead, once
 from vllmproxy.http1.places import client_named
 from vllmproxy.http1.rules import HOP_BY_HOP, connection_options
-from vllmproxy.ids import fresh_id
 from vllmproxy.keys.credentials import CREDENTIAL_HEADERS
 from vllmproxy.relay.targets import local_location
 from vllmproxy.upstreams.upstream import Upstream
@@ -108,64 +107,27 @@ def _is_address(text: str) -> bool:
     return True
 
 
-def request_id(head: RequestHead) -> bytes:
-    """Return the caller's request id if it is a sane token, else a fresh one."""
-    given = head.fields.get(b"x-request-id")
-    if given is not None and len(given) == 1 and _SANE_ID.match(given[0]):
-        return given[0]
-    return fresh_id()
+def request_id_in(fields: dict[bytes, list[bytes]]) -> bytes | None:
+    """Return the caller's own request id, if it is a sane token."""
+    given = fields.get(b"x-request-id")
+    return given[0] if given is not None and len(given) == 1 and _SANE_ID.match(given[0]) else None
 
 
-def request_lines(
-    head: RequestHead,
-    client: Client,
-    secure: bool,
-    id: bytes,
-    *,
-    host: bytes,
-    authorization: bytes,
-    length: int | None = None,
-) -> bytes:
-    """Return the header lines for the upstream, with their CRLF.
+@define  # not frozen, which takes three times as long to make
+class Around:
+    """Header lines for the upstream, with their CRLF: those before the framing and the request id, and those after."""
 
-    :param secure: the client speaks TLS to us.
-    :param host: the upstream's authority.
-    :param authorization: the upstream's own key as a whole header line, or empty.
-    :param length: bytes of the body where it is not as the client sent it.
-    """
-    around = once(head, _around, client, secure, host, authorization)
-    if not around.is_for(client, host, authorization):  # who is behind a trusted proxy, or the upstream, is another now
-        around = _around(head, client, secure, host, authorization)
-        assert head.memo is not None  # or it would have been made for these
-        head.memo[_around] = around
-    framing = b""
-    if head.chunked:
-        framing = b"transfer-encoding: chunked\r\n"
-    elif head.content_length is not None:
-        framing = b"content-length: %d\r\n" % (head.content_length if length is None else length)
-    if head.websocket:
-        framing += b"connection: Upgrade\r\nupgrade: websocket\r\n"
-    return b"%b%bx-request-id: %b\r\n%b" % (around.before, framing, id, around.after)
-
-
-@define
-class _Around:
-    """Header lines that are the same for each head that is alike: those before the framing and the request id, and
-    those after them."""
-
-    client: Client
-    host: bytes
-    authorization: bytes
     before: bytes
     after: bytes
 
-    def is_for(self, client: Client, host: bytes, authorization: bytes) -> bool:
-        """Whether nothing else that they were made of has changed."""
-        is_same_client = self.client is client or self.client == client
-        return is_same_client and self.host is host and self.authorization is authorization
 
+def around_of(head: RequestHead, client: Client, secure: bool, authorization: bytes, *, host: bytes) -> Around:
+    """Return what is the same for each head that is alike.
 
-def _around(head: RequestHead, client: Client, secure: bool, host: bytes, authorization: bytes) -> _Around:
+    :param secure: the client speaks TLS to us.
+    :param authorization: the upstream's own key as a whole header line, or empty.
+    :param host: the upstream's authority.
+    """
     dropped = _DROPPED_TRUSTED if client.trusted else _DROPPED_UNTRUSTED
     nominated = connection_options(head.fields)
     lines = [b"host: %s\r\n" % host]
@@ -175,7 +137,22 @@ def _around(head: RequestHead, client: Client, secure: bool, host: bytes, author
             lines.append(b"%s: %s\r\n" % (name, value))
     fields = {name: head.fields[name] for name in FORWARDED & head.fields.keys() - nominated} if client.trusted else {}
     after = authorization + b"".join(_forwarded_lines(head, fields, client, secure))
-    return _Around(client, host, authorization, b"".join(lines), after)
+    return Around(b"".join(lines), after)
+
+
+def request_lines(head: RequestHead, around: Around, id: bytes, length: int | None = None) -> bytes:
+    """Return the header lines for the upstream, with their CRLF.
+
+    :param length: bytes of the body where it is not as the client sent it.
+    """
+    framing = b""
+    if head.chunked:
+        framing = b"transfer-encoding: chunked\r\n"
+    elif head.content_length is not None:
+        framing = b"content-length: %d\r\n" % (head.content_length if length is None else length)
+    if head.websocket:
+        framing += b"connection: Upgrade\r\nupgrade: websocket\r\n"
+    return b"%b%bx-request-id: %b\r\n%b" % (around.before, framing, id, around.after)
 
 
 def _forwarded_lines(head: RequestHead, fields: dict[bytes, list[bytes]], client: Client, secure: bool) -> list[bytes]:

@@ -2,22 +2,19 @@
 
 from vllmproxy.http1.stream import Stream
 from vllmproxy.observers.record import Ended, RequestRecord
-from vllmproxy.relay.headers import Client
+from vllmproxy.relay.facts import Facts
 from vllmproxy.relay.passing import Passing
-from vllmproxy.relay.ways import Way
 
 
-def begin_record(
-    stream: Stream, client: Client, id: bytes, *, time: float, way: Way, end_user: str | None
-) -> RequestRecord:
+def begin_record(facts: Facts, id: bytes, *, time: float) -> RequestRecord:
     """Return what is known when the head is here."""
     return RequestRecord(
         time=time,
         request_id=id.decode("ascii"),
-        method=stream.head.method.decode("ascii"),
-        route=way.text,
-        client=client.address,
-        end_user=end_user,
+        method=facts.method,
+        route=facts.way.text,
+        client=facts.client.address,
+        end_user=facts.end_user,
     )
 
 

@@ -14,7 +14,7 @@ from vllmproxy.observers.record import Observer
 from vllmproxy.relay.admission import Admission
 from vllmproxy.relay.bill import Bill, open_bill
 from vllmproxy.relay.exchange import Exchange
-from vllmproxy.relay.headers import Client, TrustedProxies
+from vllmproxy.relay.headers import TrustedProxies
 from vllmproxy.relay.line import Line
 from vllmproxy.relay.quotas import Quotas, Reservation
 from vllmproxy.relay.states import Event
@@ -73,10 +73,6 @@ class Relay:
         """Send requests to ``server`` from here on. Those under way go on where they are."""
         self._former = [each for each in (*self._former, self.server) if not each.agent.is_idle]
         self.server = server
-
-    def client_of(self, stream: Stream) -> Client:
-        """Return who is at the other end of ``stream``."""
-        return self.trusted.client(getattr(stream.peer, "host", ""), stream.head)
 
     def began(self, exchange: Exchange, token: str | None) -> None:
         """A request of that key was let in."""

@@ -4,22 +4,15 @@ from vllmproxy.http1.answer import OutgoingHeaders
 from vllmproxy.http1.bodies import StreamedBody, WholeBody
 from vllmproxy.http1.stream import Stream
 from vllmproxy.relay.admission import Admission
-from vllmproxy.relay.headers import Client, request_lines
-from vllmproxy.upstreams.server import Server
+from vllmproxy.relay.headers import request_lines
 
 
-def headers_of(stream: Stream, admission: Admission, client: Client, id: bytes, server: Server) -> OutgoingHeaders:
-    """Return the request's header lines for ``server``."""
-    lines = request_lines(
-        stream.head,
-        client,
-        stream.is_secure,
-        id,
-        host=server.upstream.authority,
-        authorization=server.authorization,
-        length=None if admission.body is None else sum(map(len, admission.body)),
+def headers_of(stream: Stream, admission: Admission, id: bytes) -> OutgoingHeaders:
+    """Return the request's header lines for the server that it goes to."""
+    length = None if admission.body is None else sum(map(len, admission.body))
+    return OutgoingHeaders(
+        request_lines(stream.head, admission.facts.around, id, length), upgrade=stream.head.websocket
     )
-    return OutgoingHeaders(lines, upgrade=stream.head.websocket)
 
 
 def body_of(stream: Stream, admission: Admission) -> StreamedBody | WholeBody | None:

@@ -1,0 +1,114 @@
+"""What a request's head tells the relay: worked out once for all heads of a connection that are alike."""
+
+from typing import Final
+
+from attrs import define
+
+from vllmproxy.http1.message import RequestHead, once
+from vllmproxy.http1.stream import Stream
+from vllmproxy.inspection.request import printable
+from vllmproxy.keys.credentials import Credential, read_credential
+from vllmproxy.relay.headers import Around, Client, TrustedProxies, around_of, request_id_in
+from vllmproxy.relay.targets import split_target
+from vllmproxy.relay.ways import Way, way_of
+from vllmproxy.upstreams.server import Server
+
+#: The end user of a request, in LiteLLM's names and order.
+_END_USER_HEADERS: Final = (b"x-litellm-customer-id", b"x-litellm-end-user-id")
+
+#: What a body is read by; of several, vLLM takes the first, and others the last.
+_DECIDING: Final = {b"content-type": "Content-Type", b"content-encoding": "Content-Encoding"}
+#: What vLLM takes for the model on ``/invocations``, whatever the body says (its SageMaker router).
+_OVERRIDES: Final = frozenset({b"x-amzn-sagemaker-adapter-identifier"})
+
+
+@define  # not frozen, which takes three times as long to make
+class Reading:
+    """What decides how a body is read.
+
+    :ivar unclear: why that is not clear, as half a sentence for the caller.
+    """
+
+    content_type: bytes | None
+    content_encoding: bytes | None
+    unclear: str
+
+
+@define  # as above
+class Facts:
+    """What a head tells, whatever the length of its body.
+
+    :ivar server: where the request goes, and ``trusted``: whose word counts; both may be exchanged later.
+    :ivar client: who is at the other end.
+    :ivar way: where it is going; ``url``: the same with the query, for the client of ``server``.
+    :ivar method: as text.
+    :ivar end_user: whom it names as its own user, if anybody.
+    :ivar given_id: the caller's own id for it, if that will do.
+    :ivar is_preflight: this is a CORS preflight, which vLLM answers without a key (its ``AuthenticationMiddleware``).
+    :ivar around: the header lines for vLLM around those that differ from request to request.
+    """
+
+    server: Server
+    trusted: TrustedProxies
+    client: Client
+    way: Way
+    url: bytes
+    method: str
+    credential: Credential
+    end_user: str | None
+    reading: Reading
+    given_id: bytes | None
+    is_preflight: bool
+    around: Around
+
+
+def facts_of(stream: Stream, server: Server, trusted: TrustedProxies) -> Facts:
+    """Return what the head of ``stream`` tells of a request to ``server``."""
+    head = stream.head
+    facts = once(head, _facts_of, stream, server, trusted)
+    if facts.server is not server or facts.trusted is not trusted:  # one of them was exchanged since
+        facts = _facts_of(head, stream, server, trusted)
+        assert head.memo is not None  # or they would have been made for these
+        head.memo[_facts_of] = facts
+    return facts
+
+
+def _facts_of(head: RequestHead, stream: Stream, server: Server, trusted: TrustedProxies) -> Facts:
+    upstream = server.upstream
+    client = trusted.client(getattr(stream.peer, "host", ""), head)
+    path, query = split_target(head.target)
+    way = way_of(head.method, path, upstream.base_path)
+    asks_alone = head.method == b"OPTIONS" and not head.has_body and not head.websocket
+    return Facts(
+        server=server,
+        trusted=trusted,
+        client=client,
+        way=way,
+        url=upstream.origin + way.path + query,
+        method=head.method.decode("ascii"),
+        credential=read_credential(head.fields),
+        end_user=_end_user_in(head.fields),
+        reading=_reading_of(head.fields),
+        given_id=request_id_in(head.fields),
+        is_preflight=asks_alone and way.group in ("inference", "info"),
+        around=around_of(head, client, stream.is_secure, server.authorization, host=upstream.authority),
+    )
+
+
+def _end_user_in(fields: dict[bytes, list[bytes]]) -> str | None:
+    for name in _END_USER_HEADERS:
+        if name in fields and (user := printable(fields[name][0].decode("utf-8", "replace"))):
+            return user
+    return None
+
+
+def _reading_of(fields: dict[bytes, list[bytes]]) -> Reading:
+    """Return how the head says that the body is to be read."""
+    deciding: list[bytes | None] = []
+    for name, said in _DECIDING.items():
+        values = fields.get(name)
+        if values is not None and len(values) > 1:
+            return Reading(None, None, f"there are several headers {said}")
+        deciding.append(values[0] if values else None)
+    unclear = "" if _OVERRIDES.isdisjoint(fields) else "a header names another model"
+    return Reading(deciding[0], deciding[1], unclear)
