@@ -65,7 +65,8 @@ class UsageEvent:
         return self.key not in ("", "master")
 
     def as_json(self) -> str:
-        """Return the JSON object that :meth:`of_json` reads; what is as by default is left out.
+        """Return the JSON object that :meth:`of_json` reads; what is as by default is left out, but for
+        ``held_on`` of what is held.
 
         It is written by hand because that takes a fraction of the time of :func:`json.dumps`, twice for each request.
         """
@@ -90,13 +91,15 @@ class UsageEvent:
             text += f',"quality":"{self.quality}"'
         if self.period:
             text += f',"period":{self.period}'
-        return f"{text}{self._holds_as_json()}}}"
+        if self.held or self.held_tokens or self.held_on:
+            text += self._holds_as_json()
+        return f"{text}}}"
 
     def _holds_as_json(self) -> str:
         text = f',"held":{self.held}' if self.held else ""
         if self.held_tokens:
             text += f',"held_tokens":{self.held_tokens}'
-        return f'{text},"held_on":{self.held_on}' if self.held_on else text
+        return f'{text},"held_on":{self.held_on}'
 
     @classmethod
     def of_json(cls, fields: dict[str, Any]) -> Self:
