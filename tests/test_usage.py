@@ -17,9 +17,9 @@ JSON, SSE = b"application/json", b"text/event-stream; charset=utf-8"
 
 
 def reader(content_type: bytes) -> UsageReader:
-    found = reader_for(200, content_type, None)
-    assert found is not None
-    return found
+    make = reader_for(200, content_type, None)
+    assert make is not None
+    return make()
 
 
 def read(content_type: bytes, *pieces: bytes) -> Result:

@@ -1,12 +1,34 @@
 """An answer's body on its way past: read for what it used, and without what the client did not ask for."""
 
-from vllmproxy.http1.message import ResponseHead
+from collections.abc import Callable
+
+from attrs import define
+
+from vllmproxy.http1.message import ResponseHead, once
 from vllmproxy.upstreams.server import Told
 from vllmproxy.usage.alike import Alike
-from vllmproxy.usage.reader import reader_for
+from vllmproxy.usage.reader import UsageReader, reader_for
 from vllmproxy.usage.sse import SseReader
 from vllmproxy.usage.tokens import Usage
 from vllmproxy.usage.withhold import Withholder
+
+
+@define  # not frozen, which takes three times as long to make
+class _Kind:
+    """What an answer's head tells of its body.
+
+    :ivar streamed: it is a stream of events.
+    :ivar reader: makes what reads it, if anything does.
+    """
+
+    streamed: bool
+    reader: Callable[[], UsageReader] | None
+
+
+def _kind_of(head: ResponseHead) -> _Kind:
+    content_type = head.get(b"content-type")
+    streamed = content_type is not None and content_type.startswith(b"text/event-stream")
+    return _Kind(streamed, reader_for(head.status, content_type, head.get(b"content-encoding"), head.get(b"metadata")))
 
 
 class Passing:
@@ -19,11 +41,10 @@ class Passing:
     """
 
     def __init__(self, head: ResponseHead, told: Told, *, withholds: bool) -> None:
-        content_type = head.get(b"content-type")
-        self.streamed = content_type is not None and content_type.startswith(b"text/event-stream")
+        kind = once(head, _kind_of)
+        self.streamed = kind.streamed
         self._told = told
-        encoding, metadata = head.get(b"content-encoding"), head.get(b"metadata")
-        self._reader = reader_for(head.status, content_type, encoding, metadata)
+        self._reader = None if kind.reader is None else kind.reader()
         self._events = self._reader if isinstance(self._reader, SseReader) else None
         self._withholder = None if self._events is None or not withholds else Withholder(told.fingerprint)
         self._alike = None if self._events is None else Alike()  # None where no events of this stream are

@@ -1,5 +1,7 @@
 """Which reader, if any, suits an answer."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, Protocol
 
 from vllmproxy.usage.jsonbody import JsonReader
@@ -47,8 +49,8 @@ class HeadReader:
 
 def reader_for(
     status: int, content_type: bytes | None, content_encoding: bytes | None, metadata: bytes | None = None
-) -> UsageReader | None:
-    """Return a fresh reader for an answer, or ``None`` if there is nothing in it to be read.
+) -> Callable[[], UsageReader] | None:
+    """Return what makes a reader for such an answer, or ``None`` if there is nothing in it to be read.
 
     An answer that failed reports no usage; one with a content coding is passed as it is, and so not read.
 
@@ -60,13 +62,11 @@ def reader_for(
         return None
     if content_encoding is not None and content_encoding.strip().lower() not in (b"", b"identity"):
         return None
-    if content_type == b"application/json":  # nearly all
-        return JsonReader()
     media_type = content_type.partition(b";")[0].strip().lower()
     if media_type == b"text/event-stream":
-        return SseReader()
+        return SseReader
     if media_type == b"application/json" or media_type.endswith(b"+json"):
-        return JsonReader()
+        return JsonReader
     if media_type == b"application/octet-stream" and metadata is not None:
-        return HeadReader(metadata)
+        return partial(HeadReader, metadata)
     return None
