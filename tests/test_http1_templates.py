@@ -59,6 +59,11 @@ class Seen:
     def request_read(self) -> None:
         self.requests[-1][2] = True
 
+    def whole_request(self, head: RequestHead, body: bytes) -> None:
+        self.request_begun(head)
+        self.body_read(body)
+        self.request_read()
+
 
 class Requests:
     """A reader, and what it has found since it was asked last."""

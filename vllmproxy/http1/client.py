@@ -364,7 +364,8 @@ class ClientConnection(Protocol):
             self._finished()
 
     def _finished(self) -> None:
-        self.resume_answer()  # TLS hands on what it has although it is paused: the end may have come that way
+        if self._paused:
+            self.resume_answer()  # TLS hands on what it has although it is paused: the end may have come that way
         self._request = None
         if self._reader.extra or self._closed or not self._reader.reusable:
             self.abort()

@@ -19,6 +19,7 @@ class Pipeline:
     :param make: makes a stream of a head that has just been read.
     :ivar error: why nothing more is read of this connection. Requests that were whole before are still to be answered.
     :ivar in_head: whether some of a head has come, and not all of it.
+    :ivar is_empty: whether nothing is here but, maybe, some of a head.
     :ivar has_early: whether bytes came behind a WebSocket handshake that is not answered yet.
     """
 
@@ -30,6 +31,7 @@ class Pipeline:
         self._reader = RequestReader(self, limits)
         self.error: WireError | None = None
         self.in_head = self.has_early = False
+        self.is_empty = True
 
     def feed(self, data: bytes) -> None:
         """Take what was read."""
@@ -40,11 +42,6 @@ class Pipeline:
         """Read nothing more."""
         self.error = self._reader.error = error
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is here but, maybe, some of a head."""
-        return not (self._queue or self._unparsed)
-
     def first(self) -> Stream | None:
         """Return the next request, whose body may still be coming."""
         if self._unparsed and len(self._queue) < 2:  # the last one's body may be in there
@@ -53,12 +50,14 @@ class Pipeline:
 
     def pop(self) -> Stream:
         """Take that one: it begins."""
-        return self._queue.popleft()
+        first = self._queue.popleft()
+        self.is_empty = not (self._queue or self._unparsed)
+        return first
 
     def take_early(self) -> bytes:
         """The connection is a tunnel: return what came behind the handshake."""
         early, self._unparsed = self._reader.take_early() + self._unparsed, b""
-        self.has_early = False
+        self.has_early, self.is_empty = False, not self._queue
         return early
 
     def resume(self) -> None:
@@ -76,7 +75,9 @@ class Pipeline:
     def _parse(self) -> None:
         data, at, reader = self._unparsed, 0, self._reader
         while at < len(data) and len(self._queue) < QUEUE and reader.error is None:
-            end = at + max(_SLICE, reader.body_left)
+            end = at + _SLICE
+            if end < len(data):
+                end = max(end, at + reader.body_left)
             reader.feed(data[at:end])
             at = end
         self._unparsed = data[at:] if reader.error is None else b""
@@ -86,6 +87,7 @@ class Pipeline:
         """The reader has read something."""
         reader = self._reader
         self.error, self.in_head, self.has_early = reader.error, reader.in_head, reader.early is not None
+        self.is_empty = not (self._queue or self._unparsed)
 
     # vllmproxy.http1.requests.RequestSink
 
@@ -104,3 +106,9 @@ class Pipeline:
         assert self._incoming is not None
         self._incoming.complete = True
         self._incoming = None
+
+    def whole_request(self, head: RequestHead, body: bytes) -> None:
+        assert self._make is not None
+        stream = self._make(head)
+        stream.held, stream.held_bytes, stream.complete = [body], len(body), True
+        self._queue.append(stream)

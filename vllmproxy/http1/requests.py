@@ -31,6 +31,9 @@ class RequestSink(Protocol):
     def request_read(self) -> None:
         """That request is whole."""
 
+    def whole_request(self, head: RequestHead, body: bytes) -> None:
+        """All of these for one that came in one piece."""
+
 
 class RequestReader:
     """Parses requests with llhttp, and refuses what llhttp or :mod:`vllmproxy.http1.rules` refuse.
@@ -103,9 +106,7 @@ class RequestReader:
         head, body = found
         self._head = None
         self._silent = 0
-        self._sink.request_begun(head)
-        self._sink.body_read(body)
-        self._sink.request_read()
+        self._sink.whole_request(head, body)
         return True
 
     @property

@@ -160,7 +160,8 @@ class ServerChannel(Protocol):
     def _make(self, head: RequestHead) -> Stream:
         """A head is complete."""
         if self._waiting is not None:
-            self._wait_for(None)
+            self._waiting.clear(self)
+            self._waiting = None
         self._times_head = False
         self._used = True
         return Stream(head, self)
