@@ -58,7 +58,7 @@ class Admission:
     @property
     def guessed_prompt(self) -> int:
         """Tokens that the prompt may have, by the length of a body that nobody reads."""
-        return guessed_prompt(self.way.route, self._stream.head.content_length or 0)
+        return guessed_prompt(self.way.work, self._stream.head.content_length or 0)
 
     @property
     def tells_usage(self) -> bool:
@@ -77,10 +77,8 @@ class Admission:
             if key.needs_model or key.counts_tokens:
                 raise Forbidden(_NO_TUNNEL)
             return False
-        return self.way.uses_tokens and self._reads_body_of(key)
-
-    def _reads_body_of(self, key: VirtualKey) -> bool:
-        return key.needs_body or (self._relay.usage == "exact" and self.way.streams_usage)
+        tells_more = self._relay.usage == "exact" and self.way.streams_usage
+        return self.way.uses_tokens and (key.needs_body or tells_more)
 
     def expect(self) -> None:
         """The body is to be held as it comes. Raises as :meth:`hold` does, if it says that it is too large."""
@@ -132,7 +130,7 @@ class Admission:
             edits += told
         self.end_user = self.end_user or asked.end_user
         self.body = edited(body, edits) if edits else [body]
-        prompt, output = expected_tokens(self.way.route, asked.prompt_tokens, asked.output_tokens)
+        prompt, output = expected_tokens(self.way.work, asked.prompt_tokens, asked.output_tokens)
         self.demand = Demand(
             asked=named,
             model=model,

@@ -1,7 +1,7 @@
 """What a request is expected to use, and what of its key's limits it takes for that. Pure."""
 
 from functools import lru_cache
-from typing import Final
+from typing import Final, Literal
 
 from attrs import define
 
@@ -14,6 +14,9 @@ DEFAULT_OUTPUT: Final = 1024
 #: likely to be an image or a sound.
 _BYTES_PER_TOKEN: Final = 4
 _MOST_PROMPT: Final = 8192
+
+#: What is done with tokens for a request: they are read and made; only read; or neither, though it is asked as if so.
+Work = Literal["writes", "reads", "counts"]
 
 #: Last segments of the routes that read tokens and make none.
 _READING: Final = frozenset({"embeddings", "embed", "pooling", "classify", "score", "rerank", "generative_scoring"})
@@ -56,34 +59,29 @@ class Demand:
 NO_DEMAND: Final = Demand()
 
 
-def uses_none(path: str) -> bool:
-    """Tell whether a route neither reads nor makes tokens, though it is asked as if it did."""
-    return _last(path) in _COUNTING
+def work_of(route: str) -> Work:
+    """Return what vLLM does with tokens on a route (a decoded path)."""
+    last = route.rstrip("/").rpartition("/")[2]
+    return "counts" if last in _COUNTING else "reads" if last in _READING else "writes"
 
 
-def expected_tokens(path: str, prompt: int, output_bound: int | None) -> tuple[int, int]:
+def expected_tokens(work: Work, prompt: int, output_bound: int | None) -> tuple[int, int]:
     """Return how many tokens a request is expected to read and to make.
 
-    :param path: the forwarded path, decoded.
     :param prompt: how many its prompt seems to have.
     :param output_bound: what the client said that it wants at most, in all answers together.
     """
-    last = _last(path)
-    if last in _COUNTING:
+    if work == "counts":
         return 0, 0
     prompt = min(prompt, MAX_AMOUNT)
-    if last in _READING:
+    if work == "reads":
         return prompt, 0
     return prompt, DEFAULT_OUTPUT if output_bound is None else min(output_bound, MAX_AMOUNT)
 
 
-def guessed_prompt(path: str, body_bytes: int) -> int:
+def guessed_prompt(work: Work, body_bytes: int) -> int:
     """Return how many tokens the prompt may have in a body that nobody reads."""
-    return expected_tokens(path, min(-(-body_bytes // _BYTES_PER_TOKEN), _MOST_PROMPT), None)[0]
-
-
-def _last(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]
+    return expected_tokens(work, min(-(-body_bytes // _BYTES_PER_TOKEN), _MOST_PROMPT), None)[0]
 
 
 def rules_of(key: VirtualKey, demand: Demand, now: float) -> tuple[Rule, ...]:

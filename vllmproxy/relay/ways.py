@@ -7,7 +7,7 @@ from attrs import frozen
 
 from vllmproxy.inspection.routes import streams_usage, takes_model
 from vllmproxy.keys.routes import Group, group_for, reading_of
-from vllmproxy.relay.demand import uses_none
+from vllmproxy.relay.demand import Work, work_of
 from vllmproxy.relay.targets import is_unsafe, upstream_path
 
 #: Ways that are remembered, and the longest path of them: callers choose their paths.
@@ -22,6 +22,7 @@ class Way:
     :ivar path: as it is forwarded, raw, without the query; ``text``: the same as text.
     :ivar is_unsafe: it could be read as another path (:func:`~vllmproxy.relay.targets.is_unsafe`).
     :ivar route: the path as vLLM reads it.
+    :ivar work: what vLLM does with tokens there.
     :ivar uses_tokens: vLLM may read or make tokens for it; a route that is not known may.
     :ivar streams_usage: a stream of it can be asked to tell its usage.
     :ivar tells_usage: an answer without any usage has left something out.
@@ -32,6 +33,7 @@ class Way:
     is_unsafe: bool
     group: Group
     route: str
+    work: Work
     uses_tokens: bool
     streams_usage: bool
     tells_usage: bool
@@ -50,6 +52,7 @@ def _way_of(method: bytes, path: bytes, base: bytes) -> Way:
     forwarded = upstream_path(path, base)
     group = group_for(forwarded, base)
     route = reading_of(forwarded, base)
+    work = work_of(route)
     uses_tokens = group in ("inference", "unknown") and takes_model(method.decode("ascii"), route)
     return Way(
         forwarded,
@@ -57,9 +60,10 @@ def _way_of(method: bytes, path: bytes, base: bytes) -> Way:
         is_unsafe(path),
         group,
         route,
+        work,
         uses_tokens,
         streams_usage(route),
-        uses_tokens and not uses_none(route),
+        uses_tokens and work != "counts",
     )
 
 
