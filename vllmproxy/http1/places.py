@@ -17,21 +17,18 @@ class Places(Generic[T]):
     :param most: how many places there are; 0 for any number.
     :param line: how many may wait.
     :param per_client: how many a client may have, waiting ones included; 0 for any number.
+    :ivar counts_clients: it matters who somebody comes for.
     """
 
     def __init__(self, most: int = 0, *, line: int = 0, per_client: int = 0) -> None:
         self._most = most
         self._line = line
         self._per_client = per_client
+        self.counts_clients = per_client > 0
         self._placed: dict[T, str] = {}
         self._waiting: dict[T, str] = {}
         self._of_client: dict[str, int] = {}
         self._closed = False
-
-    @property
-    def counts_clients(self) -> bool:
-        """Whether it matters who somebody comes for."""
-        return bool(self._per_client)
 
     @property
     def taken(self) -> int:
@@ -62,12 +59,13 @@ class Places(Generic[T]):
 
     def leave(self, item: T) -> T | None:
         """Take back what ``item`` has, if it has anything, and return who has its place now, if anybody has."""
-        if item in self._waiting:
-            self._forget(self._waiting.pop(item))
-        elif item in self._placed:
-            self._forget(self._placed.pop(item))
-            return self._call() if self._waiting else None
-        return None
+        client = self._placed.pop(item, None)
+        had_place = client is not None
+        if not had_place:
+            client = self._waiting.pop(item, None)
+        if client:
+            self._forget(client)
+        return self._call() if had_place and self._waiting else None
 
     def close(self) -> None:
         """Nobody's turn comes any more."""
@@ -81,12 +79,11 @@ class Places(Generic[T]):
         return first
 
     def _forget(self, client: str) -> None:
-        if client:
-            left = self._of_client[client] - 1
-            if left:
-                self._of_client[client] = left
-            else:
-                del self._of_client[client]
+        left = self._of_client[client] - 1
+        if left:
+            self._of_client[client] = left
+        else:
+            del self._of_client[client]
 
 
 def client_named(address: str) -> str:

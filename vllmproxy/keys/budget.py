@@ -1,5 +1,7 @@
 """How much a key may spend, and since when that counts. Pure."""
 
+from functools import cached_property
+
 from attrs import frozen
 
 from vllmproxy.keys.durations import seconds_of
@@ -23,12 +25,12 @@ class Budget:
     start: int = 0
     reset_at: int | None = None
 
-    @property
+    @cached_property
     def is_priced(self) -> bool:
         """Whether it takes money to keep it."""
         return self.money is not None or self.soft is not None
 
-    @property
+    @cached_property
     def is_limited(self) -> bool:
         """Whether anything has to be kept account of before a request."""
         return self.is_priced or self.tokens is not None

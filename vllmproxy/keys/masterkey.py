@@ -36,7 +36,7 @@ class MasterKey:
     __slots__ = ("_token",)
 
     def __init__(self, key: str | bytes) -> None:
-        self._token = hash_key(key)
+        self._token = hash_key(key).encode()
 
     def matches(self, secret: bytes) -> bool:
         """Tell whether ``secret`` is the master key, in time that does not depend on where they differ."""
@@ -44,7 +44,7 @@ class MasterKey:
 
     def matches_token(self, token: str) -> bool:
         """The same for the sha256 hex of a secret, for callers that have it already."""
-        return hmac.compare_digest(self._token.encode(), token.encode())
+        return hmac.compare_digest(self._token, token.encode())
 
     def __repr__(self) -> str:
         return "<MasterKey>"

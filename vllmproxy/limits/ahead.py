@@ -209,7 +209,7 @@ class _Stock:
                 or theirs.period != ours.period
             ):
                 return "not"
-            if ours.cost > max(2 * theirs.cost, _next_to_nothing(ours)):
+            if ours.cost > 2 * theirs.cost and ours.cost > _next_to_nothing(ours):
                 found = "too much"
         return found
 

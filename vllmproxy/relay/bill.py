@@ -160,15 +160,15 @@ def open_bill(
         prompt_tokens=demand.prompt_tokens,
         completion_tokens=demand.output_tokens,
         spend=demand.spend,
-        quality="estimated" if demand.tokens else "unknown",
+        quality="estimated" if demand.prompt_tokens or demand.output_tokens else "unknown",
     )
-    period = None if reservation is None else reservation.period
-    if reservation is not None and period is not None:  # it was asked about a budget
-        expected.period = period
+    key = caller.key
+    if reservation is not None and key is not None and key.budget.is_limited:
+        expected.period = reservation.period or 0
         expected.held = reservation.held("budget")
         expected.held_tokens = reservation.held("budget_tokens")
         expected.held_on = reservation.day
-    elif caller.key is not None:
-        expected.period = caller.key.budget.period(time)[0]
+    elif key is not None:
+        expected.period = key.budget.period(time)[0]
     entry = books.begin(expected) if admission.uses_tokens else None
     return Bill(quotas, prices, reservation, entry, expected, admission=admission)

@@ -111,7 +111,7 @@ class Exchange:
         elif not self._stream.head.has_body:
             self._held()
         elif (whole := self._stream.take_body()) is not None:
-            self._hold(whole)
+            self._admission.hold(whole)
             self._held()
         else:
             self._admission.expect()
@@ -191,7 +191,7 @@ class Exchange:
         headers.inform = self._inform
         self._body = body_of(stream, self._admission)
         if not isinstance(self._body, StreamedBody):
-            self._patience.for_answer(self._admission)
+            self._patience.for_answer(self._facts.way.route)
         sending = server.client.request(stream.head.method, self._facts.url, headers=headers, data=self._body)
         self._sending = sending
         sending.addCallbacks(self._got_answer, self._got_none)
@@ -245,9 +245,11 @@ class Exchange:
         stream.start_response(head.status, head.reason, lines, length=head.content_length, bodiless=head.bodiless)
         stream.set_producer(self)
         answer.pipe(self)
+        if self._state is not State.ANSWERING:  # all of it was here
+            return
         stream.flush()
-        if self._record.time_to_first_byte is None and self._state is State.ANSWERING:
-            self._patience.for_answer(self._admission)  # it may be a stream whose prompt is yet to be read
+        if self._record.time_to_first_byte is None:
+            self._patience.for_answer(self._facts.way.route)  # it may be a stream whose prompt is yet to be read
 
     def answer_received(self, data: bytes, last: bool) -> None:
         """A piece of vLLM's answer (:class:`~vllmproxy.http1.answer.AnswerReceiver`)."""
@@ -298,7 +300,7 @@ class Exchange:
         self.feed(Event.HELD)
         if isinstance(self._body, StreamedBody):
             if self._state is State.WAITING:
-                self._patience.for_answer(self._admission)
+                self._patience.for_answer(self._facts.way.route)
             self._body.body_complete()
 
     def body_failed(self, error: WireError) -> None:

@@ -7,7 +7,6 @@ from twisted.internet.interfaces import IReactorTime
 
 from vllmproxy.deadlines import Deadlines
 from vllmproxy.keys.policy import Route
-from vllmproxy.relay.admission import Admission
 from vllmproxy.relay.states import Event
 
 if TYPE_CHECKING:
@@ -57,14 +56,18 @@ class Silence:
 
 
 class Waits:
-    """The waits of all exchanges."""
+    """The waits of all exchanges.
+
+    :ivar first_byte: for vLLM's answer; ``is_by_route``: on some routes it is another.
+    :ivar has_total: there is a wait for all of an exchange.
+    """
 
     def __init__(self, clock: IReactorTime, timeouts: Timeouts) -> None:
         def waits(event: Event = Event.LATE) -> "Deadlines[Exchange]":
             return Deadlines(clock, 0, lambda exchange: exchange.feed(event))
 
         self._new = waits
-        self._first_byte = waits()
+        self.first_byte = waits()
         self._first_byte_for: dict[Route, Deadlines[Exchange]] = {}
         self.between_bytes = waits()
         self.tunnel_idle = waits()
@@ -75,7 +78,7 @@ class Waits:
     def change(self, timeouts: Timeouts) -> None:
         """Have every wait last as long as ``timeouts`` say, those under way too, but for what is no longer named of
         ``first_byte_for``."""
-        self._first_byte.change(timeouts.first_byte)
+        self.first_byte.change(timeouts.first_byte)
         by_length = sorted(timeouts.first_byte_for, key=lambda each: len(each[0].text), reverse=True)
         former, self._first_byte_for = self._first_byte_for, {}
         for route, seconds in by_length:
@@ -85,17 +88,16 @@ class Waits:
         self.tunnel_idle.change(timeouts.tunnel_idle / LOOKS)
         self.line.change(timeouts.line)
         self.total.change(timeouts.total)
+        self.has_total = timeouts.total > 0
+        self.is_by_route = bool(by_length)
 
-    def first_byte(self, admission: Admission) -> "Deadlines[Exchange]":
-        """Return the wait for vLLM's answer to a request."""
-        if not self._first_byte_for:
-            return self._first_byte
-        route = admission.way.route
-        return next((waits for each, waits in self._first_byte_for.items() if each.covers(route)), self._first_byte)
+    def first_byte_of(self, route: str) -> "Deadlines[Exchange]":
+        """Return the wait for vLLM's answer to a request on ``route``."""
+        return next((waits for each, waits in self._first_byte_for.items() if each.covers(route)), self.first_byte)
 
     def close(self) -> None:
         """End them all."""
-        for waits in (self._first_byte, self.between_bytes, self.tunnel_idle, self.line, self.total):
+        for waits in (self.first_byte, self.between_bytes, self.tunnel_idle, self.line, self.total):
             waits.close()
         for waits in self._first_byte_for.values():
             waits.close()
@@ -111,7 +113,8 @@ class Patience:
         self._waits = waits
         self._wait: Deadlines[Exchange] | None = None
         self._silence: Silence | None = None
-        waits.total.set(exchange)
+        if waits.has_total:
+            waits.total.set(exchange)
 
     def _begin(self, wait: "Deadlines[Exchange] | None") -> None:
         exchange = self._exchange
@@ -127,9 +130,10 @@ class Patience:
         """The exchange stands in the line."""
         self._begin(self._waits.line)
 
-    def for_answer(self, admission: Admission) -> None:
+    def for_answer(self, route: str) -> None:
         """It waits for the head of vLLM's answer, or behind that for the first byte of the body."""
-        self._begin(self._waits.first_byte(admission))
+        waits = self._waits
+        self._begin(waits.first_byte_of(route) if waits.is_by_route else waits.first_byte)
 
     def for_more(self) -> None:
         """The body has begun."""
@@ -162,6 +166,7 @@ class Patience:
         """It is over."""
         exchange, self._exchange = self._exchange, None  # which leads here
         if exchange is not None:
-            self._waits.total.clear(exchange)
+            if self._waits.has_total:
+                self._waits.total.clear(exchange)
             if self._wait is not None:
                 self._wait.clear(exchange)
