@@ -52,8 +52,8 @@ class RequestHead:
 
     :ivar target: origin-form (RFC 9112 §3.2.1), byte for byte as sent (an absolute-form is reduced to it).
     :ivar version: ``(1, 0)`` or ``(1, 1)``.
-    :ivar headers: the lines as sent, in order.
-    :ivar fields: lower-case name → values, in order.
+    :ivar headers: the lines as sent, in order, without Content-Length.
+    :ivar fields: lower-case name → values, in order, of the same.
     :ivar content_length: bytes of the body, ``None`` where no Content-Length was sent.
     :ivar chunked: the body is in the chunked coding.
     :ivar websocket: the request asks to become a WebSocket tunnel (RFC 6455 §4.1).
@@ -83,17 +83,17 @@ class RequestHead:
         asks_more = self.chunked or self.websocket or self.expects_continue
         return self.version == (1, 1) and self.keep_alive and not asks_more
 
-    def with_length(self, length: bytes, place: int) -> "RequestHead":
-        """Return the same head, which :attr:`is_plain`, with another Content-Length, the header at ``place``."""
-        headers, fields = _with_length(self.headers, self.fields, place, length)
-        return RequestHead(self.method, self.target, self.version, headers, fields, int(length), memo=self.memo)
+    def with_length(self, length: int) -> "RequestHead":
+        """Return the same head, which :attr:`is_plain`, with another Content-Length."""
+        return RequestHead(self.method, self.target, self.version, self.headers, self.fields, length, memo=self.memo)
 
 
 @define(slots=True)
 class ResponseHead:
     """An answer's head.
 
-    :ivar fields: lower-case name → values, in order.
+    :ivar headers: the lines as sent, in order, without Content-Length.
+    :ivar fields: lower-case name → values, in order, of the same.
     :ivar content_length: ``None`` where none was sent.
     :ivar chunked: the body is in the chunked coding; neither this nor a length: it ends with the connection.
     :ivar bodiless: no body follows, whatever the head says (HEAD, 1xx, 204, 304: RFC 9112 §6.3).
@@ -117,10 +117,11 @@ class ResponseHead:
         """Whether a body follows that is as long as Content-Length says, or else ends with the connection."""
         return not (self.chunked or self.bodiless)
 
-    def with_length(self, length: bytes, place: int) -> "ResponseHead":
-        """Return the same head, which :attr:`is_plain`, with another Content-Length, the header at ``place``."""
-        headers, fields = _with_length(self.headers, self.fields, place, length)
-        return ResponseHead(self.status, self.reason, headers, self.version, int(length), fields=fields, memo=self.memo)
+    def with_length(self, length: int) -> "ResponseHead":
+        """Return the same head, which :attr:`is_plain`, with another Content-Length."""
+        return ResponseHead(
+            self.status, self.reason, self.headers, self.version, length, fields=self.fields, memo=self.memo
+        )
 
     def get(self, name: bytes) -> bytes | None:
         """Return the first value of the header ``name`` (lower case)."""
@@ -155,13 +156,9 @@ def fields_of(headers: list[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
     return fields
 
 
-def _with_length(
-    headers: list[tuple[bytes, bytes]], fields: dict[bytes, list[bytes]], place: int, length: bytes
-) -> tuple[list[tuple[bytes, bytes]], dict[bytes, list[bytes]]]:
-    """Return copies of both with another Content-Length, which is the header at ``place``."""
-    others = headers.copy()
-    others[place] = (headers[place][0], length)
-    return others, {**fields, b"content-length": [length]}
+def without_length(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the lines without Content-Length."""
+    return [line for line in headers if line[0].lower() != b"content-length"]
 
 
 def header_lines(headers: list[tuple[bytes, bytes]]) -> bytes:

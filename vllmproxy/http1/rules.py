@@ -7,7 +7,7 @@ the version, Transfer-Encoding codings, look-alike names and Expect to its user.
 import re
 from ipaddress import AddressValueError, IPv6Address
 
-from vllmproxy.http1.message import BadAnswer, RequestHead, ResponseHead, WireError
+from vllmproxy.http1.message import BadAnswer, RequestHead, ResponseHead, WireError, without_length
 
 METHODS = frozenset([b"GET", b"HEAD", b"OPTIONS", b"POST", b"PUT", b"PATCH", b"DELETE"])
 
@@ -112,7 +112,14 @@ def _check_framing(head: RequestHead) -> None:
     elif lengths is not None:
         if len(lengths) != 1 or not _DIGITS.match(lengths[0]):
             raise WireError(400, "Content-Length is not one plain decimal number.")
-        head.content_length = int(lengths[0])
+        _take_length(head, lengths[0])
+
+
+def _take_length(head: RequestHead | ResponseHead, length: bytes) -> None:
+    """Have the length beside the header lines, so that heads that differ in it only share those."""
+    head.content_length = int(length)
+    head.headers = without_length(head.headers)
+    del head.fields[b"content-length"]
 
 
 def _check_target(head: RequestHead) -> None:
@@ -196,5 +203,5 @@ def check_response(head: ResponseHead, method: bytes) -> None:
     elif lengths:
         if len(lengths) != 1 or not _DIGITS.match(lengths[0]):
             raise BadAnswer("a Content-Length that is not one plain decimal number")
-        head.content_length = int(lengths[0])
+        _take_length(head, lengths[0])
     head.bodiless = method == b"HEAD" or head.status in (204, 304) or head.status < 200

@@ -22,13 +22,12 @@ _EACH: Final = 16
 class HeadTemplate(Generic[Head]):
     """The head that a connection's messages had last, with the digits of its Content-Length left open."""
 
-    __slots__ = ("_after", "_before", "_head", "_missed", "_most", "_place")
+    __slots__ = ("_after", "_before", "_head", "_missed", "_most")
 
     def __init__(self) -> None:
         self._head: Head | None = None
         self._before = self._after = b""
         self._most = 0  # digits
-        self._place = 0  # of Content-Length among the headers
         self._missed = -1  # messages in a row that had another head; the very first one counts for none
 
     def match(self, data: bytes) -> tuple[Head, bytes] | None:
@@ -45,7 +44,7 @@ class HeadTemplate(Generic[Head]):
         if not body or int(digits) != len(body):
             return None
         self._missed = 0
-        return head.with_length(digits, self._place), body
+        return head.with_length(len(body)), body
 
     def learn(self, head: Head, data: bytes | bytearray, start: int, room: int) -> None:
         """Take over a head that has passed every check.
@@ -67,7 +66,6 @@ class HeadTemplate(Generic[Head]):
         if found is not None:
             self._head, self._before, self._after = head, raw[: found.start(1)], raw[found.end(1) :]
             self._most = min(len(found[1]) + room, MOST_DIGITS)
-            self._place = [name.lower() for name, _ in head.headers].index(b"content-length")
             head.memo = {}
 
     def forget(self) -> None:

@@ -84,6 +84,8 @@ class WebExchange:
         self._request = request
         for name, value in head.headers:
             request.requestHeaders.addRawHeader(name, value)
+        if head.content_length is not None:
+            request.requestHeaders.addRawHeader(b"content-length", b"%d" % head.content_length)
         request.parseCookies()
         request.content = BytesIO(self._body)  # which copies it
         self._body.clear()
