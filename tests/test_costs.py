@@ -40,9 +40,9 @@ from vllmproxy.usage.bookkeeper import Bookkeeper
 #: access log, metrics), and with a budget of tokens besides; for one event of a stream; and for a key that is not in
 #: the cache.
 BUDGETS = {
-    "post off": 228,
-    "post on": 334,
-    "post budget": 344,
+    "post off": 198,
+    "post on": 292,
+    "post budget": 304,
     "event off": 15.5,
     "event on": 15.5,
     "event budget": 15.5,

@@ -33,8 +33,8 @@ from vllmproxy.http1.message import BadAnswer, Limits
 from vllmproxy.http1.responses import ResponseReader
 from vllmproxy.http1.sockets import (
     delivery,
-    has_ended,
     is_closing,
+    listen_to,
     queued_bytes,
     raw_socket,
     remains,
@@ -74,6 +74,7 @@ class ClientConnection(Protocol):
         self._gone = gone
         self._plain = False
         self._sock: socket | None = None
+        self._hears_something = listen_to(None)
         self._closed = False
         self._secure = False
         self._congested = False
@@ -104,6 +105,7 @@ class ClientConnection(Protocol):
         self._plain = is_plain(transport)
         self._secure = isinstance(transport, TLSMemoryBIOProtocol)
         self._sock = raw_socket(transport)
+        self._hears_something = listen_to(self._sock)
         if self._plain:
             transport.protocol = self  # and not the wrapper that Twisted's endpoints put between
         if self._secure:
@@ -138,7 +140,7 @@ class ClientConnection(Protocol):
 
     def has_ended(self) -> bool:
         """Whether an idle connection's end has arrived, though the reactor has not come to it yet."""
-        return self._closed or has_ended(self._sock)
+        return self._closed or self._hears_something()
 
     def send(self, request: Request) -> "Deferred[IResponse]":
         """Send ``request``; the result is an :class:`Answer` when its head is complete.

@@ -1,9 +1,10 @@
 """What the wire does below Twisted's transports, and only where that is safe."""
 
+import select
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from fcntl import ioctl
 from termios import TIOCOUTQ
@@ -75,17 +76,14 @@ def delivery(sock: socket.socket | None) -> Delivery | None:
     return Delivery(_BYTES_ACKED.unpack_from(info)[0], _DATA_SEGMENTS_OUT.unpack_from(info)[0], closed)
 
 
-def has_ended(sock: socket.socket | None) -> bool:
-    """Whether something waits to be read on a connection that should be silent: its end, or bytes nobody asked for."""
+def listen_to(sock: socket.socket | None) -> Callable[[], bool]:
+    """Return what tells whether something waits to be read on a connection that should be silent: its end, or bytes
+    nobody asked for."""
     if sock is None:
-        return False
-    try:
-        sock.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
+        return lambda: False
+    ear = select.poll()
+    ear.register(sock, select.POLLIN)
+    return lambda: bool(ear.poll(0))
 
 
 def remains(transport: Any) -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 import math
 from datetime import UTC, datetime
+from typing import Final
 
 from attrs import define
 from twisted.internet.defer import Deferred
@@ -25,6 +26,11 @@ _log = Logger()
 RENEWAL = 15.0
 #: Leases renewed in one call.
 _BATCH = 500
+#: Header lines of a limit of the whole key, in LiteLLM's names.
+_TOLD: Final[dict[str, bytes]] = {
+    kind: b"x-ratelimit-api_key-limit-%b: %%d\r\nx-ratelimit-api_key-remaining-%b: %%d\r\n" % (name, name)
+    for kind, name in (("requests", b"requests"), ("tokens", b"tokens"))
+}
 #: Keys that are remembered as told of; who is forgotten is told of again.
 _MOST_TOLD = 10_000
 
@@ -49,13 +55,12 @@ class Reservation:
 
     @property
     def lines(self) -> bytes:
-        """Header lines that tell the caller how much is left of the key's limits (LiteLLM's names)."""
+        """Header lines that tell the caller how much is left of the key's limits."""
         lines = b""
         for rule, remaining in zip(self.ask.rules, self.remaining, strict=True):
-            if rule.kind in ("requests", "tokens") and not rule.scope:
-                kind = rule.kind.encode()
-                lines += b"x-ratelimit-api_key-limit-%s: %d\r\n" % (kind, rule.limit)
-                lines += b"x-ratelimit-api_key-remaining-%s: %d\r\n" % (kind, remaining)
+            told = None if rule.scope else _TOLD.get(rule.kind)
+            if told is not None:
+                lines += told % (rule.limit, remaining)
         return lines
 
     def held(self, kind: str) -> int:
