@@ -55,11 +55,15 @@ def house_of(**fields: Any) -> House:
     return house
 
 
-def sums(house: House) -> dict[str, int]:
-    """Return the numbers of the one sum that there is."""
+def read_sums(house: House) -> Any:
     house.clock.advance(1)
     read = house.store.read_usage(UsageQuery(since="1970-01-01", until="1970-01-02", group_by=GROUPS))
-    (found,) = Deferred.fromCoroutine(read).result
+    return Deferred.fromCoroutine(read).result
+
+
+def sums(house: House) -> dict[str, int]:
+    """Return the numbers of the one sum that there is."""
+    (found,) = read_sums(house)
     return {
         "model": found.group[2],
         "end_user": found.group[3],
@@ -578,6 +582,20 @@ def test_an_aborted_stream_is_charged_for_what_passed() -> None:
     house.turn()
     told = sums(house)
     assert (told["requests"], told["estimated"], told["completion"]) == (1, 1, 3)
+
+
+@pytest.mark.parametrize("why", ["left", "revoked"])
+def test_what_was_never_sent_costs_nothing(why: str) -> None:
+    house = house_of(tpm_limit=10**6)
+    house.endpoint.hold = True
+    post(house, {"model": "m", "max_tokens": 5000, "messages": MESSAGES})
+    if why == "left":
+        house.client.reset_from_peer()
+    else:
+        house.relay.revoke("ab" * 32)
+    house.turn()
+    assert not house.wires
+    assert read_sums(house) == []
 
 
 def test_who_left_before_the_answer_is_charged_for_the_prompt() -> None:

@@ -120,12 +120,10 @@ class UpstreamAgent:
         request = Request(
             method,
             uri[self._origin_length :],
-            headers.lines,
+            headers,
             bodyProducer,
             getattr(bodyProducer, "whole", None),
             chunked=bodyProducer is not None and bodyProducer.length is UNKNOWN_LENGTH,
-            upgrade=headers.upgrade,
-            inform=headers.inform,
         )
         connection = self._take()
         if connection is None:
@@ -192,10 +190,13 @@ class UpstreamAgent:
         return Failure(SetUpFailed())
 
     def _again(self, reason: Failure, request: Request) -> Any:
-        if reason.check(NotExecuted) and is_replayable(request.body):
-            self.retries += 1
-            return self._send_on_new(request)
-        return reason
+        if reason.check(NotExecuted) is None:
+            return reason
+        request.headers.sent = False
+        if not is_replayable(request.body):
+            return reason
+        self.retries += 1
+        return self._send_on_new(request)
 
     def _build(self) -> ClientConnection:
         return ClientConnection(self._released, self._gone, self._limits, self._clock, self._deadlines)
@@ -224,6 +225,7 @@ class UpstreamAgent:
 
 def _send(connection: ClientConnection, request: Request) -> "Deferred[IResponse]":
     """Send, or fail and leave no connection behind that waits for nobody."""
+    request.headers.sent = True
     try:
         return connection.send(request)
     except Exception:  # nothing is awaited here

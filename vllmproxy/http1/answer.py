@@ -60,11 +60,13 @@ class OutgoingHeaders:
     :ivar lines: header lines with their CRLF, Host and framing included.
     :ivar upgrade: the request asks for a tunnel, so that a 101 is allowed.
     :ivar inform: takes the heads of informational answers.
+    :ivar sent: the request was given to a connection, so that the upstream may have seen some of it.
     """
 
     lines: bytes
     upgrade: bool = False
     inform: Callable[[ResponseHead], None] | None = None
+    sent: bool = False
 
 
 @define(slots=True, eq=False)
@@ -72,19 +74,16 @@ class Request:
     """A request on its way.
 
     :ivar target: origin-form.
-    :ivar lines: header lines with their CRLF.
     :ivar whole: all of the body, where it is at hand.
     :ivar chunked: frame the body's pieces as chunks.
     """
 
     method: bytes
     target: bytes
-    lines: bytes
+    headers: OutgoingHeaders
     body: IBodyProducer | None = None
     whole: bytes | None = None
     chunked: bool = False
-    upgrade: bool = False
-    inform: Callable[[ResponseHead], None] | None = None
 
 
 @implementer(IResponse)

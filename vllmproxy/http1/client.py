@@ -150,10 +150,11 @@ class ClientConnection(Protocol):
         waiting: Deferred[IResponse] = Deferred(self._cancelled)
         self._waiting = waiting
         self._request = request
-        self._reader.begin(request.method, upgrade=request.upgrade, inform=request.inform)
+        headers = request.headers
+        self._reader.begin(request.method, upgrade=headers.upgrade, inform=headers.inform)
         self._requests += 1
         self._verdict.begin(reused=self._requests > 1)
-        head = b"%s %s HTTP/1.1\r\n%s\r\n" % (request.method, request.target, request.lines)
+        head = b"%s %s HTTP/1.1\r\n%s\r\n" % (request.method, request.target, headers.lines)
         if request.body is None:
             self._write(head)
             return waiting

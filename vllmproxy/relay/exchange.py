@@ -8,8 +8,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from vllmproxy.errors import ApiError, AuthError, BadRequest, Internal, UpstreamTimeout
-from vllmproxy.http1.agent import ConnectFailed
-from vllmproxy.http1.answer import Answer
+from vllmproxy.http1.answer import Answer, OutgoingHeaders
 from vllmproxy.http1.bodies import StreamedBody, WholeBody
 from vllmproxy.http1.message import ResponseHead, WireError
 from vllmproxy.http1.stream import Stream
@@ -56,7 +55,7 @@ class Exchange:
         self._facts = facts = facts_of(stream, relay.server, relay.trusted)
         self._server = facts.server  # that of the relay may be exchanged meanwhile
         self._bill: Bill | None = None
-        self._forwarded = False
+        self._headers: OutgoingHeaders | None = None
         self._released = self._settled = False
         self._body: StreamedBody | WholeBody | None = None
         self._sending: Deferred[Any] | None = None
@@ -185,9 +184,8 @@ class Exchange:
 
     def _send(self) -> None:
         self._state = State.WAITING
-        self._forwarded = True
         stream, server = self._stream, self._server
-        headers = headers_of(stream, self._admission, self._id)
+        self._headers = headers = headers_of(stream, self._admission, self._id)
         headers.inform = self._inform
         self._body = body_of(stream, self._admission)
         if not isinstance(self._body, StreamedBody):
@@ -195,6 +193,11 @@ class Exchange:
         sending = server.client.request(stream.head.method, self._facts.url, headers=headers, data=self._body)
         self._sending = sending
         sending.addCallbacks(self._got_answer, self._got_none)
+
+    @property
+    def _was_sent(self) -> bool:
+        """Whether vLLM may have seen some of it: else it costs nothing."""
+        return self._headers is not None and self._headers.sent
 
     def _got_answer(self, answer: Answer) -> None:
         self.feed(Event.ANSWERED, answer)
@@ -208,8 +211,6 @@ class Exchange:
             self._stream.inform(head.status, head.reason, lines)
 
     def _no_answer(self, reason: Failure) -> None:
-        if reason.check(ConnectFailed):
-            self._forwarded = False  # nothing was sent: it costs nothing
         self._explain(error_of(reason), "upstream_failed")
 
     def _late(self) -> None:
@@ -421,7 +422,7 @@ class Exchange:
             bill, self._bill = self._bill, None
             if bill is not None:
                 status = 0 if self._answer is None else self._answer.head.status
-                bill.settle(Outcome(why, self._forwarded, status, self._passing))
+                bill.settle(Outcome(why, self._was_sent, status, self._passing))
         finally:
             self._relay.line.leave(self)
 
