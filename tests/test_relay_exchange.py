@@ -505,3 +505,18 @@ def test_a_reader_that_fails_leaves_nothing_waiting(
     assert not house.wires[0].ending  # it may have its next request already
     assert len(logged_errors) == 1
     logged_errors.clear()
+
+
+@pytest.mark.parametrize("url", ["http://gpu1:8000", "http://gpu1:8000/gpu1", "http://gpu1:8000/v1", "http://h/a/v1"])
+def test_a_route_has_the_same_name_whatever_the_upstreams_path(url: str) -> None:
+    house = House(url)
+    house.client.receive(GET if not url.endswith("/v1") else GET.replace(b"/v1/", b"/"))
+    house.wires[0].receive(OK)
+    assert house.record.route == "/v1/models"
+
+
+def test_a_route_that_nobody_knows_is_named_as_it_is_forwarded() -> None:
+    house = House("http://gpu1:8000/gpu1")
+    house.client.receive(GET.replace(b"models", b"%7Bnew%7D").replace(b"/v1", b"/new"))
+    house.wires[0].receive(OK)
+    assert house.record.route == "/gpu1/new/%7Bnew%7D"

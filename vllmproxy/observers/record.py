@@ -20,7 +20,7 @@ class RequestRecord:
     :ivar key_id: sha256 hex of the virtual key, ``"master"``, or ``None`` where nobody was identified.
     :ivar end_user: what the caller named as its own user, if anything.
     :ivar client: the client's address as text, after ``--trusted-proxy`` was applied.
-    :ivar route: the path forwarded (or asked for, where nothing was forwarded), without the query.
+    :ivar route: the path as vLLM knows it, else as it was forwarded or asked for, without the query.
     :ivar status: the status sent to the client, 0 where none was.
     :ivar bytes_in: request body bytes taken from the client.
     :ivar bytes_out: response body bytes given to the client.

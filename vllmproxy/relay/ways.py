@@ -19,7 +19,8 @@ _LONGEST: Final = 256
 class Way:
     """What a method and a path mean.
 
-    :ivar path: as it is forwarded, raw, without the query; ``text``: the same as text.
+    :ivar path: as it is forwarded, raw, without the query.
+    :ivar text: what records call it: ``route`` where vLLM is known to have such, else ``path``.
     :ivar is_unsafe: it could be read as another path (:func:`~vllmproxy.relay.targets.is_unsafe`).
     :ivar route: the path as vLLM reads it.
     :ivar work: what vLLM does with tokens there.
@@ -56,7 +57,7 @@ def _way_of(method: bytes, path: bytes, base: bytes) -> Way:
     uses_tokens = group in ("inference", "unknown") and takes_model(method.decode("ascii"), route)
     return Way(
         forwarded,
-        forwarded.decode("ascii"),
+        forwarded.decode("ascii") if group == "unknown" or not route else route,
         is_unsafe(path),
         group,
         route,
