@@ -138,7 +138,8 @@ def test_a_tunnel_is_cut(upstream: Upstream, pairs: Pairs, how: str, place: int)
         revoke(pairs[True][place], key, how)
         assert client.rest()[0] == b""
         until(lambda: "tunnel" in running.ended)
-        assert record_of(service, key)["ended"] == "refused"
+        record = record_of(service, key)
+        assert (record["status"], record["ended"], record["error"]) == (101, "refused", "revoked")
 
 
 @every_way
@@ -152,6 +153,7 @@ def test_who_waits_for_an_answer_is_told(upstream: Upstream, pairs: Pairs, how: 
         revoke(pairs[True][place], key, how)
         answer = client.message()
         assert answer.status == 401
+        assert answer.get(b"www-authenticate") == b"Bearer"
         assert json.loads(answer.body)["error"]["type"] == "auth_error"
         until(lambda: "silent" in running.ended)
 

@@ -127,12 +127,16 @@ def test_a_route_that_the_key_does_not_open(watched: Watched) -> None:
     assert record["key_alias"] == "alice"
 
 
-def test_what_is_no_http(watched: Watched) -> None:
+@pytest.mark.parametrize(
+    ("rest", "status", "error"),
+    [(b"\r\nHost: b", 400, "malformed_request"), (b"\r\nX: " + b"x" * 70_000, 431, "too_large")],
+)
+def test_what_is_no_http(watched: Watched, rest: bytes, status: int, error: str) -> None:
     with watched.service.connect() as sock:
-        sock.sendall(b"GET " + MODELS.encode() + b" HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n")
-        assert sock.recv(1000).startswith(b"HTTP/1.1 400 ")
+        sock.sendall(b"GET " + MODELS.encode() + b" HTTP/1.1\r\nHost: a" + rest + b"\r\n\r\n")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 %d " % status)
     record = watched.record()
-    assert (record["status"], record["ended"], record["error"]) == (400, "refused", "malformed_request")
+    assert (record["status"], record["ended"], record["error"]) == (status, "refused", error)
 
 
 def test_an_error_of_vllm_is_an_answer(watched: Watched) -> None:

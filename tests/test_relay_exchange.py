@@ -317,6 +317,15 @@ def test_many_that_leave_at_once_are_told_of_before_they_are_settled(logged_erro
     assert [record.ended for record in house.observer.records] == ["client_gone"]
 
 
+def test_an_upload_that_stops_is_too_slow() -> None:
+    house = House()
+    house.client.receive(POST)
+    house.clock.pump([1] * 100)
+    assert house.client.sent.startswith(b"HTTP/1.1 408 ")
+    assert house.wires[0].lost
+    assert (house.record.ended, house.record.error) == ("refused", "too_slow")
+
+
 def test_a_broken_upload_is_one_request_and_one_record() -> None:
     house = House()
     chunked = POST.replace(b"Content-Length: 5", b"Transfer-Encoding: chunked")

@@ -116,7 +116,8 @@ def test_a_silent_tunnel_ends_and_a_busy_one_does_not() -> None:
         assert not house.client.ending
     assert 60 <= seconds_until_cut(house) <= 80
     assert house.wires[0].ending == "abort"
-    assert (house.record.ended, house.record.status) == ("refused", 101)
+    assert (house.record.ended, house.record.status) == ("upstream_failed", 101)
+    assert house.record.error == "stalled"
 
 
 def test_zero_switches_a_wait_off() -> None:

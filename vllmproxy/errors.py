@@ -19,6 +19,10 @@ _ANTHROPIC_TYPES = {
 }
 
 
+#: When to try again, in seconds: longer than the store's own reconnection takes at best.
+_SOON = ((b"retry-after", b"1"),)
+
+
 class ApiError(Exception):
     """A refusal with everything an HTTP answer needs.
 
@@ -26,18 +30,19 @@ class ApiError(Exception):
     :ivar type: LiteLLM's ``error.type``.
     :ivar param: LiteLLM's ``error.param``; its own answers carry the *string* ``"None"`` where nothing fits.
     :ivar message: one sentence for the caller: what is wrong and what to do. Never a key, a prompt, an address.
-    :ivar headers: extra response header lines.
+    :ivar headers: extra response header lines: those of its kind (``own_headers``), and those of this one.
     """
 
     status: int = 400
     type: ClassVar[str] = "bad_request_error"
     default_param: ClassVar[str] = "None"
+    own_headers: ClassVar[tuple[tuple[bytes, bytes], ...]] = ()
 
     def __init__(self, message: str, *, param: str | None = None, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         super().__init__(message)
         self.message = message
         self.param = self.default_param if param is None else param
-        self.headers = tuple(headers)
+        self.headers = (*self.own_headers, *headers)
 
 
 class BadRequest(ApiError):
@@ -45,10 +50,11 @@ class BadRequest(ApiError):
 
 
 class AuthError(ApiError):
-    """The caller did not show a key that opens the door."""
+    """The caller did not show a key that opens the door. A 401 names the scheme it wants (RFC 9110 §11.6.1)."""
 
     status = 401
     type = "auth_error"
+    own_headers = ((b"www-authenticate", b"Bearer"),)
 
 
 class UnknownKey(AuthError):
@@ -123,6 +129,7 @@ class StoreDown(ApiError):
 
     status = 503
     type = "no_db_connection"
+    own_headers = _SOON
 
 
 class Overloaded(ApiError):
@@ -130,6 +137,7 @@ class Overloaded(ApiError):
 
     status = 503
     type = "overloaded_error"
+    own_headers = _SOON
 
 
 class UpstreamUnreachable(ApiError):

@@ -203,7 +203,7 @@ class Proxy:
                 client=getattr(peer, "host", ""),
                 status=error.status,
                 ended="refused",
-                error="malformed_request",
+                error=error.kind,
             )
         )
         return wire_refusal(error, id)

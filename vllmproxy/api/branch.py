@@ -13,7 +13,7 @@ from vllmproxy.http1.stream import Stream
 from vllmproxy.http1.web import WebExchange
 from vllmproxy.ids import fresh_id
 from vllmproxy.keys.credentials import read_credential
-from vllmproxy.keys.gate import RETRY_AFTER, Gate
+from vllmproxy.keys.gate import Gate
 from vllmproxy.observers.record import Ended, Observer, RequestRecord
 from vllmproxy.relay.headers import TrustedProxies, request_id_in
 from vllmproxy.relay.refuse import refuse, refuse_body, request_id_line
@@ -87,7 +87,7 @@ class _ApiRequest:
     def _hold(self, size: int) -> bool:
         branch = self._branch
         if branch.held + size > branch.max_held:
-            self._give_up(Overloaded("Too many bodies are held just now. Try again in a moment.", headers=RETRY_AFTER))
+            self._give_up(Overloaded("Too many bodies are held just now. Try again in a moment."))
             return False
         branch.held += size
         self._held += size

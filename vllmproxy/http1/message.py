@@ -1,7 +1,7 @@
 """Heads as values: what the parsers produce and the rules and the relay read."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from attrs import Factory, define, field, frozen
 
@@ -9,17 +9,23 @@ Result = TypeVar("Result")
 Head = TypeVar("Head", "RequestHead", "ResponseHead")
 
 
+#: Statuses of what is not malformed, but came too slowly, or was too much.
+_KINDS: Final = {408: "too_slow", 413: "too_large", 414: "too_large", 431: "too_large"}
+
+
 class WireError(Exception):
     """A request that RFC 9110/9112 or a size limit forbids. It is answered, and the connection closed.
 
     :ivar status: the HTTP status of the answer.
     :ivar message: one sentence for the caller.
+    :ivar kind: what a record calls it.
     """
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
+        self.kind = _KINDS.get(status, "malformed_request")
 
 
 class BadAnswer(Exception):

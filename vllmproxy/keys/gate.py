@@ -18,12 +18,6 @@ from vllmproxy.keys.policy import Policy, compile_policy
 from vllmproxy.keys.routes import Group
 from vllmproxy.store.interface import Store, StoreUnavailable
 
-#: RFC 9110 section 11.6.1: a 401 names the scheme it wants.
-_CHALLENGE: Final = ((b"www-authenticate", b"Bearer"),)
-
-#: How long to wait after a store failure: longer than its own reconnection takes at best, in seconds.
-RETRY_AFTER: Final = ((b"retry-after", b"1"),)
-
 _NO_KEY = (
     "Authentication Error, No api key passed in. Send it as `Authorization: Bearer <key>`, "
     "`x-litellm-api-key`, `api-key` or `x-api-key`."
@@ -66,9 +60,7 @@ _ANYBODY: Final[Policy] = compile_policy("default", (), granted_by_master=False)
 
 def store_down() -> StoreDown:
     """Return the refusal for a time when keys cannot be looked up."""
-    return StoreDown(
-        "The store of keys and limits does not answer just now. Try again in a moment.", headers=RETRY_AFTER
-    )
+    return StoreDown("The store of keys and limits does not answer just now. Try again in a moment.")
 
 
 class Gate:
@@ -97,7 +89,7 @@ class Gate:
         if self.master is None:
             return ANONYMOUS
         if credential.state != "present":
-            raise AuthError(_NO_KEY if credential.state == "none" else _MALFORMED, headers=_CHALLENGE)
+            raise AuthError(_NO_KEY if credential.state == "none" else _MALFORMED)
         token = credential.token
         if self.master.matches_token(token):
             return MASTER
@@ -165,12 +157,12 @@ class Gate:
 
     def _admit(self, key: VirtualKey | None) -> Caller:
         if key is None:
-            raise UnknownKey(_UNKNOWN, headers=_CHALLENGE)
+            raise UnknownKey(_UNKNOWN)
         if key.blocked:
-            raise AuthError(_BLOCKED, headers=_CHALLENGE)
+            raise AuthError(_BLOCKED)
         if key.expires is not None and self._clock.seconds() >= key.expires:
             when = datetime.fromtimestamp(key.expires, UTC).isoformat(timespec="seconds")
-            raise ExpiredKey(f"Authentication Error - Expired Key. It expired at {when}.", headers=_CHALLENGE)
+            raise ExpiredKey(f"Authentication Error - Expired Key. It expired at {when}.")
         return Caller(key.token, key.key_alias, key=key)
 
     def _look_up(self, token: str) -> Deferred[Caller]:

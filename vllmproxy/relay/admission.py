@@ -10,7 +10,7 @@ from vllmproxy.http1.bodies import Piece
 from vllmproxy.http1.stream import Stream
 from vllmproxy.inspection.request import Asked, read_request
 from vllmproxy.inspection.splice import edited, model_edits, usage_edits
-from vllmproxy.keys.gate import ANONYMOUS, RETRY_AFTER, Caller
+from vllmproxy.keys.gate import ANONYMOUS, Caller
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.relay.demand import NO_DEMAND, Demand, expected_tokens, guessed_prompt
 from vllmproxy.relay.facts import Facts
@@ -107,7 +107,7 @@ class Admission:
                 "bytes of it are held for that (--max-inspected-body)."
             )
         if not relay.may_hold(self.caller.key_id, size - self._held):
-            raise StoreDown("Too many bodies are being read just now. Try again in a moment.", headers=RETRY_AFTER)
+            raise StoreDown("Too many bodies are being read just now. Try again in a moment.")
 
     def judge(self) -> None:
         """Read the body that was held: is its model open, and what is it going to use? Changes the few bytes of it that

@@ -320,7 +320,7 @@ class Exchange:
         self._cancel()
         self._release("refused")
         refuse_body(self._stream, error, self._id, anthropic=self._is_anthropic())
-        self._settle("refused", "malformed_request")
+        self._settle("refused", error.kind)
 
     def _client_gone(self) -> None:
         answer = self._answer
@@ -337,11 +337,11 @@ class Exchange:
         else:
             self._settle("client_gone")
 
-    def _tunnel_over(self, why: Ended) -> None:
+    def _tunnel_over(self, why: Ended, error: str | None) -> None:
         if why == "client_gone":
             self._left()
         else:
-            self._settle(why)
+            self._settle(why, error)
 
     def pauseProducing(self) -> None:
         """The client does not read: neither do we."""
@@ -365,6 +365,9 @@ class Exchange:
 
     def _cut(self, why: Ended, error: str) -> None:
         """What passes breaks off on both sides."""
+        if self._tunnel is not None:
+            self._tunnel.cut(why, error)
+            return
         assert self._answer is not None
         self._state = State.OVER
         self._answer.connection.abort()
@@ -394,19 +397,11 @@ class Exchange:
     def _cut_expired(self) -> None:
         self._cut("refused", "total_timeout")
 
-    def _cut_tunnel(self) -> None:
-        assert self._tunnel is not None
-        self._tunnel.cut()
-
     def _look(self) -> None:
         """Cut what has been silent for too long. A reset, so that the client can tell that this is not all."""
         stream = self._stream
         passed = stream.bytes_out + (stream.bytes_in if self._tunnel is not None else 0)
-        if self._patience.lasts(passed, held_up=stream.is_congested):
-            return
-        if self._tunnel is not None:
-            self._tunnel.cut()
-        else:
+        if not self._patience.lasts(passed, held_up=stream.is_congested):
             self._cut("upstream_failed", "stalled")
 
     def _release(self, why: Ended) -> None:
@@ -485,5 +480,5 @@ _TABLE: dict[tuple[State, Event], Callable[..., None]] = {
     (State.ANSWERING, Event.EXPIRED): Exchange._cut_expired,
     (State.ANSWERING, Event.REVOKED): Exchange._cut_revoked,
     (State.TUNNELLING, Event.LATE): Exchange._look,
-    (State.TUNNELLING, Event.REVOKED): Exchange._cut_tunnel,
+    (State.TUNNELLING, Event.REVOKED): Exchange._cut_revoked,
 }

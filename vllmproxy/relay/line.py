@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Final
 
 from vllmproxy.errors import Overloaded
 from vllmproxy.http1.places import Entry, Places, client_named
-from vllmproxy.keys.gate import RETRY_AFTER
 from vllmproxy.relay.headers import Client
 from vllmproxy.relay.states import Event
 
@@ -40,13 +39,13 @@ class Line:
         entry = self.places.enter(exchange, _counted_as(client) if self.places.counts_clients else "")
         if entry in _FULL:
             self.refused[entry] += 1
-            raise Overloaded(_FULL[entry], headers=RETRY_AFTER)
+            raise Overloaded(_FULL[entry])
         return entry == "placed"
 
     def late(self) -> Overloaded:
         """Return what an exchange is told whose turn did not come in time."""
         self.refused["late"] += 1
-        return Overloaded(_LATE, headers=RETRY_AFTER)
+        return Overloaded(_LATE)
 
     def leave(self, exchange: "Exchange") -> None:
         """It is over, wherever it was: let the next one in. One that comes to nothing lets in the one behind it, so

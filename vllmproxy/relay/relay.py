@@ -9,7 +9,7 @@ from twisted.logger import Logger
 from vllmproxy.errors import StoreDown
 from vllmproxy.http1.places import Places
 from vllmproxy.http1.stream import Stream
-from vllmproxy.keys.gate import RETRY_AFTER, Gate
+from vllmproxy.keys.gate import Gate
 from vllmproxy.observers.record import Observer
 from vllmproxy.relay.admission import Admission
 from vllmproxy.relay.bill import Bill, open_bill
@@ -119,7 +119,7 @@ class Relay:
             _log.error("A request was refused: {error}", error=str(error))
             if reservation is not None:
                 self.cancel(reservation)
-            raise StoreDown(_NOT_WRITTEN, headers=RETRY_AFTER) from None
+            raise StoreDown(_NOT_WRITTEN) from None
 
     def cancel(self, reservation: Reservation) -> None:
         """Give back all of a reservation whose request was never forwarded."""

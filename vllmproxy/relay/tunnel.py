@@ -19,13 +19,13 @@ class Tunnel:
     """Joins a client's stream and an upstream connection, with backpressure both ways and half-close where the
     sockets have it.
 
-    :param over: called once, with why it ended.
+    :param over: called once, with why it ended, and where that is no side's doing, what was wrong.
     """
 
-    def __init__(self, stream: Stream, answer: Answer, over: Callable[[Ended], None]) -> None:
+    def __init__(self, stream: Stream, answer: Answer, over: Callable[[Ended, str | None], None]) -> None:
         self._stream = stream
         self._connection = answer.connection
-        self._over: Callable[[Ended], None] | None = over
+        self._over: Callable[[Ended, str | None], None] | None = over
         stream.receiver = _FromClient(self, answer.connection)
         stream.set_producer(_Downlink(answer.connection))
         answer.connection.registerProducer(_Uplink(stream), True)
@@ -35,12 +35,12 @@ class Tunnel:
         self._stream.start_tunnel(reason, lines)
         answer.pipe(_FromUpstream(self, self._stream))
 
-    def ended(self, why: Ended) -> bool:
+    def ended(self, why: Ended, error: str | None = None) -> bool:
         """Report the end once; ``False`` if it had ended already."""
         over, self._over = self._over, None
         if over is None:
             return False
-        over(why)
+        over(why, error)
         return True
 
     def client_ended(self, reason: Failure) -> None:
@@ -57,9 +57,9 @@ class Tunnel:
             else:
                 self._stream.abort()
 
-    def cut(self) -> None:
-        """End it on both sides at once: its key is good no longer, or nothing has passed for too long."""
-        if self.ended("refused"):
+    def cut(self, why: Ended, error: str) -> None:
+        """End it on both sides at once."""
+        if self.ended(why, error):
             self._connection.abort()
             self._stream.abort()
 
