@@ -243,7 +243,8 @@ class Exchange:
         self._state = State.ANSWERING
         self._passing = Passing(head, self._server.told, withholds=self._admission.withholds)
         self._record.streamed = self._passing.streamed
-        stream.start_response(head.status, head.reason, lines, length=head.content_length, bodiless=head.bodiless)
+        length = None if self._passing.shortens else head.content_length
+        stream.start_response(head.status, head.reason, lines, length=length, bodiless=head.bodiless)
         stream.set_producer(self)
         answer.pipe(self)
         if self._state is not State.ANSWERING:  # all of it was here

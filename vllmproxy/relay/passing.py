@@ -36,7 +36,8 @@ class Passing:
 
     :param withholds: a stream's usage was asked for on the proxy's own behalf.
     :param told: what the server has told of itself before.
-    :ivar streamed: it is a stream of events.
+    :ivar streamed: it is a stream of events; ``counts_events``: which can be read.
+    :ivar shortens: what the client gets may be less than vLLM sends.
     :ivar model: as vLLM named it, and ``usage``: once it is over.
     """
 
@@ -46,7 +47,9 @@ class Passing:
         self._told = told
         self._reader = None if kind.reader is None else kind.reader()
         self._events = self._reader if isinstance(self._reader, SseReader) else None
+        self.counts_events = self._events is not None
         self._withholder = None if self._events is None or not withholds else Withholder(told.fingerprint)
+        self.shortens = self._withholder is not None
         self._alike = None if self._events is None else Alike()  # None where no events of this stream are
         self._is_between = False  # two events, and nothing of them is kept
         self.model: str | None = None
