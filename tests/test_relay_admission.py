@@ -598,14 +598,54 @@ def test_what_was_never_sent_costs_nothing(why: str) -> None:
     assert read_sums(house) == []
 
 
-def test_who_left_before_the_answer_is_charged_for_the_prompt() -> None:
-    house = house_of(tpm_limit=10**6)
+@pytest.mark.parametrize("fields", [{"tpm_limit": 10**6}, {}])
+@pytest.mark.parametrize("how", ["before the head", "after it", "the server failed", "an error", "in chunks"])
+def test_what_made_nothing_is_charged_for_the_prompt(fields: dict[str, Any], how: str) -> None:
+    """vLLM sends the head of a stream before it begins with the prompt."""
+    house = house_of(**fields)
     body = {"model": "m", "stream": True, "max_tokens": 5000, "messages": MESSAGES}
-    post(house, body)
-    house.client.reset_from_peer()
+    if how == "in chunks":
+        data = json.dumps(body).encode()
+        head = (
+            f"POST {CHAT} HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        house.client.receive(head.encode() + b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
+    else:
+        post(house, body)
+    if how == "the server failed":
+        house.wires[0].receive(STREAM)
+        house.wires[0].reset_from_peer()
+    elif how == "an error":
+        stream(house, {"error": {"message": "no", "code": 500}}, "[DONE]")
+    else:
+        if how == "after it":
+            stream(house, end=False)
+        house.client.reset_from_peer()
     house.turn()
     told = sums(house)
-    assert (told["estimated"], told["prompt"], told["completion"]) == (1, -(-len(json.dumps(body)) // 4), 0)
+    assert (told["estimated"], told["unknown"]) == (1, 0)
+    assert (told["prompt"], told["completion"]) == (-(-len(json.dumps(body)) // 4), 0)
+
+
+def test_a_redirection_costs_nothing() -> None:
+    house = house_of(max_budget_tokens=10**6)
+    post(house, {"model": "m", "max_tokens": 900, "messages": MESSAGES}, CHAT + "/")
+    answer(house, "", "307 Temporary Redirect", "Location: http://gpu1:8000/v1/chat/completions")
+    told = sums(house)
+    assert (told["requests"], told["prompt"], told["completion"]) == (1, 0, 0)
+
+
+def test_a_stream_that_is_shortened_does_not_say_how_long_it_is() -> None:
+    house = house_of(tpm_limit=10**6)
+    post(house, {"model": "m", "stream": True, "messages": MESSAGES})
+    data = events(delta("a"), EXTRA, "[DONE]")
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % len(data)
+    house.wires[0].receive(head + data)
+    got, _, body = house.client.take().partition(b"\r\n\r\n")
+    assert b"content-length" not in got
+    sent = events(delta("a"), "[DONE]")
+    assert b"transfer-encoding: chunked" in got
+    assert body == b"%x\r\n%b\r\n0\r\n\r\n" % (len(sent), sent)
 
 
 def test_an_event_counts_as_many_tokens_as_it_may_hold() -> None:

@@ -58,7 +58,8 @@ class Admission:
     @property
     def guessed_prompt(self) -> int:
         """Tokens that the prompt may have, by the length of a body that nobody reads."""
-        return guessed_prompt(self.way.work, self._stream.head.content_length or 0)
+        stream = self._stream
+        return guessed_prompt(self.way.work, stream.head.content_length or stream.bytes_in)
 
     @property
     def tells_usage(self) -> bool:

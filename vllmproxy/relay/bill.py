@@ -104,7 +104,7 @@ class Bill:
         )
 
     def _used(self, outcome: Outcome) -> _Used:
-        if not outcome.forwarded or outcome.status >= 400:
+        if not outcome.forwarded or outcome.status >= 300:
             return _NOTHING
         if outcome.answer is None or outcome.answer.usage is None:
             return self._without_usage(outcome)
@@ -128,12 +128,16 @@ class Bill:
 
     def _without_usage(self, outcome: Outcome) -> _Used:
         """Nothing was said. What was expected is charged: the answer was compressed, binary or cut off, or it is to be
-        fetched later (``background`` responses). Of one that never began, the prompt."""
-        expected = self._expected
-        if not expected.tokens:
-            return (0, 0, 0, 0, "unknown") if self._admission.tells_usage else _NOTHING
-        is_charged = outcome.status or self._admission.demand.is_detached
-        return expected.prompt_tokens, expected.completion_tokens if is_charged else 0, 0, 0, "estimated"
+        fetched later (``background`` responses). Of one that never began, and of a stream without an event, the
+        prompt."""
+        expected, admission, answer = self._expected, self._admission, outcome.answer
+        has_begun = outcome.status > 0 and not (answer is not None and answer.counts_events)
+        if expected.tokens:
+            is_charged = has_begun or admission.demand.is_detached
+            return expected.prompt_tokens, expected.completion_tokens if is_charged else 0, 0, 0, "estimated"
+        if not admission.tells_usage:
+            return _NOTHING
+        return (0, 0, 0, 0, "unknown") if has_begun else (admission.guessed_prompt, 0, 0, 0, "estimated")
 
     def _cost(self, prices: Prices, model: str, *counts: int) -> int:
         costs = (prices.cost(name, *counts) for name in (model, self._expected.model) if name)
