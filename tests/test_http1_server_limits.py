@@ -184,6 +184,19 @@ def test_lingering_ends_with_time_or_with_the_client(client_closes: bool) -> Non
     assert not wire.receiver(0).events
 
 
+def test_lingering_lasts_though_the_connection_had_been_idle_for_long() -> None:
+    """It would be closed with bytes unread, which is a reset, and that may take the answer with it."""
+    wire = Wire(answer=True)
+    wire.feed(GET)
+    wire.clock.advance(74)  # of the 75 s for which it may be idle
+    wire.feed(b"GET / HTTP/1.1\r\n\r\n")
+    assert wire.refused == 400
+    wire.clock.pump([0.1] * 19)
+    assert not wire.transport.ending
+    wire.clock.pump([0.1] * 10)
+    assert wire.transport.ending == "abort"
+
+
 def test_a_body_that_stops_coming_does_not_hold_a_connection_for_ever() -> None:
     """ "Every arrow has a deadline": a client that never sends the rest of its body is let go some day."""
     wire = Wire()

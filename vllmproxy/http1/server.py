@@ -466,6 +466,7 @@ class ServerChannel(Protocol):
             self.lose()
             return
         self._mode = "linger"
+        self._wait_for(None)
         self._unwatch()
         transport: Any = self.transport
         # TLS, having said that it closes, reads on until the peer says so too.
