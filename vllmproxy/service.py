@@ -162,7 +162,6 @@ class Proxy:
             connect_timeout=settings.connect_timeout,
             idle_timeout=settings.upstream_idle_timeout,
             write_timeout=settings.write_timeout,
-            limits=limits_of(settings),
         )
 
     def make_api(self, settings: Settings) -> Api:

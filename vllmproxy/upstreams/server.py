@@ -15,7 +15,6 @@ from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.ssl import optionsForClientTLS
 
 from vllmproxy.http1.agent import UpstreamAgent
-from vllmproxy.http1.message import Limits
 from vllmproxy.http1.streaming import StreamingClient
 from vllmproxy.upstreams.authorities import Authorities
 from vllmproxy.upstreams.upstream import Upstream
@@ -55,7 +54,6 @@ def make_server(
     connect_timeout: float,
     idle_timeout: float,
     write_timeout: float,
-    limits: Limits,
 ) -> Server:
     """Return the server for ``upstream``; no connection is made yet.
 
@@ -74,7 +72,6 @@ def make_server(
         connect_timeout=connect_timeout,
         handshake_timeout=connect_timeout,
         write_timeout=write_timeout,
-        limits=limits,
     )
     authorization = b"authorization: Bearer %s\r\n" % key.encode() if key else b""
     return Server(upstream, agent, StreamingClient(agent), authorization)
