@@ -6,7 +6,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from vllmproxy.errors import AuthError, StoreDown
+from vllmproxy.errors import AuthError, ExpiredKey, StoreDown
 from vllmproxy.keys.gate import Gate
 from vllmproxy.relay.relay import Relay
 
@@ -30,13 +30,17 @@ class Revocation:
     def _check(self, token: str) -> None:
         try:
             caller = self._gate.admit(token)
-        except AuthError:  # it is not: blocked, expired, or known to be gone
+        except ExpiredKey:  # nobody takes that away: what began in time may end
+            return
+        except AuthError:  # it is not: blocked, or known to be gone
             self._relay.revoke(token)
             return
         if isinstance(caller, Deferred):
             caller.addErrback(partial(self._not_admitted, token))
 
     def _not_admitted(self, token: str, reason: Failure) -> None:
+        if reason.check(ExpiredKey):
+            return
         if reason.check(AuthError):
             self._relay.revoke(token)
         elif reason.check(StoreDown) is None:  # while the store is away, nobody knows
