@@ -50,7 +50,7 @@ class App:
             self.site,
             limit=LIMIT,
             refuse=self._refuse,
-            extra_lines=b"x-request-id: r\r\n",
+            id=b"r",
             done=lambda request: self.done.append(stream.status),
         )
 

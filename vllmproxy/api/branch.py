@@ -16,7 +16,7 @@ from vllmproxy.keys.credentials import read_credential
 from vllmproxy.keys.gate import Gate
 from vllmproxy.observers.record import Ended, Observer, RequestRecord
 from vllmproxy.relay.headers import TrustedProxies, request_id_in
-from vllmproxy.relay.refuse import refuse, refuse_body, request_id_line
+from vllmproxy.relay.refuse import refuse, refuse_body
 
 #: What every route that takes a body begins with; all of them need a key.
 _TAKES_BODIES: Final = b"/key/"
@@ -72,7 +72,7 @@ class _ApiRequest:
             limit=branch.max_body,
             hold=self._hold,
             refuse=self._refuse,
-            extra_lines=request_id_line(self._id),
+            id=self._id,
             done=self._done,
         ).begin()
 

@@ -1,6 +1,5 @@
 """A call that manages keys: who makes it, how far it may go, and what is written down about it."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -12,11 +11,11 @@ from vllmproxy.errors import Forbidden, NotFound
 from vllmproxy.keys.gate import Caller
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.keys.policy import compile_policy
+from vllmproxy.relay.headers import request_id_in
 from vllmproxy.store.interface import AuditEntry
 from vllmproxy.usage.sums import NO_ACCOUNT, Account
 
 KEY_NOT_FOUND: Final = "Key not found in database"
-_SANE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 @frozen
@@ -25,7 +24,7 @@ class ManagementCall:
 
     :ivar endpoint: its path, with names for what varies in it.
     :ivar time: when it came, seconds since the epoch.
-    :ivar request_id: the caller's own, where it is a sane one.
+    :ivar request_id: as in the access log.
     """
 
     caller: Caller
@@ -83,9 +82,9 @@ class ManagementCall:
 
 
 def request_id_of(request: IRequest) -> str | None:
-    """Return the caller's ``x-request-id`` if it is a sane token."""
-    given = request.requestHeaders.getRawHeaders("x-request-id", ())
-    return given[0] if len(given) == 1 and _SANE_ID.fullmatch(given[0]) else None
+    """Return the request's id, if it has a sane one."""
+    id = request_id_in({b"x-request-id": request.requestHeaders.getRawHeaders(b"x-request-id", [])})
+    return None if id is None else id.decode("ascii")
 
 
 def _audited(key: VirtualKey, now: float, account: Account | None = None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class WebExchange:
     :param hold: asked for each piece of the body whether so many bytes more may be held; where they may not, it has
         refused the request.
     :param refuse: answers a refused request.
-    :param extra_lines: header lines put on every answer.
+    :param id: what the request is known by: its ``x-request-id``, whatever the client sent, and the answer's.
     :param done: called at the end with ``twisted.web``'s request, ``None`` where it came to none.
     """
 
@@ -38,7 +38,7 @@ class WebExchange:
         limit: int,
         hold: Callable[[int], bool] = lambda _: True,
         refuse: Callable[[Stream, WireError], None],
-        extra_lines: bytes = b"",
+        id: bytes,
         done: Callable[[Any], None],
     ) -> None:
         self.site = site
@@ -47,7 +47,7 @@ class WebExchange:
         self._limit = limit
         self._hold = hold
         self._refuse = refuse
-        self._extra_lines = extra_lines
+        self._id = id
         self._done = done
         self._body = bytearray()
         self._request: Any = None
@@ -86,6 +86,7 @@ class WebExchange:
             request.requestHeaders.addRawHeader(name, value)
         if head.content_length is not None:
             request.requestHeaders.addRawHeader(b"content-length", b"%d" % head.content_length)
+        request.requestHeaders.setRawHeaders(b"x-request-id", [self._id])
         request.parseCookies()
         request.content = BytesIO(self._body)  # which copies it
         self._body.clear()
@@ -135,7 +136,7 @@ class WebExchange:
             return
         self._request = None
         stream = self._stream
-        lines = b"".join(self._lines) + self._extra_lines
+        lines = b"".join(self._lines) + b"x-request-id: %b\r\n" % self._id
         stream.respond(self._status[0], self._status[1], lines, b"".join(self._answer))
         self._done(request)
 

@@ -18,15 +18,10 @@ def reason_of(status: int) -> bytes:
     return HTTPStatus(status).phrase.encode()
 
 
-def request_id_line(request_id: bytes) -> bytes:
-    """Return the line that every answer carries."""
-    return b"x-request-id: %s\r\n" % request_id
-
-
 def refusal_lines(request_id: bytes) -> bytes:
     """Return the header lines of a refusal: it does not come from vLLM and does not say that it does."""
     date = b"date: %s\r\n" % format_date_time(time()).encode()
-    return date + SERVER + request_id_line(request_id) + _JSON
+    return date + SERVER + b"x-request-id: %s\r\n" % request_id + _JSON
 
 
 def refuse(stream: Stream, error: ApiError, request_id: bytes, *, anthropic: bool = False) -> None:
