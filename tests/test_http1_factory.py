@@ -13,7 +13,7 @@ from twisted.internet.task import Clock
 from vllmproxy.http1.factory import RESERVE, ServerFactory
 from vllmproxy.http1.stream import Stream
 from vllmproxy.relay.headers import TrustedProxies
-from vllmproxy.settings_table import NETWORK
+from vllmproxy.settings_kinds import NETWORK
 from vllmproxy.testing import MemoryTransport
 
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllmproxy.settings import Secret, Settings, SettingsError, load
-from vllmproxy.settings_table import FLAG, TABLE, Row
+from vllmproxy.settings_kinds import FLAG
+from vllmproxy.settings_table import TABLE, Row
 from vllmproxy.upstreams.upstream import Upstream
 
 URL = "http://gpu1:8000"
@@ -309,7 +310,7 @@ def test_bad_routes_with_a_time(text: str) -> None:
         ({"upstream": "http://u:hunter2@h"}, ["--upstream: ", "--upstream-key-file"]),
         ({**BASE, "listen": ["tcp:1", "4000"]}, ["--listen: '4000'", "tcp, tcp6, unix, ssl, tls, systemd"]),
         ({**BASE, "listen": ["tcp"]}, ["--listen: 'tcp'", "colon"]),
-        ({**BASE, "store-outage": "open"}, ["--store-outage: 'open'", "closed or local"]),
+        ({**BASE, "store-outage": "open"}, ["--store-outage: 'open'", "none of closed, local"]),
         ({**BASE, "local-share": "1.1"}, ["--local-share: 1.1", "up to 1"]),
         ({**BASE, "listen": ["stdio:"]}, ["--listen: 'stdio:'", "begin with"]),
         ({**BASE, "listen": ["tcp:http"]}, ["--listen: 'tcp:http'", "tcp:4000"]),

@@ -13,7 +13,8 @@ from twisted.python.usage import UsageError
 
 from vllmproxy import __version__
 from vllmproxy.settings import Secret
-from vllmproxy.settings_table import FLAG, TABLE
+from vllmproxy.settings_kinds import FLAG
+from vllmproxy.settings_table import TABLE
 from vllmproxy.tap import Options
 
 TWISTD = str(Path(sysconfig.get_path("scripts"), "twistd"))

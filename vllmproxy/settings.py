@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from attrs import field, frozen
 
 from vllmproxy.keys.policy import Route
-from vllmproxy.settings_table import AUTHORITIES, DIRECTORY, FLAG, PRICES, SECRET, TABLE, Row
+from vllmproxy.settings_kinds import AUTHORITIES, DIRECTORY, FLAG, PRICES, SECRET
+from vllmproxy.settings_table import TABLE, Row
 from vllmproxy.store.address import REDIS_SCHEMES
 from vllmproxy.upstreams.authorities import Authorities
 from vllmproxy.upstreams.upstream import Upstream

@@ -11,7 +11,8 @@ from twisted.python.usage import UsageError
 from vllmproxy import __version__
 from vllmproxy.said import Said, read_now
 from vllmproxy.settings import Settings, SettingsError
-from vllmproxy.settings_table import FLAG, TABLE, Row
+from vllmproxy.settings_kinds import FLAG
+from vllmproxy.settings_table import TABLE, Row
 
 _EXAMPLES = """
 Examples:
