@@ -194,11 +194,6 @@ class Exchange:
         self._sending = sending
         sending.addCallbacks(self._got_answer, self._got_none)
 
-    @property
-    def _was_sent(self) -> bool:
-        """Whether vLLM may have seen some of it: else it costs nothing."""
-        return self._headers is not None and self._headers.sent
-
     def _got_answer(self, answer: Answer) -> None:
         self.feed(Event.ANSWERED, answer)
 
@@ -412,13 +407,15 @@ class Exchange:
             return
         self._released = True
         self._admission.release()
+        headers, self._headers = self._headers, None  # which lead here
         try:
             if self._passing is not None:
                 self._passing.read()
             bill, self._bill = self._bill, None
             if bill is not None:
                 status = 0 if self._answer is None else self._answer.head.status
-                bill.settle(Outcome(why, self._was_sent, status, self._passing))
+                was_sent = headers is not None and headers.sent  # else it costs nothing
+                bill.settle(Outcome(why, was_sent, status, self._passing))
         finally:
             self._relay.line.leave(self)
 
