@@ -202,7 +202,7 @@ def test_a_tunnel() -> None:
             wire.receive(piece) if piece else None
         assert pending.answer is not None
         assert pending.answer.head.status == 101
-        pending.answer.connection.write_raw(b"\x00up")
+        pending.answer.connection.write(b"\x00up")
         wire.receive(b"HTTP/1.1 200 OK\r\n")
         assert wire.take() == b"\x00up"
         assert pending.receiver.body == b"earlyHTTP/1.1 200 OK\r\n"

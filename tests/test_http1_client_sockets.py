@@ -82,7 +82,8 @@ async def test_a_reset_is_not_the_end_of_an_answer_that_ends_with_its_connection
         server.sock.sendall(CLOSING + b"part")
         await until(lambda: pending.receiver.body == b"part")
         server.sock.sendall(last)
-        server.reset(body.consumer.transport)
+        (connection,) = server.agent._busy
+        server.reset(connection.transport)
         body.consumer.write(b"upload")
         await until(lambda: bool(pending.receiver.events))
         assert pending.receiver.events == ["answer_failed"]
@@ -96,7 +97,8 @@ async def test_an_answer_before_a_reset_arrives() -> None:
         body = Body()
         pending = await server.ask(body)
         server.sock.sendall(REFUSAL)
-        server.reset(body.consumer.transport)
+        (connection,) = server.agent._busy
+        server.reset(connection.transport)
         body.consumer.write(b"upload")
         await until(lambda: pending.whole is not None)
         assert pending.answer is not None
@@ -115,7 +117,7 @@ async def test_a_tunnels_last_words_before_a_reset_arrive() -> None:
         connection = pending.answer.connection
         server.sock.sendall(b"last words")
         server.reset(connection.transport)
-        connection.write_raw(b"x")
+        connection.write(b"x")
         await until(lambda: bool(pending.receiver.events))
         assert pending.receiver.body == b"last words"
         assert pending.receiver.events == ["answer_failed"]
@@ -132,7 +134,7 @@ async def test_what_a_reader_that_paused_left_is_not_read() -> None:
         connection.pause_answer()
         server.sock.sendall(b"last words")
         server.reset(connection.transport)
-        connection.write_raw(b"x")
+        connection.write(b"x")
         await until(lambda: bool(pending.receiver.events))
         assert pending.receiver.body == b""
         assert pending.receiver.events == ["answer_failed"]

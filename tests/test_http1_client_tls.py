@@ -139,7 +139,7 @@ async def test_an_upstream_that_closes_a_paused_tunnel(how: str, authority: Auth
         assert pending.answer is not None
         body = Greedy()
         pending.answer.connection.registerProducer(body, True)
-        body.begin(pending.answer.connection.write_raw)
+        body.begin(pending.answer.connection.write)
         await body.stuck()
         await upstream.peer.end(how)
         await until(lambda: bool(pending.receiver.events))
@@ -187,7 +187,7 @@ async def test_an_upstream_that_reads_no_more(close: str, authority: Authority) 
         assert pending.answer is not None
         connection = pending.answer.connection
         for _ in range(200):
-            connection.write_raw(b"x" * 65_536)
+            connection.write(b"x" * 65_536)
         connection._deadlines.write.clear(connection)  # as if it had read until now
         getattr(connection, close)()
         await until(lambda: bool(pending.receiver.events))
@@ -200,7 +200,7 @@ async def test_an_upstream_that_takes_its_time_over_the_last_bytes(close: str, a
     async with upstream_of(authority, write_timeout=0.5) as upstream:
         pending = await upstream.tunnel()
         assert pending.answer is not None
-        pending.answer.connection.write_raw(b"x" * 3_000_000)
+        pending.answer.connection.write(b"x" * 3_000_000)
         getattr(pending.answer.connection, close)()
         received = 0
         while data := await upstream.peer.receive():

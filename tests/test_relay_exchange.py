@@ -193,7 +193,7 @@ def test_a_fault_of_ours_on_the_way_to_the_upstream(
     elif where == "made":
         monkeypatch.setattr(MemoryTransport, "registerProducer", fails)
     else:
-        monkeypatch.setattr(ClientConnection, "_write", fails)
+        monkeypatch.setattr(ClientConnection, "write", fails)
     house.client.receive(POST + b"hello")
     if admitted == "later":
         house.gate.waiting[0].callback(ANONYMOUS)
@@ -215,7 +215,7 @@ def test_a_fault_of_ours_on_a_connection_that_is_used_again(
     house.wires[0].receive(OK)
     house.client.take()
     with monkeypatch.context() as patch:
-        patch.delattr(ClientConnection, "_write")
+        patch.delattr(ClientConnection, "write")
         house.client.receive(GET)
     assert house.client.take().startswith(b"HTTP/1.1 502 ")
     house.client.receive(GET)

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from socket import socket
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import CancelledError, Deferred, fail
+from twisted.internet.defer import Deferred, fail
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import (
-    IConsumer,
     IHalfCloseableProtocol,
     IHandshakeListener,
     IPushProducer,
@@ -40,16 +39,14 @@ from vllmproxy.http1.sockets import (
     remains,
     reset_now,
 )
+from vllmproxy.http1.upload import Upload, in_one_chunk
 from vllmproxy.plain import is_plain, turn
 
 if TYPE_CHECKING:
     from vllmproxy.http1.agent import ConnectionDeadlines
 
-#: Bytes of a body's first pieces that wait for each other, so that they leave with the head.
-_SHORT = 16_384
 
-
-@implementer(IHalfCloseableProtocol, IPushProducer, IConsumer)
+@implementer(IHalfCloseableProtocol, IPushProducer)
 class ClientConnection(Protocol):
     """Sends a request, parses its answer with the same suspicion as a request, and says when it is free again.
 
@@ -83,8 +80,7 @@ class ClientConnection(Protocol):
         self._waiting: Deferred[IResponse] | None = None
         self._receiver: AnswerReceiver | None = None
         self._producer: Any = None
-        self._cork: list[bytes | memoryview] | None = None
-        self._body_sent = True
+        self._upload: Upload | None = None
         self._verdict = Verdict(clock, lambda: delivery(self._sock))
         self._half_closed = False
         self._shut = False
@@ -156,55 +152,16 @@ class ClientConnection(Protocol):
         self._verdict.begin(reused=self._requests > 1)
         head = b"%s %s HTTP/1.1\r\n%s\r\n" % (request.method, request.target, headers.lines)
         if request.body is None:
-            self._write(head)
-            return waiting
-        if request.whole is not None:
-            self._write(head + (_in_one_chunk(request.whole) if request.chunked else request.whole))
-            return waiting
-        self._cork = [head]
-        self._body_sent = False
-        sending = request.body.startProducing(self)
-        sending.addCallbacks(self._sent, self._not_sent)
-        self._uncork()
+            self.write(head)
+        elif request.whole is not None:
+            self.write(head + (in_one_chunk(request.whole) if request.chunked else request.whole))
+        else:
+            self._upload = Upload(self, request)
+            self._upload.begin(head)
         return waiting
 
-    def _uncork(self) -> None:
-        """Send the head, with what has come of the body meanwhile."""
-        cork, self._cork = self._cork, None
-        if cork:
-            self._write(b"".join(cork))
-
-    def _sent(self, _: None) -> None:
-        self._body_sent = True
-        self._producer = None
-        assert self._request is not None
-        if self._request.chunked:
-            self._out(b"0\r\n\r\n")
-
-    def _not_sent(self, reason: Failure) -> None:
-        if reason.check(CancelledError):
-            self.abort()
-        else:
-            self._fail(reason)
-
     def write(self, data: bytes | memoryview) -> None:
-        """``IConsumer``: a piece of the request's body."""
-        if not data:
-            return
-        assert self._request is not None
-        if self._request.chunked:
-            data = b"%x\r\n%s\r\n" % (len(data), data)
-        self._out(data)
-
-    def _out(self, data: bytes | memoryview) -> None:
-        if self._cork is not None:
-            self._cork.append(data)
-            if len(data) > _SHORT:  # then its sender is to hear whether the upstream takes it
-                self._uncork()
-        else:
-            self._write(data)
-
-    def _write(self, data: bytes | memoryview) -> None:
+        """Send some of a request, or after a 101 of what passes in the tunnel."""
         if self._closed:
             return
         if self._plain:
@@ -212,12 +169,8 @@ class ClientConnection(Protocol):
         else:
             self.transport.write(bytes(data))  # type: ignore[union-attr]
 
-    def write_raw(self, data: bytes) -> None:
-        """Send tunnel bytes, after a 101."""
-        self._write(data)
-
     def registerProducer(self, producer: Any, streaming: bool) -> None:
-        """``IConsumer``: pause ``producer`` while the upstream does not read."""
+        """Pause ``producer`` while the upstream does not read."""
         self._producer = producer
         if self._congested:
             producer.pauseProducing()
@@ -257,7 +210,7 @@ class ClientConnection(Protocol):
             self._queued = queued
             self._deadlines.write.set(self)
         elif queued or not self._shut:
-            self._fail(Failure(UpstreamStalled("the upstream does not take the request")))
+            self.fail(Failure(UpstreamStalled("the upstream does not take the request")))
 
     # the answer's flow, for whoever receives it
 
@@ -307,19 +260,17 @@ class ClientConnection(Protocol):
         self._receiver = None
         self._verdict.stop()
         self._gone(self)
-        self._stop_body()
+        self._stop_upload()
         if self._plain:
             reset_now(self.transport)
         else:
             self.transport.abortConnection()  # type: ignore[union-attr]
 
-    def _stop_body(self) -> None:
-        if not self._body_sent:
-            self._body_sent = True
+    def _stop_upload(self) -> None:
+        upload, self._upload = self._upload, None
+        if upload is not None:
             self._producer = None
-            assert self._request is not None
-            assert self._request.body is not None
-            self._request.body.stopProducing()
+            upload.stop()
 
     def _cancelled(self, _: "Deferred[IResponse]") -> None:
         self._waiting = None
@@ -337,7 +288,7 @@ class ClientConnection(Protocol):
         try:
             reader.feed(data)
         except BadAnswer as error:
-            self._fail(Failure(error))
+            self.fail(Failure(error))
             return
         if self._waiting is not None and reader.head is not None:
             waiting, self._waiting = self._waiting, None
@@ -361,7 +312,7 @@ class ClientConnection(Protocol):
     def _answered(self) -> None:
         """The answer is whole: free the connection before its receiver looks for another."""
         self._receiver = None
-        if not self._body_sent:
+        if self._upload is not None and not self._upload.is_over:
             self.abort()  # the upstream answered early and does not want the rest
         else:
             self._finished()
@@ -369,13 +320,14 @@ class ClientConnection(Protocol):
     def _finished(self) -> None:
         if self._paused:
             self.resume_answer()  # TLS hands on what it has although it is paused: the end may have come that way
-        self._request = None
+        self._request = self._upload = None
         if self._reader.extra or self._closed or not self._reader.reusable:
             self.abort()
         else:
             self._released(self)
 
-    def _fail(self, reason: Failure) -> None:
+    def fail(self, reason: Failure) -> None:
+        """Give up, and tell whoever waits why."""
         waiting, self._waiting = self._waiting, None
         receiver = self._receiver
         self.abort()
@@ -390,7 +342,7 @@ class ClientConnection(Protocol):
             self._receiver.tunnel_half_closed()
             return
         self._gone(self)
-        self._stop_body()
+        self._stop_upload()
         self._verdict.after_fin(self._fin_judged, wanted=self._waiting is not None)
 
     def _fin_judged(self) -> None:
@@ -414,7 +366,7 @@ class ClientConnection(Protocol):
             return
         self._closed = True
         self._verdict.stop()
-        self._stop_body()
+        self._stop_upload()
         reader, receiver = self._reader, self._receiver
         waiting, self._waiting = self._waiting, None
         self._receiver = None
@@ -426,8 +378,3 @@ class ClientConnection(Protocol):
                 receiver.answer_finished()
             else:
                 receiver.answer_failed(Failure(AnswerLost("the connection ended in the middle of the answer")))
-
-
-def _in_one_chunk(data: bytes) -> bytes:
-    """Return a body in the chunked coding (RFC 9112 §7.1)."""
-    return b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"

@@ -69,7 +69,7 @@ class _FromClient:
 
     def __init__(self, tunnel: Tunnel, connection: "ClientConnection") -> None:
         self._tunnel = tunnel
-        self.tunnel_received = connection.write_raw
+        self.tunnel_received = connection.write
         self.tunnel_half_closed = connection.half_close
 
     def body_received(self, data: bytes) -> None:
