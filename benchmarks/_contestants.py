@@ -27,7 +27,9 @@ LIMITS = {"rpm_limit": PLENTY, "tpm_limit": PLENTY, "max_parallel_requests": PLE
 _MASTER = "sk-benchmark-master-key-of-no-value"
 #: How the names of variables begin that set something in a contestant; only those set here shall count.
 _SETTINGS = ("VLLM", "LITELLM", "HOSTED_VLLM", "REDIS", "STATE_DIRECTORY")
+#: The Rust router with the cheapest of its policies, and as it is when it is told nothing.
 ROUTER = "vllm-router"
+ROUTER_BY_DEFAULT = "vllm-router-default"
 #: Streams at a time that each peer has to bear.
 _MANY = 20_000
 
@@ -149,16 +151,16 @@ def _name_of_user() -> str:
 
 
 @contextmanager
-def vllm_router(place: Place, policy: str = "round_robin") -> Iterator[Running]:
-    """Its cheapest policy (there is one upstream), no keys, warnings only in its log."""
+def vllm_router(place: Place, *options: str, name: str) -> Iterator[Running]:
+    """One upstream, no keys, warnings only in its log."""
     port = free_port()
     with tempfile.TemporaryDirectory() as directory:
         command = (
             *(str(place.peers / "vllm-router/bin/vllm-router"), "--host", HOST, "--port", str(port)),
-            *("--worker-urls", f"http://{HOST}:{place.upstream}", "--policy", policy, "--log-level", "warning"),
-            *("--max-concurrent-requests", str(_MANY), "--prometheus-port", str(free_port())),
+            *("--worker-urls", f"http://{HOST}:{place.upstream}", "--log-level", "warning"),
+            *("--max-concurrent-requests", str(_MANY), "--prometheus-port", str(free_port()), *options),
         )
-        with _pinned(place, Running(ROUTER, port, 0), *command, cwd=directory) as running:
+        with _pinned(place, Running(name, port, 0), *command, cwd=directory) as running:
             yield running
 
 
@@ -277,7 +279,8 @@ def _ask_until_answered(running: Running, deadline: float) -> None:
 CONTESTANTS: dict[str, Start] = {
     "direct": direct,
     "nginx": nginx,
-    ROUTER: vllm_router,
+    ROUTER: lambda place: vllm_router(place, "--policy", "round_robin", name=ROUTER),
+    ROUTER_BY_DEFAULT: lambda place: vllm_router(place, name=ROUTER_BY_DEFAULT),
     "litellm": litellm,
     "bare": bare,
     "vllmproxy-on": vllmproxy_on,

@@ -1,5 +1,4 @@
-"""What becomes of the cost when there is more: keys, limits and worker processes; how soon the proxy is there; and what
-the Rust router's policies cost."""
+"""What becomes of the cost when there is more: keys, limits and worker processes; and how soon the proxy is there."""
 
 import subprocess
 import sys
@@ -8,13 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from _bench import Bench
-from _contestants import LIMITS, OURS, PLENTY, ROUTER, Running, vllm_router, vllmproxy_on
+from _contestants import LIMITS, OURS, PLENTY, Running, vllmproxy_on
 from _requests import small_posts
 
 #: How many keys there are in the store.
 KEYS = (1, 10, 1_000, 100_000)
-#: The router's cheapest policy, and the one that it has unless it is told otherwise.
-_POLICIES = ("round_robin", "cache_aware")
 #: Connections of the load on workers: more than each can answer in the moment that it has the core.
 _CALLERS = 256
 
@@ -29,16 +26,6 @@ async def start_up(bench: Bench) -> None:
     await bench.rotate("start-up", bench.without("direct", "litellm"), once)
     if "litellm" in bench.running:
         bench.record("start-up", "litellm", seconds=bench.running["litellm"].seconds)
-
-
-async def policies(bench: Bench) -> None:
-    """vllm-router as it is by default, beside the policy that it is compared with in everything else."""
-    if ROUTER not in bench.running:
-        bench.leave_out("policies", ROUTER, "it is not among the contestants")
-        return
-    with ExitStack() as stack:
-        running = {name: stack.enter_context(vllm_router(bench.place, policy=name)) for name in _POLICIES}
-        await bench.rotate("policies", running, partial(small_posts, bench))
 
 
 async def keys(bench: Bench) -> None:

@@ -13,24 +13,26 @@ from _contestants import nginx_binary
 from _redis import NoRedisServer, redis_binary
 from _running import HERE
 
-#: What is installed for each.
+#: What is installed, by directory, and whose that is besides.
 WHEELS = {"vllm-router": "vllm-router==0.1.17", "litellm": "litellm[proxy]==1.108.7"}
+_SHARED = {"vllm-router-default": "vllm-router"}
 
 
 def missing(names: Collection[str], peers: Path) -> dict[str, str]:
     """Install the peers that are not there yet, and return why any of ``names`` cannot run."""
     reasons = {}
     for name in names:
+        wheel = _SHARED.get(name, name)
         try:
-            if name in WHEELS:
-                _install(WHEELS[name], peers / name)
+            if wheel in WHEELS:
+                _install(WHEELS[wheel], peers / wheel)
             elif name == "nginx" and nginx_binary() is None:
                 reasons[name] = "there is no nginx on this machine"
             elif name == "vllmproxy-on":
                 redis_binary()
         except subprocess.CalledProcessError as error:
             text = (error.stderr or error.stdout or "").strip().splitlines()
-            reasons[name] = f"pip cannot install {WHEELS[name]}: {text[-1] if text else error}"
+            reasons[name] = f"pip cannot install {WHEELS[wheel]}: {text[-1] if text else error}"
         except NoRedisServer:
             reasons[name] = "there is no redis-server on this machine"
     return reasons
@@ -58,7 +60,7 @@ def environment(names: Collection[str]) -> dict[str, str]:
     }
     for package in ("vllmproxy", "Twisted", "treq", "httptools", "txredisapi", "uvloop"):
         found[package] = version(package)
-    for name in names:
+    for name in dict.fromkeys(_SHARED.get(name, name) for name in names):
         if name in WHEELS:
             found[name] = WHEELS[name].partition("==")[2]
     if "nginx" in names:

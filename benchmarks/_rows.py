@@ -131,8 +131,6 @@ ALL_ON = "vllmproxy, all on"
 
 #: One column for each variant; the bar is for one against another, as the median of the rounds' ratios.
 GROWTH = (
-    Row("CPU per small POST by vllm-router's policy, µs", "policies", "cpu", whose="cache_aware"),
-    Row("… requests a second", "policies", "rate", whose="cache_aware"),
     Row("upload of 32 MB, MB/s", "upload by buffers", "MB/s", whose=ALL_ON),
     Row("download of 200 MB, MB/s", "download by buffers", "MB/s", whose=ALL_ON),
     Row("memory per idle stream, 2,000 streams, KiB", "idle streams by buffers", "KiB", whose=ALL_ON),

@@ -27,7 +27,7 @@ except ModuleNotFoundError:
     raise SystemExit("The benchmark needs more than the proxy does: pip install -e '.[bench,test]'") from None
 from _bench import Bench, default_peers
 from _contestants import CONTESTANTS, Place
-from _growth import keys, limits, policies, start_up, workers
+from _growth import keys, limits, start_up, workers
 from _peers import environment, missing
 from _picture import draw
 from _report import report
@@ -51,7 +51,6 @@ MEASURES: dict[str, Callable[[Bench], Awaitable[None]]] = {
     "download": download,
     "buffers": buffers,
     "start-up": start_up,
-    "policies": policies,
     "keys": keys,
     "limits": limits,
     "workers": workers,

@@ -58,19 +58,26 @@ def _line(text: str, beginning: str) -> list[str]:
 
 def test_a_bar_is_for_the_ratio_of_medians() -> None:
     cells = _line(report(_results()), "CPU per small POST, µs")
-    assert cells[1:] == ["50.0", "", "0.50", "", "≤ 0.9 \N{MULTIPLICATION SIGN} vllm-router", "yes"]
+    bar = "≤ 0.9 \N{MULTIPLICATION SIGN} vllm-router"
+    assert cells[1:] == ["50.0", "", "0.50", "", "", bar, "yes", "not measured"]
+
+
+def test_a_bar_of_the_router_is_looked_at_beside_its_default_policy_too() -> None:
+    results = _results()
+    results["figures"]["requests"]["vllm-router-default"] = {"cpu": [55.0]}
+    assert _line(report(results), "CPU per small POST, µs")[-2:] == ["yes", "**no**"]
 
 
 def test_latency_counts_from_direct() -> None:
     text = report(_results())
     assert _line(text, "added latency, one connection, p50")[1:4] == ["100", "", "0.50"]
-    assert _line(text, "added latency, one connection, p99")[-1] == "**no**"
+    assert _line(text, "added latency, one connection, p99")[-2] == "**no**"
 
 
 def test_what_grows_is_compared_with_where_it_began() -> None:
     cells = _line(report(_results()), "CPU per small POST by limits")
     assert cells[1] == "120; 1.20 \N{MULTIPLICATION SIGN}"
-    assert cells[-1] == "**no**"
+    assert cells[-2] == "**no**"
 
 
 def test_variants_are_compared_round_by_round() -> None:
@@ -78,7 +85,7 @@ def test_variants_are_compared_round_by_round() -> None:
     results["figures"]["limits"] = {"1 limit": {"cpu": [100.0, 200.0, 400.0]}, "20 limits": {"cpu": [130.0, 210, 410]}}
     cells = _line(report(results), "CPU per small POST by limits")
     assert cells[1] == "210 (130 to 410); 1.05 \N{MULTIPLICATION SIGN}"
-    assert cells[-1] == "yes"
+    assert cells[-2] == "yes"
 
 
 def test_rounds_that_are_missing_are_not_paired_with_others() -> None:
@@ -86,7 +93,7 @@ def test_rounds_that_are_missing_are_not_paired_with_others() -> None:
     results["figures"]["limits"] = {"1 limit": {"cpu": [100.0, 100.0]}, "20 limits": {"cpu": [100.0, 150.0, 200.0]}}
     cells = _line(report(results), "CPU per small POST by limits")
     assert cells[1] == "150 (100 to 200)"
-    assert cells[-1] == "**no**"
+    assert cells[-2] == "**no**"
 
 
 def test_what_the_rounds_gave_is_shown() -> None:
@@ -104,7 +111,7 @@ def test_what_the_rounds_gave_is_shown() -> None:
 def test_a_small_part_is_a_fraction() -> None:
     results = _results()
     results["figures"]["requests"]["litellm"] = {"cpu": [5_000.0], "rate": [100.0]}
-    assert _line(report(results), "CPU per small POST, µs")[4] == "1/100"
+    assert _line(report(results), "CPU per small POST, µs")[5] == "1/100"
 
 
 def test_a_peer_that_the_load_limited_is_marked_beside_its_ratio() -> None:
@@ -115,7 +122,7 @@ def test_a_peer_that_the_load_limited_is_marked_beside_its_ratio() -> None:
 
 def test_a_figure_that_two_bars_are_for_is_shown_once() -> None:
     bars, growth = report(_results()).split("## As work grows")
-    assert _line(bars, "… with a budget, too")[-1] == "yes"
+    assert _line(bars, "… with a budget, too")[-2] == "yes"
     assert growth.count("| 100 | 120 | 110 |") == 1
 
 
@@ -129,7 +136,7 @@ def test_a_rate_that_the_load_limited_is_marked() -> None:
 
 def test_what_was_not_measured_is_said() -> None:
     text = report(_results())
-    assert _line(text, "events a second, burst")[-1] == "not measured"
+    assert _line(text, "events a second, burst")[-2] == "not measured"
     assert "- LiteLLM: pip cannot install it." in text
     assert "- burst, vllmproxy, all on: round 1 failed." in text
 
