@@ -8,8 +8,9 @@ import pytest
 from _redis import RedisServer
 from twisted.internet import reactor
 
-from vllmproxy.store.interface import Store
+from vllmproxy.store.interface import AuditEntry, Store, Writes
 from vllmproxy.store.opening import make_store
+from vllmproxy.usage.sums import Spent
 
 #: What a fixture is parametrized by; :func:`url_of` makes a URL of each.
 KINDS = ("memory", "sqlite", "redis")
@@ -39,3 +40,8 @@ def every_url(redis: RedisServer, tmp_path: Path) -> list[str]:
     """Return the URL of an empty store of each kind."""
     redis.command("FLUSHALL")
     return ["memory:", f"sqlite:{tmp_path / 'every'}", redis.unix_url]
+
+
+async def say_spent(store: Store, token: str, period: int, money: int, *audit: AuditEntry) -> None:
+    """Say what a key has spent, whether there is one or not."""
+    await store.change_keys([token], lambda _: Writes(spent={token: Spent(period, money)}, audit=audit))

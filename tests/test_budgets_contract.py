@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import pytest_twisted
-from _stores import KINDS, opened, url_of
+from _stores import KINDS, opened, say_spent, url_of
 from attrs import evolve
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
@@ -184,11 +184,11 @@ async def test_what_was_spent_before_the_first_request_counts(bench: Bench) -> N
 @pytest_twisted.ensureDeferred
 async def test_spend_that_is_set_counts_at_once(bench: Bench) -> None:
     await bench.reserve(money(100, 10))
-    await bench.store.set_account(TOKEN, Account(0, 90, 0))
+    await say_spent(bench.store, TOKEN, 0, 90)
     assert isinstance(await bench.reserve(money(100, 1)), Denied)
-    await bench.store.set_account(TOKEN, Account(0, 5, 0))
+    await say_spent(bench.store, TOKEN, 0, 5)
     assert await bench.reserve(money(100, 85)) == Granted((0,))
-    await bench.store.set_account(TOKEN, Account(0, 0, 0))  # to nothing, with all that was held
+    await say_spent(bench.store, TOKEN, 0, 0)  # to nothing, with all that was held
     assert await bench.reserve(money(100, 100)) == Granted((0,))
 
 

@@ -7,6 +7,7 @@ import attrs
 import pytest
 import pytest_twisted
 from _redis import RedisServer
+from _stores import say_spent
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twisted.internet import reactor
@@ -19,7 +20,7 @@ from vllmproxy.store.opening import make_store
 from vllmproxy.store.sqlite import SqliteStore
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.ledger import MOST_END_USERS, MOST_GROUPS, MOST_MODELS, OTHER, TooManySums
-from vllmproxy.usage.sums import GROUPS, NUMBERS, Account, UsageQuery, UsageSum
+from vllmproxy.usage.sums import GROUPS, NUMBERS, Account, Spent, UsageQuery, UsageSum
 
 DAY = 86_400.0
 #: 2026-11-24 to 2026-11-26, noon.
@@ -255,8 +256,7 @@ async def test_an_account_goes_with_its_key(store: Store) -> None:
 @pytest_twisted.ensureDeferred
 async def test_an_heir_has_spent_what_was_spent(store: Store, grace: bool) -> None:
     await store.add_key(key("sk-one", "a"))
-    await store.set_account(ONE, Account(50, 7, 70))
-    await store.add_usage("w", 1, [event(0, TWO, spend=1000)])
+    await store.add_usage("w", 1, [event(period=50, spend=7, prompt_tokens=70), event(0, TWO, spend=1000)])
     kept = (key("sk-one"),) if grace else ()
 
     def replace(found: Any) -> Writes:
@@ -265,7 +265,7 @@ async def test_an_heir_has_spent_what_was_spent(store: Store, grace: bool) -> No
     await store.change_keys([ONE, TWO], replace)
     assert await store.read_account(TWO) == Account(50, 7, 70)
     assert await store.read_account(ONE) == (Account(50, 7, 70) if grace else Account())
-    await store.add_usage("w", 2, [event(0, TWO, period=50, spend=1)])
+    await store.add_usage("w", 3, [event(0, TWO, period=50, spend=1)])
     assert await store.read_account(TWO) == Account(50, 8, 70)
     assert (await store.read_account(ONE)).spend == (7 if grace else 0)
 
@@ -287,7 +287,7 @@ async def test_an_heir_of_nothing_has_nothing(store: Store) -> None:
 async def test_a_change_that_fails_moves_no_account(store: Store) -> None:
     await store.add_key(key("sk-one"))
     await store.add_key(key("sk-other", "taken"))
-    await store.set_account(ONE, Account(0, 7, 70))
+    await store.add_usage("w", 1, [event(spend=7, prompt_tokens=70)])
     with pytest.raises(AliasTaken):
         await store.change_keys([ONE, TWO], lambda _: Writes((key("sk-two", "taken"),), (ONE,), inherits={TWO: ONE}))
     assert [await store.read_account(token) for token in (ONE, TWO)] == [Account(0, 7, 70), Account()]
@@ -297,14 +297,36 @@ async def test_a_change_that_fails_moves_no_account(store: Store) -> None:
 async def test_an_account_is_set_and_that_is_written_down(store: Store) -> None:
     await store.add_usage("w", 1, [event(period=50, spend=5, prompt_tokens=3)])
     entry = AuditEntry(time=1.0, actor="master", action="/key/{key}/reset_spend", target=ONE, before={"spend": 5})
-    await store.set_account(ONE, Account(50, 1, 3), [entry])
+    await say_spent(store, ONE, 50, 1, entry)
     assert await store.read_account(ONE) == Account(50, 1, 3)
     assert [each.fields for each in await store.list_audit(9)] == [attrs.asdict(entry)]
     await store.add_usage("w", 2, [event(period=50, spend=5)])
     assert await store.read_account(ONE) == Account(50, 6, 3)
-    await store.set_account(ONE, Account())
+    await say_spent(store, ONE, 60, 9)
+    assert await store.read_account(ONE) == Account(60, 9, 0)
+    await say_spent(store, ONE, 0, 0)
     assert await store.read_account(ONE) == Account()
     assert len(await store.list_audit(9)) == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_tokens_that_are_used_while_the_money_is_set_stay(store: Store) -> None:
+    await store.add_usage("w", 1, [event(spend=5, prompt_tokens=3)])
+    calls: list[Any] = [store.add_usage(f"w{number}", 1, [event(prompt_tokens=1)]) for number in range(20)]
+    calls.insert(10, say_spent(store, ONE, 0, 8))
+    await DeferredList([Deferred.fromCoroutine(call) for call in calls], fireOnOneErrback=True)
+    assert await store.read_account(ONE) == Account(0, 8, 23)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_new_key_begins_with_what_it_is_said_to_have_spent(store: Store) -> None:
+    await store.add_usage("w", 1, [event(period=50, spend=5, prompt_tokens=3)])  # of one that was deleted
+    said = {ONE: Spent(50, 7), TWO: Spent(0, 9)}
+    await store.change_keys([ONE], lambda _: Writes((key("sk-one", "taken"),), spent=said))
+    assert [await store.read_account(token) for token in (ONE, TWO)] == [Account(50, 7, 0), Account(0, 9, 0)]
+    with pytest.raises(AliasTaken):
+        await store.change_keys([TWO], lambda _: Writes((key("sk-two", "taken"),), spent={ONE: Spent(50, 1)}))
+    assert await store.read_account(ONE) == Account(50, 7, 0)
 
 
 @pytest_twisted.ensureDeferred
@@ -388,7 +410,7 @@ async def test_a_closed_store_is_unavailable(url: str) -> None:
         store.forget_writer("w"),
         store.read_usage(UsageQuery(since=DAYS[0], until=DAYS[2])),
         store.read_account(ONE),
-        store.set_account(ONE, Account()),
+        say_spent(store, ONE, 0, 0),
     ):
         with pytest.raises(StoreUnavailable):
             await call

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import pytest_twisted
+from _stores import say_spent
 from twisted.internet import reactor
 
 from vllmproxy.keys.key import hash_key
@@ -105,11 +106,11 @@ async def test_an_account_is_not_set_where_that_cannot_be_written_down(tmp_path:
     path = tmp_path / "keys"
     store = SqliteStore(path, reactor)
     await store.open()
-    await store.set_account(TOKEN, Account(0, 5, 5))
+    await say_spent(store, TOKEN, 0, 5)
     execute(path, "CREATE TRIGGER no_more BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no more'); END")
     with pytest.raises(StoreUnavailable, match="no more"):
-        await store.set_account(TOKEN, Account(), [AuditEntry(time=1.0, actor="master", action="/a")])
-    assert await store.read_account(TOKEN) == Account(0, 5, 5)
+        await say_spent(store, TOKEN, 0, 0, AuditEntry(time=1.0, actor="master", action="/a"))
+    assert await store.read_account(TOKEN) == Account(0, 5, 0)
     await store.close()
 
 
@@ -126,7 +127,7 @@ async def test_what_has_failed_for_its_caller_is_not_done_later(tmp_path: Path) 
     await store.open()
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    for call in (store.add_usage("w", 1, [EVENT]), store.set_account(TOKEN, Account(0, 5, 5))):
+    for call in (store.add_usage("w", 1, [EVENT]), say_spent(store, TOKEN, 0, 5)):
         with pytest.raises(StoreUnavailable, match=r"within 0\.2 s"):
             await call  # its thread still waits for the lock
     other.execute("ROLLBACK")
@@ -145,7 +146,7 @@ async def test_who_sends_events_again_is_told_of_their_accounts(tmp_path: Path) 
     await store.open()
     memory = MemoryUsage()
     for _ in range(2):
-        told = await store._book(usage_sqlite.add, "w", 1, [EVENT, EVENT])
+        told = await store._change(usage_sqlite.add, "w", 1, [EVENT, EVENT])
         assert told == memory.add("w", 1, [EVENT, EVENT]) == {TOKEN: Account(0, 2, 0)}
     await store.close()
 

@@ -9,6 +9,7 @@ from twisted.internet.defer import Deferred
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.store.interface import AliasTaken, AuditEntry, Decide, TokenTaken, Writes
 from vllmproxy.store.listing import KeyPage, KeyQuery, Selection
+from vllmproxy.usage.sums import Spent
 
 #: Seconds that a listing may take which has to look at every key.
 LIST_SECONDS: Final = 10.0
@@ -95,15 +96,17 @@ class AccountChanges:
     """What a change does to accounts.
 
     :ivar ended: tokens whose accounts go once it is known what is inherited: of keys that are removed, and of new ones,
-        which begin with nothing or with what they inherit.
+        which begin with nothing or with what they inherit or are said to have spent.
     :ivar inherited: token → token of the key whose account, as it was before, it takes over.
+    :ivar spent: token → what is said of its account, after all that.
     """
 
     ended: tuple[str, ...]
     inherited: Mapping[str, str]
+    spent: Mapping[str, Spent]
 
 
 def account_changes(found: Mapping[str, VirtualKey], writes: Writes) -> AccountChanges:
     """Return what ``writes`` does to accounts, where ``found`` are the keys as they are."""
     new = (key.token for key in writes.put if key.token not in found)
-    return AccountChanges(tuple(dict.fromkeys((*writes.remove, *new, *writes.inherits))), writes.inherits)
+    return AccountChanges(tuple(dict.fromkeys((*writes.remove, *new, *writes.inherits))), writes.inherits, writes.spent)

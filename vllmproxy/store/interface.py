@@ -11,7 +11,7 @@ from vllmproxy.keys.key import VirtualKey
 from vllmproxy.limits.interface import Limiter
 from vllmproxy.store.listing import KeyPage, KeyQuery
 from vllmproxy.usage.event import UsageEvent
-from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
+from vllmproxy.usage.sums import Account, Spent, UsageQuery, UsageSum
 
 #: The layout of what is stored. An older one is brought up to this; a store with a newer one is not opened.
 SCHEMA_VERSION = 3
@@ -79,12 +79,15 @@ class Writes:
     :ivar inherits: token of a key in ``put`` → token of the key whose account it takes over as it stands: a key that is
         regenerated has spent what it had. The account of a key that is removed goes with it, and any other new key
         begins with nothing.
+    :ivar spent: token → what is said of its account, with a change of its key or without. What requests under way hold
+        stays held, unless it is another period than it was, or nothing at all was spent: then nothing is held either.
     """
 
     put: tuple[VirtualKey, ...] = ()
     remove: tuple[str, ...] = ()
     audit: tuple[AuditEntry, ...] = ()
     inherits: Mapping[str, str] = field(factory=dict)
+    spent: Mapping[str, Spent] = field(factory=dict)
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -184,10 +187,3 @@ class Store(Protocol):
 
     async def read_account(self, token: str) -> Account:
         """Return what the key with that id has spent; nothing where nothing was added yet."""
-
-    async def set_account(self, token: str, account: Account, audit: Sequence[AuditEntry] = ()) -> None:
-        """Say what a key has spent, whatever it had, and write that down, both or nothing.
-
-        What requests under way hold stays held, unless it is another period than it was, or nothing at all was spent:
-        then nothing is held either.
-        """

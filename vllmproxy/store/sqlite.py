@@ -18,7 +18,6 @@ from vllmproxy.store.calls import Calls
 from vllmproxy.store.changes import LIST_SECONDS, Changes, account_changes
 from vllmproxy.store.interface import (
     AliasTaken,
-    AuditEntry,
     CannotOpenStore,
     Decide,
     StoredEntry,
@@ -100,8 +99,8 @@ class SqliteStore(Changes):
         await self._run(_ping)
 
     async def change_keys(self, tokens: Sequence[str], decide: Decide) -> Writes:
-        writes = await self._run(_in_time, self._lateness(), _change, tuple(tokens), decide)
-        self._limiters.changed(writes)
+        writes, spent = await self._change(_change, tuple(tokens), decide)
+        self._limiters.changed(writes, spent)
         return writes
 
     def get_key(self, token: str) -> Deferred[VirtualKey | None]:
@@ -114,7 +113,7 @@ class SqliteStore(Changes):
         return await self._run(_list_audit, limit, before)
 
     async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
-        self._limiters.added(await self._book(usage_sqlite.add, writer, first, tuple(events)), events)
+        self._limiters.added(await self._change(usage_sqlite.add, writer, first, tuple(events)), events)
 
     async def last_usage(self, writer: str) -> int:
         return await self._run(usage_sqlite.last, writer)
@@ -128,13 +127,8 @@ class SqliteStore(Changes):
     async def read_account(self, token: str) -> Account:
         return await self._run(usage_sqlite.account, token)
 
-    async def set_account(self, token: str, account: Account, audit: Sequence[AuditEntry] = ()) -> None:
-        self._limiters.added(await self._book(_set_account, token, account, tuple(audit)))
-
-    async def _book(
-        self, work: Callable[Concatenate[Transaction, P], dict[str, Account]], *args: P.args, **kwargs: P.kwargs
-    ) -> dict[str, Account]:
-        """Have ``work`` change accounts, and return those as they are afterwards."""
+    async def _change(self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Have ``work`` change something, unless it comes too late."""
         return await self._run(_in_time, self._lateness(), work, *args, **kwargs)
 
     async def _list(self, query: KeyQuery) -> KeyPage:
@@ -207,7 +201,7 @@ def _in_time(
     return result
 
 
-def _change(transaction: Transaction, tokens: Sequence[str], decide: Decide) -> Writes:
+def _change(transaction: Transaction, tokens: Sequence[str], decide: Decide) -> tuple[Writes, dict[str, Account]]:
     found = {token: key for token in tokens if (key := _get(transaction, token)) is not None}
     writes = decide(found)
     for token in writes.tokens:
@@ -218,22 +212,10 @@ def _change(transaction: Transaction, tokens: Sequence[str], decide: Decide) -> 
             transaction.execute(_INSERT, (name_bytes(key.token), alias, dump_row(key), key.created_at))
         except sqlite3.IntegrityError as error:
             raise AliasTaken from error
-    usage_sqlite.change(transaction, account_changes(found, writes))
-    _write_down(transaction, writes.audit)
-    return writes
-
-
-def _set_account(
-    transaction: Transaction, token: str, account: Account, audit: Sequence[AuditEntry]
-) -> dict[str, Account]:
-    usage_sqlite.set_account(transaction, token, account)
-    _write_down(transaction, audit)
-    return {token: account}
-
-
-def _write_down(transaction: Transaction, audit: Sequence[AuditEntry]) -> None:
-    for entry in audit:
+    spent = usage_sqlite.change(transaction, account_changes(found, writes))
+    for entry in writes.audit:
         transaction.execute("INSERT INTO audit (entry) VALUES (?)", (dump_entry(entry),))
+    return writes, spent
 
 
 def _get(transaction: Transaction, token: str) -> VirtualKey | None:
