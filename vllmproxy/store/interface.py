@@ -161,7 +161,8 @@ class Store(Protocol):
 
         All of them or none, up to 200; more may be added in pieces of so many, in order, and :meth:`last_usage` says
         how far it came. Of one key and day only so many models and end users have sums of their own, see
-        :mod:`vllmproxy.usage.ledger`. Sums are kept for 400 days, a writer that is silent for 90.
+        :mod:`vllmproxy.usage.ledger`. Sums are kept for 400 days. A writer is known until it is to be forgotten; Redis
+        knows it for 90 days after it was last heard of at most.
 
         An account whose period is older than an event's begins anew with it; an event of an older period is added to
         the sums only. With ``requests`` = 0 an event counts nowhere in the sums.
