@@ -165,7 +165,8 @@ class Store(Protocol):
         knows it for 90 days after it was last heard of at most.
 
         An account whose period is older than an event's begins anew with it; an event of an older period is added to
-        the sums only. With ``requests`` = 0 an event counts nowhere in the sums.
+        the sums only. With ``requests`` = 0 an event counts nowhere in the sums. The account of a key that there is not
+        goes after a while, as the old sums do.
 
         :param writer: names a journal; its events are numbered 1, 2, 3 … and come in that order.
         :param first: the number of the first of ``events``. Those up to the last number that was added are left out;

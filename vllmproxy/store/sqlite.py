@@ -9,7 +9,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from twisted.enterprise.adbapi import ConnectionPool, Transaction
 from twisted.internet.defer import Deferred, DeferredSemaphore
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import LoopingCall
 from twisted.internet.threads import deferToThreadPool
+from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.limits.interface import Limiter
@@ -31,11 +34,14 @@ from vllmproxy.store.sqlite_schema import BUSY_SECONDS, prepare
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
 
+_log = Logger()
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _INSERT = "INSERT INTO keys (token, alias, row, created) VALUES (?, ?, ?, ?)"
 _MAXIMUM_ID = 2**63 - 1
+_DAY = 86_400
 
 
 class SqliteStore(Changes):
@@ -56,6 +62,8 @@ class SqliteStore(Changes):
         self._limiters = MemoryLimiters(self.read_account)
         #: What takes long has one of the threads, so that look-ups find another.
         self._long = DeferredSemaphore(1)
+        self._daily = LoopingCall(self._remove_old)
+        self._daily.clock = reactor
 
     async def open(self) -> None:
         if self._pool is not None:
@@ -74,9 +82,9 @@ class SqliteStore(Changes):
         )
         try:
             await self._calls.run(deferToThreadPool(self._reactor, pool.threadpool, prepare, self._path), self._timeout)
-            today = datetime.fromtimestamp(self._reactor.seconds(), UTC).strftime("%Y-%m-%d")
-            await self._calls.run(pool.runInteraction(usage_sqlite.remove_old, today), LIST_SECONDS)
+            await self._calls.run(pool.runInteraction(usage_sqlite.remove_old, self._today()), LIST_SECONDS)
             self._pool = pool
+            self._daily.start(_DAY, now=False)
         except (StoreUnavailable, sqlite3.Error) as error:
             raise CannotOpenStore(f"{self._path}: {error}") from error
         finally:
@@ -85,6 +93,8 @@ class SqliteStore(Changes):
 
     async def close(self) -> None:
         pool, self._pool = self._pool, None
+        if self._daily.running:
+            self._daily.stop()
         self._calls.end()
         if pool is not None:
             pool.close()
@@ -150,6 +160,12 @@ class SqliteStore(Changes):
         self._pool.runInteraction(work, *args, **kwargs).addBoth(done)
         return await self._result(waiter, LIST_SECONDS)
 
+    def _today(self) -> str:
+        return datetime.fromtimestamp(self._reactor.seconds(), UTC).strftime("%Y-%m-%d")
+
+    def _remove_old(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._run_long(usage_sqlite.remove_old, self._today())).addErrback(_not_removed)
+
     def _lateness(self) -> Callable[[], bool]:
         """Return what tells whether a call that begins now has been given up by its caller."""
         not_after = self._reactor.seconds() + self._timeout
@@ -172,6 +188,11 @@ class SqliteStore(Changes):
             return await self._calls.run(call, seconds)
         except (sqlite3.Error, ValueError) as error:
             raise StoreUnavailable(f"{self._path}: {error}") from error
+
+
+def _not_removed(failure: Failure) -> None:
+    failure.trap(StoreUnavailable)
+    _log.warn("What is kept no longer stays in the store for another day: {error}", error=str(failure.value))
 
 
 def _configure(connection: sqlite3.Connection) -> None:

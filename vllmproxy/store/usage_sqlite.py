@@ -110,9 +110,10 @@ def change(transaction: Transaction, changes: AccountChanges) -> dict[str, Accou
 
 
 def remove_old(transaction: Transaction, today: str) -> None:
-    """Remove the sums that are kept no longer on the day ``today``."""
+    """Remove the sums that are kept no longer on the day ``today``, and what keys used that were deleted meanwhile."""
     for table in _TABLES:
         transaction.execute(f"DELETE FROM {table} WHERE day < ?", (oldest_kept(today),))
+    transaction.execute("DELETE FROM accounts WHERE token NOT IN (SELECT token FROM keys)")
 
 
 def _set_account(transaction: Transaction, token: str, account: Account) -> None:
