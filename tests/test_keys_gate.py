@@ -53,7 +53,7 @@ class House:
         self.clock = Clock()
         self.clock.advance(NOW)
         self.store = SlowStore()
-        self.cache = KeyCache(self.clock, ttl=10.0, negative_ttl=10.0, max_unknown=50, max_stale=max_stale)
+        self.cache = KeyCache(self.clock, ttl=10.0, max_unknown=50, max_stale=max_stale)
         self.gate = Gate(self.store, self.cache, MasterKey(MASTER_SECRET) if auth else None, self.clock)
 
     def ask(self, secret: bytes = SECRET) -> Deferred[Caller]:
