@@ -34,8 +34,6 @@ class SlowStore:
 
     async def ping(self) -> None: ...
 
-    async def add_key(self, key: VirtualKey) -> None: ...
-
     def get_key(self, token: str) -> Deferred[VirtualKey | None]:
         answer: Deferred[VirtualKey | None] = Deferred()
         self.asked.append((token, answer))
@@ -43,9 +41,6 @@ class SlowStore:
 
     async def find_aliases(self, aliases: Sequence[str]) -> dict[str, str]:
         return {}
-
-    async def delete_keys(self, tokens: Sequence[str]) -> list[str]:
-        return []
 
 
 class House:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import pytest_twisted
 from _redis import RedisServer
-from _stores import say_spent
+from _stores import add_key, last_usage, say_spent
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.task import deferLater
@@ -105,7 +105,7 @@ async def test_nothing_is_written_where_something_else_is_in_an_accounts_place(
 
 @pytest_twisted.ensureDeferred
 async def test_an_heir_takes_over_what_is_spent_and_not_what_is_held(server: RedisServer, store: RedisStore) -> None:
-    await store.add_key(VirtualKey(token=TOKEN, key_name="old"))
+    await add_key(store, VirtualKey(token=TOKEN, key_name="old"))
     hold(server, 50, 5, 7, 100, 1000)
     heir = VirtualKey(token=HEIR, key_name="new")
     await store.change_keys([TOKEN, HEIR], lambda _: Writes((heir,), (TOKEN,), inherits={HEIR: TOKEN}))
@@ -195,7 +195,7 @@ async def test_what_a_stalled_server_did_not_answer_can_be_sent_again(server: Re
 
 async def last(store: RedisStore) -> int:
     try:
-        return await store.last_usage("w")
+        return await last_usage(store, "w")
     except StoreUnavailable:
         return 0
 

@@ -138,15 +138,6 @@ class Store(Protocol):
         :raises AliasTaken: a key that this does not touch has an alias that it would give.
         """
 
-    async def add_key(self, key: VirtualKey) -> None:
-        """Keep a new key, whole or not at all. Raises :class:`AliasTaken`, :class:`TokenTaken`."""
-
-    async def update_key(self, token: str, change: Callable[[VirtualKey], VirtualKey]) -> VirtualKey | None:
-        """Replace a key by what ``change`` makes of it, and return that; ``None`` when there is none."""
-
-    async def delete_keys(self, tokens: Sequence[str]) -> list[str]:
-        """Delete those that exist, their aliases with them, and return the tokens that were deleted."""
-
     async def list_keys(self, query: KeyQuery) -> KeyPage:
         """Return a part of the keys that ``query`` asks for, and how many there are."""
 
@@ -159,10 +150,10 @@ class Store(Protocol):
     async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
         """Add events to the sums and to the accounts of virtual keys, each exactly once.
 
-        All of them or none, up to 200; more may be added in pieces of so many, in order, and :meth:`last_usage` says
-        how far it came. Of one key and day only so many models and end users have sums of their own, see
-        :mod:`vllmproxy.usage.ledger`. Sums are kept for 400 days. A writer is known until it is to be forgotten; Redis
-        knows it for 90 days after it was last heard of at most.
+        All of them or none, up to 200; more may be added in pieces of so many, in order. Of one key and day only so
+        many models and end users have sums of their own, see :mod:`vllmproxy.usage.ledger`. Sums are kept for
+        400 days. A writer is known until it is to be forgotten; Redis knows it for 90 days after it was last heard of
+        at most.
 
         An account whose period is older than an event's begins anew with it; an event of an older period is added to
         the sums only. With ``requests`` = 0 an event counts nowhere in the sums. The account of a key that there is not
@@ -172,9 +163,6 @@ class Store(Protocol):
         :param first: the number of the first of ``events``. Those up to the last number that was added are left out;
             that some are missing before it does not matter.
         """
-
-    async def last_usage(self, writer: str) -> int:
-        """Return the number of the last event that was added of ``writer``, 0: none."""
 
     async def forget_writer(self, writer: str) -> None:
         """The writer's journal is gone: its events will not come again."""

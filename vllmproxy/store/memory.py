@@ -90,10 +90,6 @@ class MemoryStore(Changes):
         self._check_open()
         self._limiters.added(self._usage.add(writer, first, events), events)
 
-    async def last_usage(self, writer: str) -> int:
-        self._check_open()
-        return self._usage.last(writer)
-
     async def forget_writer(self, writer: str) -> None:
         self._check_open()
         self._usage.forget(writer)

@@ -221,9 +221,6 @@ class RedisStore(Changes):
     async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
         await self._usage.add(writer, first, events)
 
-    async def last_usage(self, writer: str) -> int:
-        return await self._usage.last(writer)
-
     async def forget_writer(self, writer: str) -> None:
         await self._usage.forget(writer)
 

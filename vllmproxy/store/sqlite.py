@@ -125,9 +125,6 @@ class SqliteStore(Changes):
     async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
         self._limiters.added(await self._change(usage_sqlite.add, writer, first, tuple(events)), events)
 
-    async def last_usage(self, writer: str) -> int:
-        return await self._run(usage_sqlite.last, writer)
-
     async def forget_writer(self, writer: str) -> None:
         await self._run(usage_sqlite.forget, writer)
 
