@@ -402,7 +402,7 @@ async def test_tls_refuses_whom_it_cannot_verify(guarded: RedisServer, tmp_path:
     assert "verify failed" in await tls_refusal(guarded, expired, f"?ca={expired.ca}")
     assert "missing.pem" in await tls_refusal(guarded, good, f"?ca={tmp_path}/missing.pem")
     assert "damaged" in await tls_refusal(guarded, good, f"?ca={broken}")
-    assert "no PEM" in await tls_refusal(guarded, good, f"?ca={empty}")
+    assert "holds no certificate" in await tls_refusal(guarded, good, f"?ca={empty}")
 
 
 @pytest_twisted.ensureDeferred

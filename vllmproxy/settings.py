@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 from attrs import field, frozen
 
+from vllmproxy.authorities import Authorities
 from vllmproxy.keys.policy import Route
 from vllmproxy.settings_table import AUTHORITIES, DIRECTORY, FLAG, PRICES, SECRET, TABLE, Row
 from vllmproxy.store.address import REDIS_SCHEMES
-from vllmproxy.upstreams.authorities import Authorities
 from vllmproxy.upstreams.upstream import Upstream
 from vllmproxy.usage.prices import Prices
 from vllmproxy.usage.reader import UsageMode
