@@ -153,7 +153,7 @@ async def test_who_sends_events_again_is_told_of_their_accounts(tmp_path: Path) 
     await store.open()
     memory = MemoryUsage()
     for _ in range(2):
-        told = await store._change(usage_sqlite.add, "w", 1, [EVENT, EVENT])
+        told = await store._write(usage_sqlite.add, "w", 1, [EVENT, EVENT])
         assert told == memory.add("w", 1, [EVENT, EVENT]) == {TOKEN: Account(0, 2, 0)}
     await store.close()
 

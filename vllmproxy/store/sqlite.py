@@ -109,7 +109,7 @@ class SqliteStore(Changes):
         await self._run(_ping)
 
     async def change_keys(self, tokens: Sequence[str], decide: Decide) -> Writes:
-        writes, spent = await self._change(_change, tuple(tokens), decide)
+        writes, spent = await self._write(_change, tuple(tokens), decide)
         self._limiters.changed(writes, spent)
         return writes
 
@@ -123,7 +123,7 @@ class SqliteStore(Changes):
         return await self._run(_list_audit, limit, before)
 
     async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
-        self._limiters.added(await self._change(usage_sqlite.add, writer, first, tuple(events)), events)
+        self._limiters.added(await self._write(usage_sqlite.add, writer, first, tuple(events)), events)
 
     async def forget_writer(self, writer: str) -> None:
         await self._run(usage_sqlite.forget, writer)
@@ -134,7 +134,7 @@ class SqliteStore(Changes):
     async def read_account(self, token: str) -> Account:
         return await self._run(usage_sqlite.account, token)
 
-    async def _change(self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def _write(self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Have ``work`` change something, unless it comes too late."""
         return await self._run(_in_time, self._lateness(), work, *args, **kwargs)
 
