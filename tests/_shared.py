@@ -90,6 +90,7 @@ class Shared:
         self.heard: list[str] = []
         self.reserved_at: dict[str, float] = {}
         self.costs: dict[str, tuple[int | None, ...]] = {}
+        self._until: dict[tuple[str, tuple[str, str]], int] = {}
         self._limiter = MemoryLimiter(clock, **options)
         spans = Spans.of(options.get("window", 60.0), options.get("lease", 45.0))
         self._limiter._keys = Leases(spans.kept + 1_000_000)  # what is ahead counts so much longer
@@ -158,6 +159,7 @@ class Shared:
         if ask.key not in self._limiter.accounts:
             self._limiter.accounts.open(ask.key, NO_ACCOUNT)
         decision = self._limiter.reserve_now(ask)
+        self._count_longer(ask.key)
         if isinstance(decision, Granted):
             self.reserved_at[ask.request_id] = self.clock.seconds()
         return decision
@@ -169,15 +171,24 @@ class Shared:
             if isinstance(decision, Granted):
                 decision.request_id = request_id
                 made.append(decision)
-                self._count_longer(key, ahead)
+                self._begin_longer(key, ahead)
         return made
 
-    def _count_longer(self, key: str, ahead: float) -> None:
+    def _begin_longer(self, key: str, ahead: float) -> None:
         now = self._limiter._now()
         counters = self._limiter._keys.get(now, key)
         assert counters is not None
-        for window in counters._windows.values():
-            window.take(now, 0, micros(ahead))
+        for name, window in counters._windows.items():
+            window.take(now, 0)
+            self._until[key, name] = max(self._until.get((key, name), 0), now + micros(ahead))
+        self._count_longer(key)
+
+    def _count_longer(self, key: str) -> None:
+        """What is in a window's newest bucket may still be asked for until then, whatever was taken since."""
+        counters = self._limiter._keys.get(self._limiter._now(), key)
+        for name, window in () if counters is None else counters._windows.items():
+            if window._buckets:
+                window._buckets[-1][0] = max(window._buckets[-1][0], self._until.get((key, name), 0))
 
     def _settle_all(self, settlements: Sequence[Settlement]) -> None:
         for key, request_id, costs in settlements:

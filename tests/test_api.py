@@ -79,7 +79,7 @@ class House:
         self.clock.advance(NOW)
         self.store = store or FragileStore()
         self.vllm_is_well = True
-        cache = KeyCache(self.clock, ttl=60.0, negative_ttl=60.0)
+        cache = KeyCache(self.clock, ttl=60.0)
         self.gate = Gate(self.store, cache, MasterKey(MASTER) if auth else None, self.clock)
         self.api = Api(
             self.gate,

@@ -1,5 +1,6 @@
 """What changes and shows keys, over a real socket: updates, regeneration, listings, who may do it, and the trail."""
 
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from vllmproxy.keys.key import hash_key
 from vllmproxy.keys.routes import group_for
 from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.sqlite import SqliteStore
+from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.sums import Account
 
 CHAT = b"/v1/chat/completions"
 OTHER = "sk-another-custom-key-0001"
@@ -578,6 +581,48 @@ async def test_what_was_spent_can_be_said_with_a_key(house: House) -> None:
     changed = (await post(house, "/key/update", {"key": made["key"], "spend": 0, "user_id": "u"})).json
     assert (changed["spend"], changed["user_id"]) == (0.0, "u")
     assert (await row(house, made["key"]))["spend"] == 0.0
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_key_whose_spending_cannot_be_kept_is_not_made(tmp_path: Path) -> None:
+    """Its answer would not show it, and nobody could make it again."""
+    path = tmp_path / "keys"
+    house = House(SqliteStore(path, reactor))
+    await house.open()
+    try:
+        with sqlite3.connect(path) as connection:
+            connection.execute(
+                "CREATE TRIGGER no_more BEFORE INSERT ON accounts BEGIN SELECT RAISE(ABORT, 'no more'); END"
+            )
+            refused(await post(house, "/key/generate", {"key_alias": "a", "spend": 2.5}), 503)
+            connection.execute("DROP TRIGGER no_more")
+        connection.close()
+        assert (await house.make(key_alias="a", spend=2.5))["spend"] == 2.5
+        entries = (await house.ask("GET", "/audit")).json["entries"]
+        assert [each["before"] and each["before"]["spend"] for each in entries] == [0.0, None]
+    finally:
+        await house.close()
+        await house.store.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_is_used_while_spend_is_set_is_not_lost(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = await house.make(spend=2.5)
+    token, plain = made["token"], house.store.read_account
+    writers = iter("ab")
+
+    async def read_and_add(asked: str) -> Account:
+        account = await plain(asked)
+        await house.store.add_usage(
+            next(writers), 1, [UsageEvent(time=NOW, key=token, period=round(NOW), prompt_tokens=7)]
+        )
+        return account
+
+    monkeypatch.setattr(house.store, "read_account", read_and_add)
+    await post(house, "/key/update", {"key": token, "spend": 1})
+    answer = await post(house, f"/key/{token}/reset_spend", {"reset_to": 0.5})
+    assert (answer.json["spend"], answer.json["previous_spend"]) == (0.5, 1.0)
+    assert await plain(token) == Account(round(NOW), 500_000, 14)
 
 
 @pytest_twisted.ensureDeferred

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import pytest_twisted
+from _stores import last_usage
 from test_api import CUSTOM, MASTER, NOW, Answer, House
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
@@ -59,7 +60,7 @@ def event(key: str, back: int = 0, **fields: Any) -> UsageEvent:
 
 
 async def add(house: House, *events: UsageEvent) -> None:
-    last = await house.store.last_usage("w")
+    last = await last_usage(house.store, "w")
     await house.store.add_usage("w", last + 1, events)
 
 

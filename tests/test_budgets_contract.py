@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import pytest_twisted
-from _stores import KINDS, opened, url_of
+from _stores import KINDS, add_key, delete_keys, opened, say_spent, url_of
 from attrs import evolve
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
@@ -184,11 +184,11 @@ async def test_what_was_spent_before_the_first_request_counts(bench: Bench) -> N
 @pytest_twisted.ensureDeferred
 async def test_spend_that_is_set_counts_at_once(bench: Bench) -> None:
     await bench.reserve(money(100, 10))
-    await bench.store.set_account(TOKEN, Account(0, 90, 0))
+    await say_spent(bench.store, TOKEN, 0, 90)
     assert isinstance(await bench.reserve(money(100, 1)), Denied)
-    await bench.store.set_account(TOKEN, Account(0, 5, 0))
+    await say_spent(bench.store, TOKEN, 0, 5)
     assert await bench.reserve(money(100, 85)) == Granted((0,))
-    await bench.store.set_account(TOKEN, Account(0, 0, 0))  # to nothing, with all that was held
+    await say_spent(bench.store, TOKEN, 0, 0)  # to nothing, with all that was held
     assert await bench.reserve(money(100, 100)) == Granted((0,))
 
 
@@ -196,7 +196,7 @@ async def test_spend_that_is_set_counts_at_once(bench: Bench) -> None:
 async def test_a_key_in_the_place_of_another_has_spent_what_that_had(bench: Bench) -> None:
     old = VirtualKey(token=TOKEN, key_name="sk-...-one", max_budget=100)
     new = evolve(old, token=hash_key("sk-two"))
-    await bench.store.add_key(old)
+    await add_key(bench.store, old)
     await bench.reserve(money(100, 60))
     await bench.over(held=60, spend=60)
     await bench.reserve(money(100, 30))  # under way: it lets go of that at the old key, and not at the new one
@@ -211,10 +211,10 @@ async def test_a_key_in_the_place_of_another_has_spent_what_that_had(bench: Benc
 @pytest_twisted.ensureDeferred
 async def test_a_key_that_was_deleted_and_made_again_has_spent_nothing(bench: Bench) -> None:
     key = VirtualKey(token=TOKEN, key_name="sk-...-one", max_budget=100)
-    await bench.store.add_key(key)
+    await add_key(bench.store, key)
     await bench.reserve(money(100, 100))
-    await bench.store.delete_keys([TOKEN])
-    await bench.store.add_key(key)
+    await delete_keys(bench.store, [TOKEN])
+    await add_key(bench.store, key)
     assert await bench.reserve(money(100, 100)) == Granted((0,))
 
 

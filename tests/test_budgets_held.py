@@ -8,12 +8,12 @@ import pytest
 import pytest_twisted
 from _limits import START, TOKEN, RedisBench, virtual_time
 from _redis import RedisServer
+from _stores import say_spent
 
 from vllmproxy.limits.values import Denied, Granted, Rule
 from vllmproxy.store.link import Link
 from vllmproxy.store.redis import RedisStore
 from vllmproxy.usage.event import UsageEvent
-from vllmproxy.usage.sums import Account
 
 DAY = 86_400
 MIDNIGHT = START // 10**6 // DAY * DAY + DAY
@@ -55,8 +55,9 @@ class Bench(RedisBench):
         assert isinstance(granted, Granted)
         return granted.day
 
-    async def set_account(self, account: Account) -> None:
-        await self._store.set_account(TOKEN, account)
+    async def reset(self) -> None:
+        """It is said that nothing was spent."""
+        await say_spent(self._store, TOKEN, 0, 0)
 
     async def left(self, rule: Rule | None = None) -> int:
         """Return how much is left, by asking for it all."""
@@ -157,7 +158,7 @@ async def test_what_was_never_forwarded_is_given_back_though_the_clock_was_set_b
 @pytest_twisted.ensureDeferred
 async def test_what_is_given_back_of_an_account_that_was_set_to_nothing_is_no_gift(bench: Bench) -> None:
     assert isinstance(await bench.reserve(tokens(600), id="one"), Granted)
-    await bench.set_account(Account(0, 0, 0))
+    await bench.reset()
     assert await bench.left() == LIMIT
     await bench.settle("one", 0)
     assert await bench.left() == LIMIT

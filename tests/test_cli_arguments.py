@@ -88,6 +88,31 @@ def test_wrong_values_are_wrong_usage(capsys: pytest.CaptureFixture[str], argume
 
 
 @pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("keys create --rpm many", "argument --rpm: 'many' is not a whole number, like 100"),
+        ("keys create --max-budget-tokens 1.5", "argument --max-budget-tokens: '1.5' is not a whole number, like 100"),
+        ("keys create --model-tpm m=1k", "argument --model-tpm: '1k' is not a whole number, like 100"),
+        ("keys create --max-budget 5$", "argument --max-budget: '5$' is not an amount of money, like 12.5"),
+        ("keys create --soft-budget inf", "argument --soft-budget: 'inf' is not an amount of money, like 12.5"),
+        ("usage --days week", "argument --days: 'week' is not a number of days, 1 to 36525, like 7"),
+        ("usage --days 0", "argument --days: '0' is not a number of days, 1 to 36525, like 7"),
+        ("usage --days 36526", "argument --days: '36526' is not a number of days, 1 to 36525, like 7"),
+        (
+            "usage --timeout 5s",
+            "argument --timeout: '5s' is not a number of seconds, more than 0 and at most a day, like 30",
+        ),
+        (
+            "usage --timeout nan",
+            "argument --timeout: 'nan' is not a number of seconds, more than 0 and at most a day, like 30",
+        ),
+    ],
+)
+def test_what_is_said_of_a_number_is_how_to_write_it(capsys: pytest.CaptureFixture[str], line: str, said: str) -> None:
+    assert wrong(capsys, *line.split()).rstrip().endswith(f"error: {said}")
+
+
+@pytest.mark.parametrize(
     "line",
     [
         "",

@@ -1,3 +1,4 @@
+import pytest
 from twisted.internet.task import Clock
 
 from vllmproxy.keys.cache import KeyCache
@@ -20,15 +21,16 @@ def test_a_key_is_believed_for_its_time() -> None:
     assert len(cache) == 0
 
 
-def test_a_stranger_is_remembered_for_its_time() -> None:
+@pytest.mark.parametrize(("ttl", "seconds"), [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0), (60.0, 1.0)])
+def test_a_stranger_is_remembered_as_long_as_a_key_and_for_a_second_at_most(ttl: float, seconds: float) -> None:
     clock = Clock()
-    cache = KeyCache(clock, ttl=60, negative_ttl=2.0)
+    cache = KeyCache(clock, ttl=ttl)
     assert not cache.is_unknown("a")
     cache.put("a", None)
-    clock.advance(1.9)
-    assert cache.is_unknown("a")
+    clock.advance(seconds * 0.9)
+    assert cache.is_unknown("a") is (seconds > 0)
     assert cache.get("a") is None
-    clock.advance(0.1)
+    clock.advance(seconds * 0.1)
     assert not cache.is_unknown("a")
     assert len(cache) == 0
 
@@ -122,7 +124,7 @@ def test_a_key_that_is_believed_for_longer_is_not_dropped_for_being_stale() -> N
 
 def test_what_is_doubted_is_stale_and_no_longer_fresh() -> None:
     clock = Clock()
-    cache = KeyCache(clock, ttl=60.0, negative_ttl=60.0, max_stale=300.0)
+    cache = KeyCache(clock, ttl=60.0, max_stale=300.0)
     cache.put("a", key("a"))
     cache.put("b", None)
     cache.doubt()

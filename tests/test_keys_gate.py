@@ -34,8 +34,6 @@ class SlowStore:
 
     async def ping(self) -> None: ...
 
-    async def add_key(self, key: VirtualKey) -> None: ...
-
     def get_key(self, token: str) -> Deferred[VirtualKey | None]:
         answer: Deferred[VirtualKey | None] = Deferred()
         self.asked.append((token, answer))
@@ -44,16 +42,13 @@ class SlowStore:
     async def find_aliases(self, aliases: Sequence[str]) -> dict[str, str]:
         return {}
 
-    async def delete_keys(self, tokens: Sequence[str]) -> list[str]:
-        return []
-
 
 class House:
     def __init__(self, *, auth: bool = True, max_stale: float = 0.0) -> None:
         self.clock = Clock()
         self.clock.advance(NOW)
         self.store = SlowStore()
-        self.cache = KeyCache(self.clock, ttl=10.0, negative_ttl=10.0, max_unknown=50, max_stale=max_stale)
+        self.cache = KeyCache(self.clock, ttl=10.0, max_unknown=50, max_stale=max_stale)
         self.gate = Gate(self.store, self.cache, MasterKey(MASTER_SECRET) if auth else None, self.clock)
 
     def ask(self, secret: bytes = SECRET) -> Deferred[Caller]:

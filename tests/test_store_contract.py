@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 import pytest
 import pytest_twisted
+from _stores import add_key, delete_keys, update_key
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twisted.internet import reactor
@@ -50,15 +51,15 @@ def key(name: str, alias: str | None = None) -> VirtualKey:
 
 @pytest_twisted.ensureDeferred
 async def test_every_field_comes_back(store: Store) -> None:
-    await store.add_key(FULL)
-    await store.add_key(key("bare"))
+    await add_key(store, FULL)
+    await add_key(store, key("bare"))
     assert await store.get_key(FULL.token) == FULL
     assert await store.get_key(hash_key("bare")) == key("bare")
 
 
 @pytest_twisted.ensureDeferred
 async def test_unknown_key_is_none(store: Store) -> None:
-    await store.add_key(FULL)
+    await add_key(store, FULL)
     for token in ("", "sk-full", FULL.token[:-1], "\ud800", FULL.key_alias or ""):
         assert await store.get_key(token) is None
 
@@ -66,14 +67,14 @@ async def test_unknown_key_is_none(store: Store) -> None:
 @pytest_twisted.ensureDeferred
 async def test_expired_key_is_still_known(store: Store) -> None:
     expired = attrs.evolve(key("old"), expires=1.0)
-    await store.add_key(expired)
+    await add_key(store, expired)
     assert await store.get_key(expired.token) == expired
 
 
 @pytest_twisted.ensureDeferred
 async def test_what_is_stored_is_a_copy(store: Store) -> None:
     metadata: dict[str, Any] = {"list": [1]}
-    await store.add_key(attrs.evolve(key("copy"), metadata=metadata))
+    await add_key(store, attrs.evolve(key("copy"), metadata=metadata))
     metadata["list"].append(2)
     got = await store.get_key(hash_key("copy"))
     assert got is not None
@@ -85,19 +86,19 @@ async def test_what_is_stored_is_a_copy(store: Store) -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_a_taken_alias_leaves_nothing_behind(store: Store) -> None:
-    await store.add_key(key("first", "name"))
+    await add_key(store, key("first", "name"))
     with pytest.raises(AliasTaken):
-        await store.add_key(key("second", "name"))
+        await add_key(store, key("second", "name"))
     assert await store.get_key(hash_key("second")) is None
     assert await store.find_aliases(["name"]) == {"name": hash_key("first")}
 
 
 @pytest_twisted.ensureDeferred
 async def test_a_taken_token_changes_nothing(store: Store) -> None:
-    await store.add_key(key("same", "one"))
+    await add_key(store, key("same", "one"))
     for alias in ("one", "two", None):
         with pytest.raises(TokenTaken):
-            await store.add_key(key("same", alias))
+            await add_key(store, key("same", alias))
     assert await store.get_key(hash_key("same")) == key("same", "one")
     assert await store.find_aliases(["two"]) == {}
 
@@ -121,7 +122,7 @@ async def test_aliases_are_compared_exactly_and_none_is_no_alias(store: Store) -
         None,
     ]
     for number, alias in enumerate(aliases):
-        await store.add_key(key(f"k{number}", alias))
+        await add_key(store, key(f"k{number}", alias))
     named = {alias: hash_key(f"k{number}") for number, alias in enumerate(aliases) if alias is not None}
     assert await store.find_aliases(list(named)) == named
 
@@ -133,7 +134,7 @@ async def test_of_fifty_at_once_exactly_one_wins(store: Store, contested: str) -
         keys = [key(f"k{number}", "wanted") for number in range(50)]
     else:
         keys = [key("wanted", f"a{number}") for number in range(50)]
-    results = await DeferredList([Deferred.fromCoroutine(store.add_key(each)) for each in keys], consumeErrors=True)
+    results = await DeferredList([Deferred.fromCoroutine(add_key(store, each)) for each in keys], consumeErrors=True)
     won = [each for each, (success, _) in zip(keys, results, strict=True) if success]
     lost = [failure.type for success, failure in results if not success]
     assert len(won) == 1
@@ -145,31 +146,31 @@ async def test_of_fifty_at_once_exactly_one_wins(store: Store, contested: str) -
 
 @pytest_twisted.ensureDeferred
 async def test_delete_frees_token_and_alias(store: Store) -> None:
-    await store.add_key(key("one", "name"))
-    await store.add_key(key("two"))
-    assert await store.delete_keys([hash_key("one")]) == [hash_key("one")]
+    await add_key(store, key("one", "name"))
+    await add_key(store, key("two"))
+    assert await delete_keys(store, [hash_key("one")]) == [hash_key("one")]
     assert await store.get_key(hash_key("one")) is None
     assert await store.find_aliases(["name"]) == {}
     assert await store.get_key(hash_key("two")) == key("two")
-    await store.add_key(key("one", "other"))
-    await store.add_key(key("three", "name"))
+    await add_key(store, key("one", "other"))
+    await add_key(store, key("three", "name"))
 
 
 @pytest_twisted.ensureDeferred
 async def test_delete_tells_what_there_was(store: Store) -> None:
     for number in range(300):
-        await store.add_key(key(f"k{number}", f"a{number}"))
+        await add_key(store, key(f"k{number}", f"a{number}"))
     tokens = [hash_key(f"k{number}") for number in range(299, -1, -1)]
-    assert await store.delete_keys([hash_key("unknown"), *tokens, tokens[0]]) == tokens
-    assert await store.delete_keys(tokens) == []
-    assert await store.delete_keys([]) == []
+    assert await delete_keys(store, [hash_key("unknown"), *tokens, tokens[0]]) == tokens
+    assert await delete_keys(store, tokens) == []
+    assert await delete_keys(store, []) == []
     assert await store.find_aliases([f"a{number}" for number in range(300)]) == {}
 
 
 @pytest_twisted.ensureDeferred
 async def test_find_aliases_names_those_that_exist(store: Store) -> None:
-    await store.add_key(key("one", "a"))
-    await store.add_key(key("two", "b"))
+    await add_key(store, key("one", "a"))
+    await add_key(store, key("two", "b"))
     assert await store.find_aliases(["b", "nobody", "a", "a"]) == {"a": hash_key("one"), "b": hash_key("two")}
     assert await store.find_aliases([]) == {}
 
@@ -182,13 +183,13 @@ async def test_ping_answers(store: Store) -> None:
 @pytest_twisted.ensureDeferred
 async def test_a_large_row(store: Store) -> None:
     large = attrs.evolve(key("large"), metadata={"text": "x" * 300_000, "many": list(range(20_000))})
-    await store.add_key(large)
+    await add_key(store, large)
     assert await store.get_key(large.token) == large
 
 
 @pytest_twisted.ensureDeferred
 async def test_a_cancelled_call_disturbs_no_other(store: Store) -> None:
-    await store.add_key(key("one"))
+    await add_key(store, key("one"))
     calls = [store.get_key(hash_key(name)) for name in ("one", "two", "one")]
     calls[0].addErrback(lambda failure: failure.type.__name__)
     calls[0].cancel()
@@ -204,7 +205,7 @@ async def test_closed_store_is_unavailable_and_closes_twice(url: str) -> None:
     store = make_store(url, reactor=reactor)
     await store.close()
     await store.open()
-    await store.add_key(key("one", "a"))
+    await add_key(store, key("one", "a"))
     await store.close()
     await store.close()
     await assert_unavailable(store)
@@ -231,40 +232,40 @@ async def test_a_store_opened_again_works(url: str) -> None:
     for name in ("one", "two"):
         await store.open()
         await store.open()
-        await store.add_key(key(name))
+        await add_key(store, key(name))
         await store.close()
 
 
 @pytest_twisted.ensureDeferred
 async def test_update_changes_what_it_says_and_moves_the_alias(store: Store) -> None:
-    await store.add_key(key("one", "old"))
-    await store.add_key(key("two", "taken"))
-    changed = await store.update_key(hash_key("one"), lambda found: attrs.evolve(found, key_alias="new", blocked=True))
+    await add_key(store, key("one", "old"))
+    await add_key(store, key("two", "taken"))
+    changed = await update_key(store, hash_key("one"), lambda found: attrs.evolve(found, key_alias="new", blocked=True))
     assert changed == attrs.evolve(key("one", "new"), blocked=True)
     assert await store.get_key(hash_key("one")) == changed
     assert await store.find_aliases(["old", "new", "taken"]) == {"new": hash_key("one"), "taken": hash_key("two")}
     with pytest.raises(AliasTaken):
-        await store.update_key(hash_key("one"), lambda found: attrs.evolve(found, key_alias="taken", blocked=False))
+        await update_key(store, hash_key("one"), lambda found: attrs.evolve(found, key_alias="taken", blocked=False))
     assert await store.get_key(hash_key("one")) == changed
     # To keep one's own alias is no conflict, and one without an alias can get one.
-    assert await store.update_key(hash_key("one"), lambda found: attrs.evolve(found, tags=("t",))) is not None
-    await store.update_key(hash_key("one"), lambda found: attrs.evolve(found, key_alias=None))
+    assert await update_key(store, hash_key("one"), lambda found: attrs.evolve(found, tags=("t",))) is not None
+    await update_key(store, hash_key("one"), lambda found: attrs.evolve(found, key_alias=None))
     assert await store.find_aliases(["new"]) == {}
-    await store.update_key(hash_key("two"), lambda found: attrs.evolve(found, key_alias="new"))
+    await update_key(store, hash_key("two"), lambda found: attrs.evolve(found, key_alias="new"))
     assert await store.find_aliases(["new", "taken"]) == {"new": hash_key("two")}
-    assert await store.update_key(hash_key("nobody"), lambda found: found) is None
+    assert await update_key(store, hash_key("nobody"), lambda found: found) is None
     assert await store.get_key(hash_key("nobody")) is None
 
 
 @pytest_twisted.ensureDeferred
 async def test_concurrent_updates_of_different_fields_all_survive(store: Store) -> None:
-    await store.add_key(key("one"))
+    await add_key(store, key("one"))
 
     def set_field(number: int) -> Callable[[VirtualKey], VirtualKey]:
         return lambda found: attrs.evolve(found, metadata={**found.metadata, str(number): number})
 
-    calls = [store.update_key(hash_key("one"), set_field(number)) for number in range(30)]
-    calls.append(store.update_key(hash_key("one"), lambda found: attrs.evolve(found, blocked=True)))
+    calls = [update_key(store, hash_key("one"), set_field(number)) for number in range(30)]
+    calls.append(update_key(store, hash_key("one"), lambda found: attrs.evolve(found, blocked=True)))
     await DeferredList([Deferred.fromCoroutine(call) for call in calls], fireOnOneErrback=True)
     got = await store.get_key(hash_key("one"))
     assert got is not None
@@ -274,7 +275,7 @@ async def test_concurrent_updates_of_different_fields_all_survive(store: Store) 
 
 @pytest_twisted.ensureDeferred
 async def test_what_a_decision_raises_reaches_its_caller_and_nothing_is_written(store: Store) -> None:
-    await store.add_key(key("one"))
+    await add_key(store, key("one"))
 
     def refuse(found: Any) -> Writes:
         raise LookupError(sorted(found))
@@ -287,7 +288,7 @@ async def test_what_a_decision_raises_reaches_its_caller_and_nothing_is_written(
 
 @pytest_twisted.ensureDeferred
 async def test_one_key_takes_the_place_of_another_at_once(store: Store) -> None:
-    await store.add_key(key("old", "name"))
+    await add_key(store, key("old", "name"))
     tokens = [hash_key("old"), hash_key("new")]
     kept = attrs.evolve(key("old"), expires=5.0)
     await store.change_keys(tokens, lambda found: Writes(put=(key("new", "name"), kept), audit=(entry(1),)))
@@ -302,7 +303,7 @@ async def test_one_key_takes_the_place_of_another_at_once(store: Store) -> None:
 async def test_somebody_always_sees_one_of_the_two(store: Store) -> None:
     """While a key is replaced again and again, one of the two is there whenever anybody looks."""
     names = [hash_key("a"), hash_key("b")]
-    await store.add_key(key("a", "name"))
+    await add_key(store, key("a", "name"))
 
     def swap(found: Any) -> Writes:
         (there,) = found
@@ -327,7 +328,7 @@ async def test_somebody_always_sees_one_of_the_two(store: Store) -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_a_conflict_writes_nothing_of_the_whole_change(store: Store) -> None:
-    await store.add_key(key("one", "taken"))
+    await add_key(store, key("one", "taken"))
     with pytest.raises(AliasTaken):
         await store.change_keys(
             [hash_key("two"), hash_key("three")],
@@ -385,7 +386,7 @@ async def fill(store: Store, count: int) -> list[VirtualKey]:
             updated_at=float(number),
         )
         keys.append(made)
-        await store.add_key(made)
+        await add_key(store, made)
     return keys
 
 
@@ -463,16 +464,16 @@ def test_what_a_listing_matches() -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_listing_follows_changes(store: Store) -> None:
-    await store.add_key(key("one"))
-    await store.add_key(key("two"))
-    await store.update_key(hash_key("one"), lambda found: attrs.evolve(found, created_at=99.0, user_id="u"))
+    await add_key(store, key("one"))
+    await add_key(store, key("two"))
+    await update_key(store, hash_key("one"), lambda found: attrs.evolve(found, created_at=99.0, user_id="u"))
     page = await store.list_keys(KeyQuery())
     assert [each.token for each in page.keys] == [hash_key("one"), hash_key("two")]
     assert (await store.list_keys(KeyQuery(user_id="u"))).total == 1
-    await store.delete_keys([hash_key("one")])
+    await delete_keys(store, [hash_key("one")])
     for query in (KeyQuery(), KeyQuery(sort_by="updated_at")):
         assert [each.token for each in (await store.list_keys(query)).keys] == [hash_key("two")]
-    await store.delete_keys([hash_key("two")])
+    await delete_keys(store, [hash_key("two")])
     assert await store.list_keys(KeyQuery()) == KeyPage((), 0)
 
 
@@ -487,13 +488,13 @@ async def test_a_listing_of_many(store: Store) -> None:
 async def assert_unavailable(store: Store) -> None:
     for call in (
         store.ping(),
-        store.add_key(key("late")),
+        add_key(store, key("late")),
         store.get_key(hash_key("one")),
         store.find_aliases(["a"]),
         store.find_aliases([]),
-        store.delete_keys([hash_key("one")]),
-        store.delete_keys([]),
-        store.update_key(hash_key("one"), lambda key: key),
+        delete_keys(store, [hash_key("one")]),
+        delete_keys(store, []),
+        update_key(store, hash_key("one"), lambda key: key),
         store.change_keys([], lambda _: Writes()),
         store.list_keys(KeyQuery()),
         store.list_keys(KeyQuery(search="a")),
@@ -580,9 +581,9 @@ def test_anything_else_is_no_row(text: str) -> None:
 @pytest_twisted.ensureDeferred
 async def test_any_key_round_trips_through_every_store(every_store: list[Store], value: VirtualKey) -> None:
     for store in every_store:
-        await store.add_key(value)
+        await add_key(store, value)
         assert await store.get_key(value.token) == value
         if value.key_alias is not None:
             assert await store.find_aliases([value.key_alias]) == {value.key_alias: value.token}
-        assert await store.delete_keys([value.token]) == [value.token]
+        assert await delete_keys(store, [value.token]) == [value.token]
         assert await store.get_key(value.token) is None

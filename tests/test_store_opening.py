@@ -7,7 +7,7 @@ from twisted.internet.task import Clock
 
 from vllmproxy.store.address import RedisAddress, parse_redis_url
 from vllmproxy.store.memory import MemoryStore
-from vllmproxy.store.opening import make_store, redact
+from vllmproxy.store.opening import make_store
 from vllmproxy.store.redis import RedisStore
 from vllmproxy.store.sqlite import SqliteStore
 
@@ -20,7 +20,6 @@ CANARY = "canary-s3cret"
         ("memory:", MemoryStore),
         ("sqlite:/somewhere/keys.sqlite3", SqliteStore),
         ("sqlite:keys.sqlite3", SqliteStore),
-        ("sqlite:", SqliteStore),
         ("redis://localhost", RedisStore),
         ("rediss://localhost/3?ca=/ca.pem", RedisStore),
         ("unix:///run/redis.sock?db=1", RedisStore),
@@ -120,7 +119,7 @@ def test_redis_urls(url: str, expected: RedisAddress) -> None:
 def test_a_bad_url_is_one_sentence_that_does_not_repeat_it(url: str) -> None:
     with pytest.raises(ValueError, match=r"\w+ \w+") as caught:
         make_store(url, reactor=Clock())
-    shown = "".join(map(str, (caught.value, caught.value.__cause__ or "", redact(url))))
+    shown = "".join(map(str, (caught.value, caught.value.__cause__ or "")))
     assert "canary" not in shown
     assert "\n" not in shown
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
@@ -129,8 +128,6 @@ def test_a_bad_url_is_one_sentence_that_does_not_repeat_it(url: str) -> None:
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
-        ("memory:", "memory:"),
-        ("sqlite:/a@b", "sqlite:/a@b"),
         (f"redis://:{CANARY}@h", "redis://h:6379/0"),
         (f"rediss://me:{CANARY}@[::1]:7/2?ca=/x", "rediss://[::1]:7/2"),
         (f"unix://me:{CANARY}@/r.sock?db=2", "unix:///r.sock?db=2"),
@@ -138,8 +135,8 @@ def test_a_bad_url_is_one_sentence_that_does_not_repeat_it(url: str) -> None:
         (f"rediss+sentinel://:{CANARY}@h/m/2?ca=/x", "rediss+sentinel://h:26379/m/2"),
     ],
 )
-def test_redact(url: str, shown: str) -> None:
-    assert redact(url) == shown
+def test_an_address_is_shown_without_user_and_password(url: str, shown: str) -> None:
+    assert str(parse_redis_url(url)) == shown
 
 
 def test_an_address_does_not_show_its_password() -> None:

@@ -7,6 +7,7 @@ import pytest
 import pytest_twisted
 from _redis import RedisServer, redis_server
 from _sentinel import NAME, Group, replica_of, sentinel_group
+from _stores import add_key, delete_keys
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
 from twisted.logger import LogEvent, eventAsText, globalLogPublisher
@@ -52,8 +53,8 @@ async def until_written(store: RedisStore, key: VirtualKey) -> None:
     give_up = time.monotonic() + HUNG
     while True:
         try:
-            await store.delete_keys([key.token])
-            await store.add_key(key)
+            await delete_keys(store, [key.token])
+            await add_key(store, key)
         except StoreUnavailable:
             assert time.monotonic() < give_up
             await deferLater(reactor, 0.05)
@@ -76,7 +77,7 @@ async def test_the_master_is_found_and_after_a_failover_the_next_one(group: Grou
     store = RedisStore(f"{group.url}/0", reactor)
     store.watch_keys(heard.append)
     await store.open()
-    await store.add_key(KEY)
+    await add_key(store, KEY)
     assert master_port(store) == group.master.port
     await until(lambda: holds(group.replica, KEY) and None in heard)
     group.fail_over()
@@ -87,7 +88,7 @@ async def test_the_master_is_found_and_after_a_failover_the_next_one(group: Grou
     assert await store.get_key(KEY.token) == KEY
     await until(lambda: heard.count(None) >= 3)
     heard.clear()
-    await store.delete_keys([KEY.token])
+    await delete_keys(store, [KEY.token])
     await until(lambda: KEY.token in heard)
     await store.close()
 
@@ -96,7 +97,7 @@ async def test_the_master_is_found_and_after_a_failover_the_next_one(group: Grou
 async def test_a_killed_master_is_replaced(group: Group) -> None:
     store = RedisStore(group.url, reactor)
     await store.open()
-    await store.add_key(KEY)
+    await add_key(store, KEY)
     await until(lambda: holds(group.replica, KEY))
     group.master.kill()
     await until(lambda: store._link._breaker.reason is not None)
@@ -156,7 +157,7 @@ async def test_a_master_that_becomes_a_replica_is_left(group: Group) -> None:
     group.replica.command("REPLICAOF", "NO", "ONE")
     group.master.command("REPLICAOF", "127.0.0.1", str(group.replica.port))
     with pytest.raises(StoreUnavailable, match="READONLY"):
-        await store.add_key(KEY)
+        await add_key(store, KEY)
     await until(lambda: store._link._breaker.reason is not None)
     for sentinel in group.sentinels:
         sentinel.kill()

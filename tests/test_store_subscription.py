@@ -7,6 +7,7 @@ import attrs
 import pytest
 import pytest_twisted
 from _redis import RedisServer, redis_server
+from _stores import add_key, delete_keys, update_key
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
 from twisted.logger import LogEvent, eventAsText, globalLogPublisher
@@ -58,22 +59,22 @@ def other(redis_store: RedisStore) -> RedisStore:
 
 @pytest_twisted.ensureDeferred
 async def test_every_change_is_heard_and_in_order(watching: Watching, other: RedisStore) -> None:
-    await other.add_key(ONE)
-    await other.update_key(ONE.token, lambda key: attrs.evolve(key, blocked=True))
+    await add_key(other, ONE)
+    await update_key(other, ONE.token, lambda key: attrs.evolve(key, blocked=True))
     await other.change_keys([ONE.token, TWO.token], lambda _: Writes(put=(TWO,), remove=(ONE.token,)))
-    await other.delete_keys([TWO.token])
-    await watching.store.add_key(ONE)  # its own, too
+    await delete_keys(other, [TWO.token])
+    await add_key(watching.store, ONE)  # its own, too
     await until(lambda: len(watching.heard) == 6)
     assert watching.heard == [ONE.token, ONE.token, ONE.token, TWO.token, TWO.token, ONE.token]
 
 
 @pytest_twisted.ensureDeferred
 async def test_what_changes_nothing_is_not_told(watching: Watching, other: RedisStore) -> None:
-    await other.add_key(ONE)
-    await other.delete_keys([TWO.token])
+    await add_key(other, ONE)
+    await delete_keys(other, [TWO.token])
     with pytest.raises(AliasTaken):
-        await other.add_key(attrs.evolve(TWO, key_alias="one"))
-    await other.add_key(TWO)
+        await add_key(other, attrs.evolve(TWO, key_alias="one"))
+    await add_key(other, TWO)
     await until(lambda: TWO.token in watching.heard)
     assert watching.heard == [ONE.token, TWO.token]
 
@@ -84,7 +85,7 @@ async def test_a_lost_subscription_is_told_and_made_again(
 ) -> None:
     assert server.command("CLIENT", "KILL", "TYPE", "pubsub") == b":1\r\n"
     await until(lambda: watching.heard == [None, None])  # when it was lost, and when nothing is missed any more
-    await other.add_key(ONE)
+    await add_key(other, ONE)
     await until(lambda: watching.heard == [None, None, ONE.token])
 
 
@@ -102,7 +103,7 @@ async def test_an_outage_is_noticed_and_ends_by_itself(server: RedisServer, watc
         server.resume()
     await until(lambda: watching.heard == [None, None])
     await until(lambda: watching.store._link._breaker.reason is None)
-    await watching.store.add_key(ONE)
+    await add_key(watching.store, ONE)
     await until(lambda: watching.heard == [None, None, ONE.token])
 
 
@@ -118,7 +119,7 @@ async def test_whoever_may_not_publish_changes_keys_all_the_same() -> None:
         watching = Watching(f"redis://me:secret@127.0.0.1:{server.port}")
         globalLogPublisher.addObserver(observe)
         await watching.store.open()
-        await watching.store.add_key(ONE)
+        await add_key(watching.store, ONE)
         assert await watching.store.get_key(ONE.token) == ONE
         assert await watching.store.find_aliases(["one"]) == {"one": ONE.token}
         await until(lambda: any("NOPERM" in line for line in lines))
@@ -132,7 +133,7 @@ async def test_whoever_may_not_publish_changes_keys_all_the_same() -> None:
 @pytest_twisted.ensureDeferred
 async def test_foreign_messages_do_no_harm(server: RedisServer, watching: Watching, other: RedisStore) -> None:
     server.command("PUBLISH", "vllmproxy:changes", "é no token")
-    await other.add_key(ONE)
+    await add_key(other, ONE)
     await until(lambda: ONE.token in watching.heard)
     assert None not in watching.heard
 

@@ -7,6 +7,7 @@ import attrs
 import pytest
 import pytest_twisted
 from _redis import RedisServer
+from _stores import add_key, delete_keys, last_usage, say_spent, update_key
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twisted.internet import reactor
@@ -19,7 +20,7 @@ from vllmproxy.store.opening import make_store
 from vllmproxy.store.sqlite import SqliteStore
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.ledger import MOST_END_USERS, MOST_GROUPS, MOST_MODELS, OTHER, TooManySums
-from vllmproxy.usage.sums import GROUPS, NUMBERS, Account, UsageQuery, UsageSum
+from vllmproxy.usage.sums import GROUPS, NUMBERS, Account, Spent, UsageQuery, UsageSum
 
 DAY = 86_400.0
 #: 2026-11-24 to 2026-11-26, noon.
@@ -128,10 +129,10 @@ async def test_filters(store: Store, fields: dict[str, Any], count: int) -> None
 async def test_nothing_yet(store: Store) -> None:
     assert await read(store) == await read(store, "key") == []
     assert await store.read_account(ONE) == Account()
-    assert await store.last_usage("w") == 0
+    assert await last_usage(store, "w") == 0
     await store.forget_writer("w")
     await store.add_usage("w", 1, [])
-    assert await store.last_usage("w") == 0
+    assert await last_usage(store, "w") == 0
 
 
 @pytest_twisted.ensureDeferred
@@ -139,11 +140,11 @@ async def test_what_is_sent_again_counts_once(store: Store) -> None:
     events = [event(spend=1, prompt_tokens=2) for _ in range(10)]
     for first, count, last in ((1, 4, 4), (1, 4, 4), (1, 2, 4), (3, 5, 7), (5, 1, 7), (8, 3, 10), (1, 10, 10)):
         await store.add_usage("w", first, events[:count])
-        assert await store.last_usage("w") == last
+        assert await last_usage(store, "w") == last
         assert await requests(store) == last
         assert await store.read_account(ONE) == Account(0, last, 2 * last)
     await store.add_usage("w", 21, events)  # 11 to 20 are lost
-    assert (await store.last_usage("w"), await requests(store)) == (30, 20)
+    assert (await last_usage(store, "w"), await requests(store)) == (30, 20)
 
 
 @pytest_twisted.ensureDeferred
@@ -151,10 +152,10 @@ async def test_writers_count_apart(store: Store) -> None:
     for writer in ("a", "b", "ключ \ud800", ""):
         await store.add_usage(writer, 1, [event()])
         await store.add_usage(writer, 1, [event()])
-        assert await store.last_usage(writer) == 1
+        assert await last_usage(store, writer) == 1
     assert await requests(store) == 4
     await store.forget_writer("a")
-    assert [await store.last_usage(writer) for writer in ("a", "b")] == [0, 1]
+    assert [await last_usage(store, writer) for writer in ("a", "b")] == [0, 1]
     await store.add_usage("a", 1, [event()])
     assert await requests(store) == 5
 
@@ -169,7 +170,7 @@ async def test_at_once_each_event_counts_once(store: Store) -> None:
         for writer in range(4)
     ]
     await DeferredList([Deferred.fromCoroutine(call) for call in calls], fireOnOneErrback=True)
-    assert [await store.last_usage(f"w{writer}") for writer in range(4)] == [41] * 4
+    assert [await last_usage(store, f"w{writer}") for writer in range(4)] == [41] * 4
     # Which comes first is not said, so some may be skipped over, as where numbers are missing; none counts twice.
     count = await requests(store)
     assert 4 <= count <= 4 * 41
@@ -191,14 +192,14 @@ async def test_writers_at_once_lose_nothing(store: Store) -> None:
 async def test_what_was_not_forwarded_is_in_no_sum(store: Store) -> None:
     await store.add_usage("w", 1, [event(requests=0, held=5, quality="estimated"), event(1)])
     assert [(each.group, each.requests, each.estimated) for each in await read(store, "day")] == [((DAYS[1],), 1, 0)]
-    assert await store.last_usage("w") == 2
+    assert await last_usage(store, "w") == 2
 
 
 @pytest_twisted.ensureDeferred
 async def test_an_event_that_is_none_leaves_nothing_of_its_batch(store: Store) -> None:
     with pytest.raises((OverflowError, ValueError)):
         await store.add_usage("w", 1, [event(spend=1), attrs.evolve(event(), time=1e20)])
-    assert await store.last_usage("w") == 0
+    assert await last_usage(store, "w") == 0
     assert await read(store) == []
     assert await store.read_account(ONE) == Account()
 
@@ -237,15 +238,15 @@ def key(name: str, alias: str | None = None) -> VirtualKey:
 
 @pytest_twisted.ensureDeferred
 async def test_an_account_goes_with_its_key(store: Store) -> None:
-    await store.add_key(key("sk-one"))
-    await store.add_key(key("sk-two"))
+    await add_key(store, key("sk-one"))
+    await add_key(store, key("sk-two"))
     await store.add_usage("w", 1, [event(spend=1), event(0, TWO, spend=1)])
-    await store.update_key(ONE, lambda found: attrs.evolve(found, blocked=True))
+    await update_key(store, ONE, lambda found: attrs.evolve(found, blocked=True))
     assert await store.read_account(ONE) == Account(0, 1, 0)
-    await store.delete_keys([ONE])
+    await delete_keys(store, [ONE])
     assert await store.read_account(ONE) == Account()
     await store.add_usage("w", 3, [event(spend=9)])  # of a request that was under way
-    await store.add_key(key("sk-one"))
+    await add_key(store, key("sk-one"))
     assert await store.read_account(ONE) == Account()
     assert await store.read_account(TWO) == Account(0, 1, 0)
     assert await requests(store) == 3
@@ -254,9 +255,8 @@ async def test_an_account_goes_with_its_key(store: Store) -> None:
 @pytest.mark.parametrize("grace", [True, False])
 @pytest_twisted.ensureDeferred
 async def test_an_heir_has_spent_what_was_spent(store: Store, grace: bool) -> None:
-    await store.add_key(key("sk-one", "a"))
-    await store.set_account(ONE, Account(50, 7, 70))
-    await store.add_usage("w", 1, [event(0, TWO, spend=1000)])
+    await add_key(store, key("sk-one", "a"))
+    await store.add_usage("w", 1, [event(period=50, spend=7, prompt_tokens=70), event(0, TWO, spend=1000)])
     kept = (key("sk-one"),) if grace else ()
 
     def replace(found: Any) -> Writes:
@@ -265,19 +265,19 @@ async def test_an_heir_has_spent_what_was_spent(store: Store, grace: bool) -> No
     await store.change_keys([ONE, TWO], replace)
     assert await store.read_account(TWO) == Account(50, 7, 70)
     assert await store.read_account(ONE) == (Account(50, 7, 70) if grace else Account())
-    await store.add_usage("w", 2, [event(0, TWO, period=50, spend=1)])
+    await store.add_usage("w", 3, [event(0, TWO, period=50, spend=1)])
     assert await store.read_account(TWO) == Account(50, 8, 70)
     assert (await store.read_account(ONE)).spend == (7 if grace else 0)
 
 
 @pytest_twisted.ensureDeferred
 async def test_an_heir_of_nothing_has_nothing(store: Store) -> None:
-    await store.add_key(key("sk-one"))
+    await add_key(store, key("sk-one"))
     await store.add_usage("w", 1, [event(0, TWO, spend=1)])
     await store.change_keys([ONE, TWO], lambda _: Writes((key("sk-two"),), (ONE,), inherits={TWO: ONE}))
     assert await store.read_account(TWO) == Account()
     # Nor has one that was there before.
-    await store.add_key(key("sk-one"))
+    await add_key(store, key("sk-one"))
     await store.add_usage("w", 2, [event(0, TWO, spend=1)])
     await store.change_keys([ONE, TWO], lambda _: Writes((key("sk-two"),), inherits={TWO: ONE}))
     assert await store.read_account(TWO) == Account()
@@ -285,9 +285,9 @@ async def test_an_heir_of_nothing_has_nothing(store: Store) -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_a_change_that_fails_moves_no_account(store: Store) -> None:
-    await store.add_key(key("sk-one"))
-    await store.add_key(key("sk-other", "taken"))
-    await store.set_account(ONE, Account(0, 7, 70))
+    await add_key(store, key("sk-one"))
+    await add_key(store, key("sk-other", "taken"))
+    await store.add_usage("w", 1, [event(spend=7, prompt_tokens=70)])
     with pytest.raises(AliasTaken):
         await store.change_keys([ONE, TWO], lambda _: Writes((key("sk-two", "taken"),), (ONE,), inherits={TWO: ONE}))
     assert [await store.read_account(token) for token in (ONE, TWO)] == [Account(0, 7, 70), Account()]
@@ -297,14 +297,36 @@ async def test_a_change_that_fails_moves_no_account(store: Store) -> None:
 async def test_an_account_is_set_and_that_is_written_down(store: Store) -> None:
     await store.add_usage("w", 1, [event(period=50, spend=5, prompt_tokens=3)])
     entry = AuditEntry(time=1.0, actor="master", action="/key/{key}/reset_spend", target=ONE, before={"spend": 5})
-    await store.set_account(ONE, Account(50, 1, 3), [entry])
+    await say_spent(store, ONE, 50, 1, entry)
     assert await store.read_account(ONE) == Account(50, 1, 3)
     assert [each.fields for each in await store.list_audit(9)] == [attrs.asdict(entry)]
     await store.add_usage("w", 2, [event(period=50, spend=5)])
     assert await store.read_account(ONE) == Account(50, 6, 3)
-    await store.set_account(ONE, Account())
+    await say_spent(store, ONE, 60, 9)
+    assert await store.read_account(ONE) == Account(60, 9, 0)
+    await say_spent(store, ONE, 0, 0)
     assert await store.read_account(ONE) == Account()
     assert len(await store.list_audit(9)) == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_tokens_that_are_used_while_the_money_is_set_stay(store: Store) -> None:
+    await store.add_usage("w", 1, [event(spend=5, prompt_tokens=3)])
+    calls: list[Any] = [store.add_usage(f"w{number}", 1, [event(prompt_tokens=1)]) for number in range(20)]
+    calls.insert(10, say_spent(store, ONE, 0, 8))
+    await DeferredList([Deferred.fromCoroutine(call) for call in calls], fireOnOneErrback=True)
+    assert await store.read_account(ONE) == Account(0, 8, 23)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_new_key_begins_with_what_it_is_said_to_have_spent(store: Store) -> None:
+    await store.add_usage("w", 1, [event(period=50, spend=5, prompt_tokens=3)])  # of one that was deleted
+    said = {ONE: Spent(50, 7), TWO: Spent(0, 9)}
+    await store.change_keys([ONE], lambda _: Writes((key("sk-one", "taken"),), spent=said))
+    assert [await store.read_account(token) for token in (ONE, TWO)] == [Account(50, 7, 0), Account(0, 9, 0)]
+    with pytest.raises(AliasTaken):
+        await store.change_keys([TWO], lambda _: Writes((key("sk-two", "taken"),), spent={ONE: Spent(50, 1)}))
+    assert await store.read_account(ONE) == Account(50, 7, 0)
 
 
 @pytest_twisted.ensureDeferred
@@ -384,11 +406,10 @@ async def test_a_closed_store_is_unavailable(url: str) -> None:
     for call in (
         store.add_usage("w", 2, [event()]),
         store.add_usage("w", 2, []),
-        store.last_usage("w"),
         store.forget_writer("w"),
         store.read_usage(UsageQuery(since=DAYS[0], until=DAYS[2])),
         store.read_account(ONE),
-        store.set_account(ONE, Account()),
+        say_spent(store, ONE, 0, 0),
     ):
         with pytest.raises(StoreUnavailable):
             await call
@@ -494,7 +515,7 @@ async def test_every_store_counts_as_a_simple_model_does(
         for store in every_store:
             await store.add_usage(writer, first, events)
     for store in every_store:
-        assert {writer: await store.last_usage(writer) for writer in ("w", "v")} == {"w": 0, "v": 0, **model.last}
+        assert {writer: await last_usage(store, writer) for writer in ("w", "v")} == {"w": 0, "v": 0, **model.last}
         for token in (ONE, TWO):
             assert await store.read_account(token) == model.accounts.get(token, Account())
         for query in (*asked, UsageQuery(since=DAYS[0], until=DAYS[2], group_by=GROUPS)):

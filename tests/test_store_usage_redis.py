@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import pytest_twisted
 from _redis import RedisServer
+from _stores import add_key, last_usage, say_spent
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.task import deferLater
@@ -17,7 +18,7 @@ from vllmproxy.store.interface import StoreUnavailable, Writes
 from vllmproxy.store.redis import RedisStore
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.ledger import KEPT_DAYS
-from vllmproxy.usage.sums import Account, UsageQuery
+from vllmproxy.usage.sums import Account, Spent, UsageQuery
 
 TOKEN, HEIR = hash_key("sk-one"), hash_key("sk-two")
 TIME, DAY = 1_795_521_600.0, "2026-11-24"
@@ -79,18 +80,32 @@ async def test_what_was_held_is_let_go_of_when_it_is_spent(server: RedisServer, 
 @pytest_twisted.ensureDeferred
 async def test_what_is_held_stays_so_when_an_account_is_set(server: RedisServer, store: RedisStore) -> None:
     hold(server, 50, 5, 7, 100, 1000)
-    await store.set_account(TOKEN, Account(50, 0, 7))
-    assert account(server) == (50, 0, 7, 100, 1000)
-    await store.set_account(TOKEN, Account(60, 1, 2))
-    assert fields(server, BUDGET) == {"period": "60", "spend": "1", "tokens": "2"}
-    assert await store.read_account(TOKEN) == Account(60, 1, 2)
-    await store.add_usage("w", 1, [event(period=60, held=1, spend=1)])
+    await say_spent(store, TOKEN, 50, 9)
+    assert account(server) == (50, 9, 7, 100, 1000)
+    await say_spent(store, TOKEN, 60, 1)
+    assert fields(server, BUDGET) == {"period": "60", "spend": "1"}
+    assert await store.read_account(TOKEN) == Account(60, 1, 0)
+    await store.add_usage("w", 1, [event(period=60, held=1, spend=1, prompt_tokens=2)])
     assert account(server) == (60, 2, 2, 0, 0)
+    hold(server, 60, 5, 7, 100, 1000)
+    await say_spent(store, TOKEN, 60, 0)
+    assert fields(server, BUDGET) == {"period": "60", "spend": "0"}
+
+
+@pytest_twisted.ensureDeferred
+async def test_nothing_is_written_where_something_else_is_in_an_accounts_place(
+    server: RedisServer, store: RedisStore
+) -> None:
+    server.command("SET", BUDGET, "garbage")
+    made = VirtualKey(token=HEIR, key_name="new")
+    with pytest.raises(StoreUnavailable, match="WRONGTYPE"):
+        await store.change_keys([HEIR], lambda _: Writes((made,), spent={TOKEN: Spent(0, 1)}))
+    assert await store.get_key(HEIR) is None
 
 
 @pytest_twisted.ensureDeferred
 async def test_an_heir_takes_over_what_is_spent_and_not_what_is_held(server: RedisServer, store: RedisStore) -> None:
-    await store.add_key(VirtualKey(token=TOKEN, key_name="old"))
+    await add_key(store, VirtualKey(token=TOKEN, key_name="old"))
     hold(server, 50, 5, 7, 100, 1000)
     heir = VirtualKey(token=HEIR, key_name="new")
     await store.change_keys([TOKEN, HEIR], lambda _: Writes((heir,), (TOKEN,), inherits={HEIR: TOKEN}))
@@ -120,11 +135,10 @@ async def test_how_long_things_are_kept(server: RedisServer, store: RedisStore) 
 
 @pytest_twisted.ensureDeferred
 async def test_what_runs_after_its_time_does_nothing(server: RedisServer, store: RedisStore) -> None:
-    await store.set_account(TOKEN, Account(0, 5, 5))
+    await store.add_usage("v", 1, [event(spend=5, prompt_tokens=5)])
     before = number(server, "DBSIZE")
     for call in (
         lambda: store.add_usage("w", 1, [event(spend=1)]),
-        lambda: store.set_account(TOKEN, Account()),
         lambda: store.forget_writer("w"),
         lambda: store.read_usage(QUERY),
     ):
@@ -181,7 +195,7 @@ async def test_what_a_stalled_server_did_not_answer_can_be_sent_again(server: Re
 
 async def last(store: RedisStore) -> int:
     try:
-        return await store.last_usage("w")
+        return await last_usage(store, "w")
     except StoreUnavailable:
         return 0
 

@@ -27,10 +27,10 @@ class Store(MemoryStore):
     def __init__(self) -> None:
         super().__init__()
         self.fault: str | None = None
+        self.forgets: str | None = None
         self.refused: str | None = None
         self.calls = 0
         self.sent = 0
-        self.forgotten: list[str] = []
 
     async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
         self.calls += 1
@@ -44,8 +44,15 @@ class Store(MemoryStore):
             raise StoreUnavailable
 
     async def forget_writer(self, writer: str) -> None:
-        self.forgotten.append(writer)
+        if self.forgets == "before":
+            raise StoreUnavailable
         await super().forget_writer(writer)
+        if self.forgets == "after":
+            raise StoreUnavailable
+
+    def writers(self) -> set[str]:
+        """Those that something is kept of."""
+        return set(self._usage._writers)
 
     def total(self) -> tuple[int, int, int]:
         """Requests, those that are estimated, prompt tokens."""
@@ -173,7 +180,50 @@ def test_what_the_store_did_not_get_at_the_end_waits_for_the_next_start(tmp_path
     again.turn()
     assert desk.store.total() == (1, 0, 1)
     again.close()
-    assert len(desk.store.forgotten) == 1
+    assert (journals_in(tmp_path), desk.store.writers()) == ([], set())
+
+
+def test_at_the_end_the_writer_is_forgotten(directory: Path | None) -> None:
+    desk = Desk(directory)
+    desk.request()
+    desk.turn()
+    assert len(desk.store.writers()) == 1
+    desk.close()
+    assert desk.store.writers() == set()
+
+
+@pytest.mark.parametrize("fault", ["before", "after"])
+def test_a_writer_that_the_store_did_not_forget_is_told_at_the_next_start(tmp_path: Path, fault: str) -> None:
+    desk = Desk(tmp_path)
+    desk.request()
+    desk.store.forgets = fault
+    desk.close()
+    assert len(journals_in(tmp_path)) == 1
+    for forgets in (fault, None):
+        desk.store.forgets = forgets
+        again = Desk(tmp_path, desk.store)
+        again.turn()
+        again.close()
+    assert (journals_in(tmp_path), desk.store.writers()) == ([], set())
+    assert desk.store.total() == (1, 0, 1)
+
+
+@pytest.mark.parametrize("fault", ["before", "after"])
+def test_a_writer_that_the_store_did_not_forget_is_told_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(bookkeeper, "_ROTATE", 1)
+    desk = Desk(tmp_path)
+    for _ in range(3):
+        desk.request()
+    desk.store.forgets = fault
+    desk.turn()
+    desk.turn()
+    desk.store.forgets = None
+    desk.turn()
+    assert (len(journals_in(tmp_path)), len(desk.store.writers())) == (1, 1)
+    assert desk.store.total() == (3, 0, 3)
+    desk.close()
 
 
 def test_a_long_journal_is_followed_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,10 +106,26 @@ def test_one_that_is_not_locked_yet_is_not_seen(tmp_path: Path, monkeypatch: pyt
 
 
 def test_one_with_nothing_in_it_is_removed(tmp_path: Path) -> None:
-    Journal.create(tmp_path).close()
     (tmp_path / "empty.journal").touch()
     for path in journals_in(tmp_path):
         assert Journal.adopt(path) is None
+    assert journals_in(tmp_path) == []
+
+
+def test_one_that_was_emptied_tells_its_writer_and_no_events(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path)
+    for number in range(3):
+        journal.begin(str(number), WANTED)
+        journal.end(str(number), USED)
+    journal.close()
+    left = adopted(journal.path)
+    for _ in range(2):
+        left.empty()
+        left.close()
+        left = adopted(journal.path)
+        assert (left.writer, left.written, left.read(0, 1, 10)) == (journal.writer, 0, [])
+        assert left.size == journal.path.stat().st_size
+    left.remove()
     assert journals_in(tmp_path) == []
 
 

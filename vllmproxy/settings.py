@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 from attrs import field, frozen
 
+from vllmproxy.authorities import Authorities
 from vllmproxy.keys.policy import Route
 from vllmproxy.settings_kinds import AUTHORITIES, DIRECTORY, FLAG, PRICES, SECRET
 from vllmproxy.settings_table import TABLE, Row
 from vllmproxy.store.address import REDIS_SCHEMES
-from vllmproxy.upstreams.authorities import Authorities
 from vllmproxy.upstreams.upstream import Upstream
 from vllmproxy.usage.prices import Prices
 from vllmproxy.usage.reader import UsageMode

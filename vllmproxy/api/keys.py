@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from attrs import evolve
 from klein import Klein
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -28,7 +29,7 @@ from vllmproxy.errors import ApiError, BadRequest, NotFound
 from vllmproxy.keys.gate import Gate
 from vllmproxy.keys.key import VirtualKey, hash_key
 from vllmproxy.store.interface import AliasTaken, Decide, Store, StoreUnavailable, TokenTaken, Writes
-from vllmproxy.usage.sums import NO_ACCOUNT, Account
+from vllmproxy.usage.sums import NO_ACCOUNT, Account, Spent
 
 _log = Logger()
 
@@ -90,11 +91,11 @@ class KeyApi:
         def add(found: Found) -> Writes:
             if found:
                 raise TokenTaken
-            return Writes(put=(row,), audit=(call.changed(None, row),))
+            writes = Writes(put=(row,), audit=(call.changed(None, row),))
+            return writes if wanted.spend is None else _spent(call, writes, NO_ACCOUNT, wanted.spend)
 
-        await self._change(call, [row.token], add, made=row.token, alias=row.key_alias)
-        account = NO_ACCOUNT if wanted.spend is None else await self._spend(call, row, NO_ACCOUNT, wanted.spend)
-        shown = row_of(row, call.time, account)
+        writes = await self._change([row.token], add, made=row.token, alias=row.key_alias)
+        shown = row_of(row, call.time, _account_after(writes, row.token, NO_ACCOUNT))
         return {"key": key, "token": row.token, "token_id": row.token, "duration": wanted.duration, **shown}
 
     async def update(self, call: ManagementCall, body: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +152,7 @@ class KeyApi:
             return Writes((after, kept), (), audit, heir)
 
         account = await self._store.read_account(old)  # before: afterwards nothing may fail, the key is shown only once
-        row = (await self._change(call, [old, token], replace, made=token, param="new_key", alias=alias)).put[0]
+        row = (await self._change([old, token], replace, made=token, param="new_key", alias=alias)).put[0]
         shown = row_of(row, call.time, account)
         return {"key": new, "token": token, "token_id": token, "duration": wanted.duration, **shown}
 
@@ -159,21 +160,15 @@ class KeyApi:
         """Set what a key has spent in the period of its budget; answer with its row, and what it was before."""
         name, spend = parse_reset(body)
         token = await self._token_of(name)
-        row = await self._store.get_key(token)
-        key = call.find({} if row is None else {token: row}, token)
-        before = await self._store.read_account(token)
-        after = await self._spend(call, key, before, spend)
-        previous = row_of(key, call.time, before)["spend"]
-        return {"token": token, **row_of(key, call.time, after), "previous_spend": previous}
+        account = await self._store.read_account(token)
 
-    async def _spend(self, call: ManagementCall, key: VirtualKey, before: Account, spend: int) -> Account:
-        """Set what a key has spent in the period of its budget that it is now. The tokens of that period stay, but for
-        nothing: who has spent nothing has used none."""
-        period, _ = key.budget.period(call.time)
-        after = Account(period, spend, before.tokens if spend and before.period == period else 0)
-        await self._store.set_account(key.token, after, (call.spent(key, before, after),))
-        _log.info("What key {key_id} has spent was set by {actor}", key_id=key.token, actor=call.actor)
-        return after
+        def reset(found: Found) -> Writes:
+            return _spent(call, Writes(put=(call.find(found, token),)), account, spend)
+
+        writes = await self._change([token], reset)
+        (key,) = writes.put
+        shown = row_of(key, call.time, _account_after(writes, token, account))
+        return {"token": token, **shown, "previous_spend": row_of(key, call.time, account)["spend"]}
 
     def _check(self, call: ManagementCall, before: VirtualKey | None, after: VirtualKey) -> None:
         """Raise :class:`~vllmproxy.errors.ApiError` if a key may not become this."""
@@ -204,7 +199,7 @@ class KeyApi:
             return Writes(remove=tuple(key.token for key in gone), audit=tuple(call.changed(key, None) for key in gone))
 
         tokens |= aliased
-        removed = (await self._change(call, sorted(set(tokens.values())), remove)).remove
+        removed = (await self._change(sorted(set(tokens.values())), remove)).remove
         names = (*wanted.keys, *wanted.aliases)
         gone = [name for name in names if tokens.get(name) in removed]
         if not gone:
@@ -220,12 +215,11 @@ class KeyApi:
             before = call.find(found, token, name.alias)
             after = patch.apply(before, call.time, call.actor, is_master=call.caller.is_master)
             self._check(call, before, after)
-            return Writes(put=(after,), audit=(call.changed(before, after),))
+            writes = Writes(put=(after,), audit=(call.changed(before, after),))
+            return writes if patch.spend is None else _spent(call, writes, account, patch.spend)
 
-        (row,) = (await self._change(call, [token], change, alias=patch.fields.get("key_alias"))).put
-        if patch.spend is not None:
-            account = await self._spend(call, row, account, patch.spend)
-        return {"token": token, **row_of(row, call.time, account)}
+        writes = await self._change([token], change, alias=patch.fields.get("key_alias"))
+        return {"token": token, **row_of(writes.put[0], call.time, _account_after(writes, token, account))}
 
     async def _token_of(self, name: KeyName) -> str:
         if name.token is not None:
@@ -237,7 +231,6 @@ class KeyApi:
 
     async def _change(
         self,
-        call: ManagementCall,
         tokens: Sequence[str],
         decide: Decide,
         *,
@@ -275,6 +268,22 @@ class KeyApi:
             await self._store.add_audit(call.refused(error.status))
         except StoreUnavailable:
             _log.warn("A refused {endpoint} is not in the audit trail: the store is away", endpoint=call.endpoint)
+
+
+def _spent(call: ManagementCall, writes: Writes, before: Account, money: int) -> Writes:
+    """Return ``writes``, of one key, with what it has spent: so much in the period of its budget that it is now.
+
+    :param before: its account, as it was read just before: for the audit trail.
+    """
+    (key,) = writes.put
+    said = Spent(key.budget.period(call.time)[0], money)
+    audit = (*writes.audit, call.spent(key, before, said.applied(before)))
+    return evolve(writes, spent={key.token: said}, audit=audit)
+
+
+def _account_after(writes: Writes, token: str, before: Account) -> Account:
+    said = writes.spent.get(token)
+    return before if said is None else said.applied(before)
 
 
 def _fresh_key() -> str:

@@ -1,7 +1,6 @@
 """What may be said on the command line. Nothing here asks the proxy anything."""
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -9,12 +8,14 @@ from typing import Any, Final, NoReturn
 
 from vllmproxy import __version__
 from vllmproxy.cli.fields import CLEARABLE, add_fields, fields_of
+from vllmproxy.cli.numbers import number
 from vllmproxy.cli.place import DEFAULT_URL, KEY_VARIABLES, URL_VARIABLE
 from vllmproxy.cli.text import plain, without_keys
 
 _NAME: Final = "the key's alias or hash, or - for a key on standard input"
 _GROUPS: Final = ("day", "key", "model", "end-user")
 _LONGEST: Final = 86_400.0
+_MOST_DAYS: Final = 36_525
 
 Parsers = Any  # argparse's type for subparsers has no public name
 
@@ -181,17 +182,13 @@ def _is_text(argument: str) -> bool:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and 0 < value <= _LONGEST):
-        raise argparse.ArgumentTypeError("it is a number of seconds, more than 0 and at most a day")
-    return value
+    return number(
+        text, float, "a number of seconds, more than 0 and at most a day, like 30", lambda value: 0 < value <= _LONGEST
+    )
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 36_525:
-        raise argparse.ArgumentTypeError("it is a number of days, 1 or more")
-    return value
+    return number(text, int, f"a number of days, 1 to {_MOST_DAYS}, like 7", lambda value: 1 <= value <= _MOST_DAYS)
 
 
 def _day(text: str) -> str:

@@ -8,6 +8,8 @@ from typing import Any, Final
 
 from attrs import frozen
 
+from vllmproxy.cli.numbers import number, whole
+
 #: The kinds of keys; named in the help, judged by the proxy.
 _TYPES: Final = "default, llm_api, read_only or management"
 
@@ -18,7 +20,7 @@ class FieldOption:
 
     :ivar option: its name on the command line.
     :ivar field: the API's name.
-    :ivar kind: makes a value of its text, or raises :class:`argparse.ArgumentTypeError` or ``ValueError``.
+    :ivar kind: makes a value of its text, or raises :class:`argparse.ArgumentTypeError`.
     :ivar many: it may be given more than once; ``list`` or ``dict`` says what the values are put together to.
     """
 
@@ -49,14 +51,11 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _counted(text: str) -> tuple[str, int]:
     name, value = _pair(text)
-    return name, int(value)
+    return name, whole(value)
 
 
 def _amount(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount")
-    return value
+    return number(text, float, "an amount of money, like 12.5", math.isfinite)
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -99,10 +98,10 @@ FIELDS: Final = (
         kind=_filled,
         help="how long it works from now on: 30m, 12h, 30d; without end otherwise",
     ),
-    FieldOption(option="--rpm", field="rpm_limit", metavar="N", kind=int, help="requests a minute"),
-    FieldOption(option="--tpm", field="tpm_limit", metavar="N", kind=int, help="tokens a minute"),
+    FieldOption(option="--rpm", field="rpm_limit", metavar="N", kind=whole, help="requests a minute"),
+    FieldOption(option="--tpm", field="tpm_limit", metavar="N", kind=whole, help="tokens a minute"),
     FieldOption(
-        option="--parallel", field="max_parallel_requests", metavar="N", kind=int, help="requests at the same time"
+        option="--parallel", field="max_parallel_requests", metavar="N", kind=whole, help="requests at the same time"
     ),
     FieldOption(
         option="--model-rpm",
@@ -127,7 +126,7 @@ FIELDS: Final = (
         option="--max-budget-tokens",
         field="max_budget_tokens",
         metavar="N",
-        kind=int,
+        kind=whole,
         help="tokens that it may use in a period",
     ),
     FieldOption(

@@ -10,6 +10,7 @@ from vllmproxy.keys.key import VirtualKey
 
 #: How many keys that do not exist are remembered; a stream of made-up keys turns over these places only.
 MAX_UNKNOWN: Final = 10_000
+UNKNOWN_SECONDS: Final = 1.0
 
 
 @define  # not frozen, which takes three times as long to make: there is one for each look-up
@@ -29,8 +30,8 @@ class KeyCache:
     """Token (sha256 hex) → key, least recently used out first; and, apart from it, tokens known not to exist.
 
     :param max_entries: how many keys are kept.
-    :param ttl: seconds a key is believed, which is how late another process's revocation may take effect.
-    :param negative_ttl: the same for keys that do not exist: how late another process's new key may begin.
+    :param ttl: seconds a key is believed, which is how late another process's revocation may take effect. That there is
+        no such key is believed as long, but for :data:`UNKNOWN_SECONDS` at most: how late its new key may begin.
     :param max_stale: seconds that :meth:`get_stale` goes on giving a key; 0: it gives none.
     """
 
@@ -39,7 +40,6 @@ class KeyCache:
         clock: IReactorTime,
         max_entries: int = 100_000,
         ttl: float = 1.0,
-        negative_ttl: float = 1.0,
         max_unknown: int = MAX_UNKNOWN,
         *,
         max_stale: float = 0.0,
@@ -47,7 +47,6 @@ class KeyCache:
         self._clock = clock
         self._max_entries = max_entries
         self.ttl = ttl
-        self._negative_ttl = negative_ttl
         self._max_unknown = max_unknown
         self.max_stale = max_stale
         self._doubts = 0
@@ -83,7 +82,7 @@ class KeyCache:
         self.forget(token)
         now = self._clock.seconds()
         if key is None:
-            self._unknown[token] = now + self._negative_ttl
+            self._unknown[token] = now + min(self.ttl, UNKNOWN_SECONDS)
             if len(self._unknown) > self._max_unknown:
                 self._unknown.popitem(last=False)
         else:

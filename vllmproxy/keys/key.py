@@ -100,12 +100,6 @@ class VirtualKey:
         return self.needs_model or bool(self.aliases) or self.counts_tokens
 
     @cached_property
-    def is_limited(self) -> bool:
-        """Whether a request takes anything of a limit."""
-        limits = (self.rpm_limit, self.max_parallel_requests)
-        return self.counts_tokens or bool(self.model_rpm_limit) or any(limit is not None for limit in limits)
-
-    @cached_property
     def policy(self) -> Policy:
         """What this key opens; compiled when first asked for."""
         return _policy_of(self.key_type, self.allowed_routes, self.granted_by_master)

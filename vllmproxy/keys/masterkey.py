@@ -38,12 +38,8 @@ class MasterKey:
     def __init__(self, key: str | bytes) -> None:
         self._token = hash_key(key).encode()
 
-    def matches(self, secret: bytes) -> bool:
-        """Tell whether ``secret`` is the master key, in time that does not depend on where they differ."""
-        return self.matches_token(hash_key(secret))
-
     def matches_token(self, token: str) -> bool:
-        """The same for the sha256 hex of a secret, for callers that have it already."""
+        """Tell whether ``token`` is the master key's sha256 hex, in time that does not depend on where they differ."""
         return hmac.compare_digest(self._token, token.encode())
 
     def __repr__(self) -> str:

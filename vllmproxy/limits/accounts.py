@@ -55,9 +55,11 @@ class Accounts:
 
     def open(self, token: str, account: Account) -> None:
         """Begin with what the store knows of a key, unless it is known here."""
-        self._balances.setdefault(token, _Balance(account.period, account.spend, account.tokens))
-        if len(self._balances) > _MOST_IDLE:
-            self._drop_idle()
+        if token in self._balances:
+            return
+        if len(self._balances) >= _MOST_IDLE:
+            self._drop_idle()  # before: this one is as idle as they are
+        self._balances[token] = _Balance(account.period, account.spend, account.tokens)
 
     def left(self, token: str, rule: Rule) -> int:
         """Return what is left of the budget that ``rule`` is for; negative where more was spent."""

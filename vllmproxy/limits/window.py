@@ -24,7 +24,7 @@ class Window:
     :ivar total: the sum of all buckets; see :meth:`prune`.
     """
 
-    __slots__ = ("_buckets", "_first", "_latest", "_length", "_start", "_width", "total")
+    __slots__ = ("_buckets", "_first", "_length", "_start", "_width", "total")
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -35,8 +35,6 @@ class Window:
         self._first = 0
         #: When the newest bucket began.
         self._start = 0
-        #: Until when something in the newest bucket may still be asked for: that bucket counts from then.
-        self._latest = 0
         self.total = 0
 
     def __len__(self) -> int:
@@ -61,14 +59,14 @@ class Window:
             excess, leaves = excess - amount, last + self._length
         return leaves - now
 
-    def take(self, now: int, cost: int, ahead: int = 0) -> int:
-        """Add ``cost`` and return the number of the bucket it is in. It counts ``ahead`` longer."""
+    def take(self, now: int, cost: int) -> int:
+        """Add ``cost`` and return the number of the bucket it is in."""
         self.prune(now)
         if not self._buckets or now >= self._start + self._width:
             self._buckets.append([now, 0])
             self._start = now
         newest = self._buckets[-1]
-        newest[0] = self._latest = max(self._latest, now + ahead)
+        newest[0] = now
         newest[1] += cost
         self.total += cost
         return self._first + len(self._buckets) - 1

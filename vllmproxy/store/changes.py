@@ -1,14 +1,15 @@
 """What every store does in the same way, in terms of the few things that each does in its own."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 from attrs import frozen
 from twisted.internet.defer import Deferred
 
 from vllmproxy.keys.key import VirtualKey
-from vllmproxy.store.interface import AliasTaken, AuditEntry, Decide, TokenTaken, Writes
+from vllmproxy.store.interface import AliasTaken, AuditEntry, Decide, Writes
 from vllmproxy.store.listing import KeyPage, KeyQuery, Selection
+from vllmproxy.usage.sums import Spent
 
 #: Seconds that a listing may take which has to look at every key.
 LIST_SECONDS: Final = 10.0
@@ -26,25 +27,6 @@ class Changes(Protocol):
     async def _list(self, query: KeyQuery) -> KeyPage:
         """List where only looking at every key, or an index by time, can tell which are meant."""
         ...
-
-    async def add_key(self, key: VirtualKey) -> None:
-        def add(found: Mapping[str, VirtualKey]) -> Writes:
-            if found:
-                raise TokenTaken
-            return Writes(put=(key,))
-
-        await self.change_keys([key.token], add)
-
-    async def update_key(self, token: str, change: Callable[[VirtualKey], VirtualKey]) -> VirtualKey | None:
-        def update(found: Mapping[str, VirtualKey]) -> Writes:
-            return Writes(put=tuple(change(key) for key in found.values()))
-
-        written = await self.change_keys([token], update)
-        return written.put[0] if written.put else None
-
-    async def delete_keys(self, tokens: Sequence[str]) -> list[str]:
-        written = await self.change_keys(tokens, lambda found: Writes(remove=tuple(found)))
-        return list(written.remove)
 
     async def add_audit(self, entry: AuditEntry) -> None:
         await self.change_keys([], lambda _: Writes(audit=(entry,)))
@@ -95,15 +77,17 @@ class AccountChanges:
     """What a change does to accounts.
 
     :ivar ended: tokens whose accounts go once it is known what is inherited: of keys that are removed, and of new ones,
-        which begin with nothing or with what they inherit.
+        which begin with nothing or with what they inherit or are said to have spent.
     :ivar inherited: token → token of the key whose account, as it was before, it takes over.
+    :ivar spent: token → what is said of its account, after all that.
     """
 
     ended: tuple[str, ...]
     inherited: Mapping[str, str]
+    spent: Mapping[str, Spent]
 
 
 def account_changes(found: Mapping[str, VirtualKey], writes: Writes) -> AccountChanges:
     """Return what ``writes`` does to accounts, where ``found`` are the keys as they are."""
     new = (key.token for key in writes.put if key.token not in found)
-    return AccountChanges(tuple(dict.fromkeys((*writes.remove, *new, *writes.inherits))), writes.inherits)
+    return AccountChanges(tuple(dict.fromkeys((*writes.remove, *new, *writes.inherits))), writes.inherits, writes.spent)

@@ -4,25 +4,25 @@ txredisapi speaks the protocol; its pools and its reconnecting are not used, for
 while Redis is down, give up for good after a failed AUTH, and take the global reactor.
 """
 
-import re
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from OpenSSL import SSL, crypto
+from OpenSSL import SSL
 from service_identity import VerificationError
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, TimeoutError, succeed
 from twisted.internet.endpoints import HostnameEndpoint, UNIXClientEndpoint, wrapClientTLS
 from twisted.internet.error import ConnectError
 from twisted.internet.interfaces import IProtocol, IStreamClientEndpoint
 from twisted.internet.protocol import Factory
-from twisted.internet.ssl import Certificate, optionsForClientTLS, trustRootFromCertificates
+from twisted.internet.ssl import optionsForClientTLS
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from txredisapi import RedisError, RedisProtocol, ResponseError
 
+from vllmproxy.authorities import Authorities
 from vllmproxy.store.address import RedisAddress, place
 from vllmproxy.store.interface import StoreUnavailable
 
@@ -228,8 +228,7 @@ def make_endpoint(address: RedisAddress, reactor: Any) -> IStreamClientEndpoint:
         return endpoint
     if address.ca is None:
         return wrapClientTLS(optionsForClientTLS(address.host), endpoint)
-    trust = trustRootFromCertificates(_certificates(address.ca))
-    return wrapClientTLS(optionsForClientTLS(address.host, trustRoot=trust), endpoint)
+    return wrapClientTLS(optionsForClientTLS(address.host, trustRoot=_trust_root(address.ca)), endpoint)
 
 
 def _ignore(failure: Failure) -> None:
@@ -248,14 +247,11 @@ def _cancellable(connecting: Deferred[IProtocol]) -> Deferred[IProtocol]:
     return waiter
 
 
-def _certificates(file: Path) -> list[Certificate]:
-    found = re.findall(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", file.read_bytes(), re.DOTALL)
-    if not found:
-        raise ValueError(f"{file} holds no PEM certificate")
+def _trust_root(file: Path) -> Any:
     try:
-        return [Certificate.loadPEM(pem) for pem in found]
-    except crypto.Error as error:
-        raise ValueError(f"{file} holds a damaged certificate") from error
+        return Authorities.parse(file.read_text("utf-8", "replace")).trust_root()
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def describe(failure: Failure) -> str:

@@ -11,7 +11,7 @@ from vllmproxy.keys.key import VirtualKey
 from vllmproxy.limits.interface import Limiter
 from vllmproxy.store.listing import KeyPage, KeyQuery
 from vllmproxy.usage.event import UsageEvent
-from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
+from vllmproxy.usage.sums import Account, Spent, UsageQuery, UsageSum
 
 #: The layout of what is stored. An older one is brought up to this; a store with a newer one is not opened.
 SCHEMA_VERSION = 3
@@ -79,12 +79,15 @@ class Writes:
     :ivar inherits: token of a key in ``put`` → token of the key whose account it takes over as it stands: a key that is
         regenerated has spent what it had. The account of a key that is removed goes with it, and any other new key
         begins with nothing.
+    :ivar spent: token → what is said of its account, with a change of its key or without. What requests under way hold
+        stays held, unless it is another period than it was, or nothing at all was spent: then nothing is held either.
     """
 
     put: tuple[VirtualKey, ...] = ()
     remove: tuple[str, ...] = ()
     audit: tuple[AuditEntry, ...] = ()
     inherits: Mapping[str, str] = field(factory=dict)
+    spent: Mapping[str, Spent] = field(factory=dict)
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -135,15 +138,6 @@ class Store(Protocol):
         :raises AliasTaken: a key that this does not touch has an alias that it would give.
         """
 
-    async def add_key(self, key: VirtualKey) -> None:
-        """Keep a new key, whole or not at all. Raises :class:`AliasTaken`, :class:`TokenTaken`."""
-
-    async def update_key(self, token: str, change: Callable[[VirtualKey], VirtualKey]) -> VirtualKey | None:
-        """Replace a key by what ``change`` makes of it, and return that; ``None`` when there is none."""
-
-    async def delete_keys(self, tokens: Sequence[str]) -> list[str]:
-        """Delete those that exist, their aliases with them, and return the tokens that were deleted."""
-
     async def list_keys(self, query: KeyQuery) -> KeyPage:
         """Return a part of the keys that ``query`` asks for, and how many there are."""
 
@@ -156,20 +150,19 @@ class Store(Protocol):
     async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
         """Add events to the sums and to the accounts of virtual keys, each exactly once.
 
-        All of them or none, up to 200; more may be added in pieces of so many, in order, and :meth:`last_usage` says
-        how far it came. Of one key and day only so many models and end users have sums of their own, see
-        :mod:`vllmproxy.usage.ledger`. Sums are kept for 400 days, a writer that is silent for 90.
+        All of them or none, up to 200; more may be added in pieces of so many, in order. Of one key and day only so
+        many models and end users have sums of their own, see :mod:`vllmproxy.usage.ledger`. Sums are kept for
+        400 days. A writer is known until it is to be forgotten; Redis knows it for 90 days after it was last heard of
+        at most.
 
         An account whose period is older than an event's begins anew with it; an event of an older period is added to
-        the sums only. With ``requests`` = 0 an event counts nowhere in the sums.
+        the sums only. With ``requests`` = 0 an event counts nowhere in the sums. The account of a key that there is not
+        goes after a while, as the old sums do.
 
         :param writer: names a journal; its events are numbered 1, 2, 3 … and come in that order.
         :param first: the number of the first of ``events``. Those up to the last number that was added are left out;
             that some are missing before it does not matter.
         """
-
-    async def last_usage(self, writer: str) -> int:
-        """Return the number of the last event that was added of ``writer``, 0: none."""
 
     async def forget_writer(self, writer: str) -> None:
         """The writer's journal is gone: its events will not come again."""
@@ -184,10 +177,3 @@ class Store(Protocol):
 
     async def read_account(self, token: str) -> Account:
         """Return what the key with that id has spent; nothing where nothing was added yet."""
-
-    async def set_account(self, token: str, account: Account, audit: Sequence[AuditEntry] = ()) -> None:
-        """Say what a key has spent, whatever it had, and write that down, both or nothing.
-
-        What requests under way hold stays held, unless it is another period than it was, or nothing at all was spent:
-        then nothing is held either.
-        """

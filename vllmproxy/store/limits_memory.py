@@ -123,11 +123,16 @@ class MemoryLimiters:
         for limiter in self._made:
             limiter.accounts.added(accounts, events)
 
-    def changed(self, writes: Writes) -> None:
-        """Keys were changed: where one is gone, or has another's account, what is known of it is not true any more."""
+    def changed(self, writes: Writes, spent: Mapping[str, Account]) -> None:
+        """Keys were changed: where one is gone, or has another's account, what is known of it is not true any more.
+
+        :param spent: the accounts that were set, as they are now.
+        """
         for token in (*writes.remove, *writes.inherits):
             for limiter in self._made:
                 limiter.accounts.forget(token)
+        if spent:
+            self.added(spent)
 
 
 class _Counters:

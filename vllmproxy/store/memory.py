@@ -8,7 +8,7 @@ from twisted.internet.interfaces import IReactorTime
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.limits.interface import Limiter
 from vllmproxy.store.changes import Changes, account_changes, alias_changes
-from vllmproxy.store.interface import AliasTaken, AuditEntry, Decide, StoredEntry, StoreUnavailable, Writes
+from vllmproxy.store.interface import AliasTaken, Decide, StoredEntry, StoreUnavailable, Writes
 from vllmproxy.store.limits_memory import MemoryLimiters
 from vllmproxy.store.listing import KeyPage, KeyQuery, Selection
 from vllmproxy.store.rows import dump_entry, dump_row, load_entry, load_row
@@ -65,6 +65,7 @@ class MemoryStore(Changes):
         found = {token: load_row(self._rows[token]) for token in tokens if token in self._rows}
         writes = decide(found)
         rows = {key.token: dump_row(key) for key in writes.put}
+        entries = [dump_entry(entry) for entry in writes.audit]
         aliases = alias_changes(found, writes)
         if any(alias in self._aliases for alias in aliases.taken):
             raise AliasTaken
@@ -75,9 +76,9 @@ class MemoryStore(Changes):
         for token in writes.remove:
             self._rows.pop(token, None)
         self._rows.update(rows)
-        self._usage.change(account_changes(found, writes))
-        self._audit += [dump_entry(entry) for entry in writes.audit]
-        self._limiters.changed(writes)
+        spent = self._usage.change(account_changes(found, writes))
+        self._audit += entries
+        self._limiters.changed(writes, spent)
         return writes
 
     async def list_audit(self, limit: int, before: str | None = None) -> list[StoredEntry]:
@@ -88,10 +89,6 @@ class MemoryStore(Changes):
     async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
         self._check_open()
         self._limiters.added(self._usage.add(writer, first, events), events)
-
-    async def last_usage(self, writer: str) -> int:
-        self._check_open()
-        return self._usage.last(writer)
 
     async def forget_writer(self, writer: str) -> None:
         self._check_open()
@@ -104,12 +101,6 @@ class MemoryStore(Changes):
     async def read_account(self, token: str) -> Account:
         self._check_open()
         return self._usage.account(token)
-
-    async def set_account(self, token: str, account: Account, audit: Sequence[AuditEntry] = ()) -> None:
-        self._check_open()
-        entries = [dump_entry(entry) for entry in audit]
-        self._limiters.added(self._usage.set_account(token, account))
-        self._audit += entries
 
     async def _list(self, query: KeyQuery) -> KeyPage:
         self._check_open()

@@ -28,7 +28,6 @@ from vllmproxy.store.changes import (
 )
 from vllmproxy.store.interface import (
     AliasTaken,
-    AuditEntry,
     CannotOpenStore,
     Decide,
     StoredEntry,
@@ -48,14 +47,15 @@ from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
 
 # A script sent to a Redis that was stopped runs when it goes on, after the caller was told that it failed.
 # Hence ARGV[1], the time on the server's clock after which nobody waits for the change any more. Then come, counted
-# in ARGV[2..6]: the rows that the decision was made from ('' for none), each with what becomes of it ('' for nothing,
+# in ARGV[2..7]: the rows that the decision was made from ('' for none), each with what becomes of it ('' for nothing,
 # 'remove', or a new row) and its place in the index; aliases that are freed, are given, must be nobody's; accounts that
-# are inherited, each after its heir's; accounts that go; entries.
+# are inherited, each after its heir's; accounts that are set, to a period and money. Not counted: accounts that go;
+# entries.
 _CHANGE = """
 local now = redis.call('TIME')
 if now[1] + now[2] / 1000000 > tonumber(ARGV[1]) then return 'late' end
 local keys, freed, given, taken = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-local name, arg, inherited = 2, 6, {}
+local name, arg, inherited, spent = 2, 7, {}, tonumber(ARGV[7])
 for place = 1, keys do
   if (redis.call('HGET', KEYS[name + place], 'row') or '') ~= ARGV[arg + 4 * place - 3] then return 'changed' end
 end
@@ -65,6 +65,9 @@ for place = aliases + freed + given + 1, aliases + freed + given + taken do
 end
 local accounts = aliases + freed + given + taken
 for heir = 1, tonumber(ARGV[6]) do inherited[heir] = redis.call('HGETALL', KEYS[accounts + 2 * heir]) end
+local said = accounts + 2 * #inherited
+-- Asked for here too: what is no account fails before anything is written.
+for place = said + 1, said + spent do redis.call('HGET', KEYS[place], 'period') end
 for place = 1, keys do
   local row, token, score = ARGV[arg + 4 * place - 2], ARGV[arg + 4 * place - 1], ARGV[arg + 4 * place]
   -- pcall: what was written stays written, and answered, when this user may not publish.
@@ -80,14 +83,20 @@ end
 arg = arg + 4 * keys
 for place = aliases + 1, aliases + freed do redis.call('DEL', KEYS[place]) end
 for place = 1, given do redis.call('SET', KEYS[aliases + freed + place], ARGV[arg + place]) end
-for place = accounts + 2 * #inherited + 1, #KEYS do redis.call('DEL', KEYS[place]) end
+for place = said + spent + 1, #KEYS do redis.call('DEL', KEYS[place]) end
 for heir, account in ipairs(inherited) do
   if #account > 0 then  -- what requests under way hold, they let go of at the key that they came with
     redis.call('HSET', KEYS[accounts + 2 * heir - 1], unpack(account))
     redis.call('HDEL', KEYS[accounts + 2 * heir - 1], 'held0', 'held_tokens0', 'held1', 'held_tokens1')
   end
 end
-for place = arg + given + 1, #ARGV do redis.call('XADD', KEYS[2], '*', 'entry', ARGV[place]) end
+arg = arg + given
+for place = 1, spent do  -- what is held is of its period
+  local account, period, money = KEYS[said + place], ARGV[arg + 2 * place - 1], ARGV[arg + 2 * place]
+  if money == '0' or (redis.call('HGET', account, 'period') or '0') ~= period then redis.call('DEL', account) end
+  redis.call('HSET', account, 'period', period, 'spend', money)
+end
+for place = arg + 2 * spent + 1, #ARGV do redis.call('XADD', KEYS[2], '*', 'entry', ARGV[place]) end
 return 'done'
 """
 
@@ -212,9 +221,6 @@ class RedisStore(Changes):
     async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
         await self._usage.add(writer, first, events)
 
-    async def last_usage(self, writer: str) -> int:
-        return await self._usage.last(writer)
-
     async def forget_writer(self, writer: str) -> None:
         await self._usage.forget(writer)
 
@@ -223,9 +229,6 @@ class RedisStore(Changes):
 
     async def read_account(self, token: str) -> Account:
         return await self._usage.account(token)
-
-    async def set_account(self, token: str, account: Account, audit: Sequence[AuditEntry] = ()) -> None:
-        await self._usage.set_account(token, account, audit)
 
     async def _list(self, query: KeyQuery) -> KeyPage:
         if query.is_plain:
@@ -295,11 +298,12 @@ def _arguments(
     names = [INDEX_KEY, AUDIT_KEY, *(key_name(name_bytes(token)) for token in tokens)]
     names += [alias_name(name_bytes(alias)) for alias in (*aliases.freed, *aliases.given, *aliases.taken)]
     passed = [token for pair in accounts.inherited.items() for token in pair]
-    names += [account_name(name_bytes(token)) for token in (*passed, *accounts.ended)]
+    names += [account_name(name_bytes(token)) for token in (*passed, *accounts.spent, *accounts.ended)]
     values: list[Any] = [len(tokens), len(aliases.freed), len(aliases.given), len(aliases.taken)]
-    values.append(len(accounts.inherited))
+    values += [len(accounts.inherited), len(accounts.spent)]
     for token in tokens:
         row, created = new.get(token, ("", 0.0))
         values += [rows.get(token, b""), row, name_bytes(token), repr(float(created))]
     values += [name_bytes(token) for token in aliases.given.values()]
+    values += [word for said in accounts.spent.values() for word in (said.period, said.money)]
     return names, values + [dump_entry(entry) for entry in writes.audit]

@@ -9,7 +9,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from twisted.enterprise.adbapi import ConnectionPool, Transaction
 from twisted.internet.defer import Deferred, DeferredSemaphore
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import LoopingCall
 from twisted.internet.threads import deferToThreadPool
+from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.limits.interface import Limiter
@@ -18,7 +21,6 @@ from vllmproxy.store.calls import Calls
 from vllmproxy.store.changes import LIST_SECONDS, Changes, account_changes
 from vllmproxy.store.interface import (
     AliasTaken,
-    AuditEntry,
     CannotOpenStore,
     Decide,
     StoredEntry,
@@ -32,11 +34,14 @@ from vllmproxy.store.sqlite_schema import BUSY_SECONDS, prepare
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
 
+_log = Logger()
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _INSERT = "INSERT INTO keys (token, alias, row, created) VALUES (?, ?, ?, ?)"
 _MAXIMUM_ID = 2**63 - 1
+_DAY = 86_400
 
 
 class SqliteStore(Changes):
@@ -57,6 +62,8 @@ class SqliteStore(Changes):
         self._limiters = MemoryLimiters(self.read_account)
         #: What takes long has one of the threads, so that look-ups find another.
         self._long = DeferredSemaphore(1)
+        self._daily = LoopingCall(self._remove_old)
+        self._daily.clock = reactor
 
     async def open(self) -> None:
         if self._pool is not None:
@@ -75,9 +82,9 @@ class SqliteStore(Changes):
         )
         try:
             await self._calls.run(deferToThreadPool(self._reactor, pool.threadpool, prepare, self._path), self._timeout)
-            today = datetime.fromtimestamp(self._reactor.seconds(), UTC).strftime("%Y-%m-%d")
-            await self._calls.run(pool.runInteraction(usage_sqlite.remove_old, today), LIST_SECONDS)
+            await self._calls.run(pool.runInteraction(usage_sqlite.remove_old, self._today()), LIST_SECONDS)
             self._pool = pool
+            self._daily.start(_DAY, now=False)
         except (StoreUnavailable, sqlite3.Error) as error:
             raise CannotOpenStore(f"{self._path}: {error}") from error
         finally:
@@ -86,6 +93,8 @@ class SqliteStore(Changes):
 
     async def close(self) -> None:
         pool, self._pool = self._pool, None
+        if self._daily.running:
+            self._daily.stop()
         self._calls.end()
         if pool is not None:
             pool.close()
@@ -100,8 +109,8 @@ class SqliteStore(Changes):
         await self._run(_ping)
 
     async def change_keys(self, tokens: Sequence[str], decide: Decide) -> Writes:
-        writes = await self._run(_in_time, self._lateness(), _change, tuple(tokens), decide)
-        self._limiters.changed(writes)
+        writes, spent = await self._write(_change, tuple(tokens), decide)
+        self._limiters.changed(writes, spent)
         return writes
 
     def get_key(self, token: str) -> Deferred[VirtualKey | None]:
@@ -114,10 +123,7 @@ class SqliteStore(Changes):
         return await self._run(_list_audit, limit, before)
 
     async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
-        self._limiters.added(await self._book(usage_sqlite.add, writer, first, tuple(events)), events)
-
-    async def last_usage(self, writer: str) -> int:
-        return await self._run(usage_sqlite.last, writer)
+        self._limiters.added(await self._write(usage_sqlite.add, writer, first, tuple(events)), events)
 
     async def forget_writer(self, writer: str) -> None:
         await self._run(usage_sqlite.forget, writer)
@@ -128,13 +134,8 @@ class SqliteStore(Changes):
     async def read_account(self, token: str) -> Account:
         return await self._run(usage_sqlite.account, token)
 
-    async def set_account(self, token: str, account: Account, audit: Sequence[AuditEntry] = ()) -> None:
-        self._limiters.added(await self._book(_set_account, token, account, tuple(audit)))
-
-    async def _book(
-        self, work: Callable[Concatenate[Transaction, P], dict[str, Account]], *args: P.args, **kwargs: P.kwargs
-    ) -> dict[str, Account]:
-        """Have ``work`` change accounts, and return those as they are afterwards."""
+    async def _write(self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Have ``work`` change something, unless it comes too late."""
         return await self._run(_in_time, self._lateness(), work, *args, **kwargs)
 
     async def _list(self, query: KeyQuery) -> KeyPage:
@@ -155,6 +156,12 @@ class SqliteStore(Changes):
 
         self._pool.runInteraction(work, *args, **kwargs).addBoth(done)
         return await self._result(waiter, LIST_SECONDS)
+
+    def _today(self) -> str:
+        return datetime.fromtimestamp(self._reactor.seconds(), UTC).strftime("%Y-%m-%d")
+
+    def _remove_old(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._run_long(usage_sqlite.remove_old, self._today())).addErrback(_not_removed)
 
     def _lateness(self) -> Callable[[], bool]:
         """Return what tells whether a call that begins now has been given up by its caller."""
@@ -178,6 +185,11 @@ class SqliteStore(Changes):
             return await self._calls.run(call, seconds)
         except (sqlite3.Error, ValueError) as error:
             raise StoreUnavailable(f"{self._path}: {error}") from error
+
+
+def _not_removed(failure: Failure) -> None:
+    failure.trap(StoreUnavailable)
+    _log.warn("What is kept no longer stays in the store for another day: {error}", error=str(failure.value))
 
 
 def _configure(connection: sqlite3.Connection) -> None:
@@ -207,7 +219,7 @@ def _in_time(
     return result
 
 
-def _change(transaction: Transaction, tokens: Sequence[str], decide: Decide) -> Writes:
+def _change(transaction: Transaction, tokens: Sequence[str], decide: Decide) -> tuple[Writes, dict[str, Account]]:
     found = {token: key for token in tokens if (key := _get(transaction, token)) is not None}
     writes = decide(found)
     for token in writes.tokens:
@@ -218,22 +230,10 @@ def _change(transaction: Transaction, tokens: Sequence[str], decide: Decide) -> 
             transaction.execute(_INSERT, (name_bytes(key.token), alias, dump_row(key), key.created_at))
         except sqlite3.IntegrityError as error:
             raise AliasTaken from error
-    usage_sqlite.change(transaction, account_changes(found, writes))
-    _write_down(transaction, writes.audit)
-    return writes
-
-
-def _set_account(
-    transaction: Transaction, token: str, account: Account, audit: Sequence[AuditEntry]
-) -> dict[str, Account]:
-    usage_sqlite.set_account(transaction, token, account)
-    _write_down(transaction, audit)
-    return {token: account}
-
-
-def _write_down(transaction: Transaction, audit: Sequence[AuditEntry]) -> None:
-    for entry in audit:
+    spent = usage_sqlite.change(transaction, account_changes(found, writes))
+    for entry in writes.audit:
         transaction.execute("INSERT INTO audit (entry) VALUES (?)", (dump_entry(entry),))
+    return writes, spent
 
 
 def _get(transaction: Transaction, token: str) -> VirtualKey | None:

@@ -168,15 +168,3 @@ return {1, now, cursor, cjson.encode(all)}
 
 #: KEYS: an account. Answers period, spend and tokens.
 ACCOUNT: Final = PUNCTUAL + "return {1, now, unpack(redis.call('HMGET', KEYS[1], 'period', 'spend', 'tokens'))}"
-
-#: KEYS: an account, the audit trail. ARGV: not after, period, spend, tokens, entries. What is held is of its period.
-SET_ACCOUNT: Final = (
-    PUNCTUAL
-    + """
-local begins_anew = ARGV[3] == '0' and ARGV[4] == '0'
-if begins_anew or (redis.call('HGET', KEYS[1], 'period') or '0') ~= ARGV[2] then redis.call('DEL', KEYS[1]) end
-redis.call('HSET', KEYS[1], 'period', ARGV[2], 'spend', ARGV[3], 'tokens', ARGV[4])
-for place = 5, #ARGV do redis.call('XADD', KEYS[2], '*', 'entry', ARGV[place]) end
-return {1, now}
-"""
-)

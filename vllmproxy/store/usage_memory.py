@@ -90,17 +90,15 @@ class MemoryUsage:
     def account(self, token: str) -> Account:
         return self._accounts.get(token, NO_ACCOUNT)
 
-    def set_account(self, token: str, account: Account) -> Mapping[str, Account]:
-        """Set it, and return what was changed."""
-        self._accounts[token] = account
-        return {token: account}
-
-    def change(self, changes: AccountChanges) -> None:
-        """Let accounts go and pass others on, with a change of keys."""
+    def change(self, changes: AccountChanges) -> Mapping[str, Account]:
+        """Let accounts go, pass others on and set some, with a change of keys. Return those that were set."""
         inherited = {heir: self.account(token) for heir, token in changes.inherited.items()}
         for token in changes.ended:
             self._accounts.pop(token, None)
         self._accounts |= inherited
+        spent = {token: said.applied(self.account(token)) for token, said in changes.spent.items()}
+        self._accounts |= spent
+        return spent
 
     def _begin(self, day: str) -> None:
         self._days[day] = {}

@@ -1,7 +1,7 @@
 """Sums and accounts in Redis; the names are in :mod:`vllmproxy.store.redis_schema`.
 
 Numbers alone make an addition happen once, as long as its writer is known. The scripts are kept from running late all
-the same: a writer may have been forgotten meanwhile, and an account set.
+the same: a writer may have been forgotten meanwhile.
 """
 
 import json
@@ -12,12 +12,12 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from vllmproxy.store.changes import LIST_SECONDS
-from vllmproxy.store.interface import AuditEntry, StoreUnavailable
+from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.link import Link
-from vllmproxy.store.redis_schema import AUDIT_KEY, account_name, day_name, sums_names, writer_name
-from vllmproxy.store.rows import dump_entry, name_bytes, name_text
+from vllmproxy.store.redis_schema import account_name, day_name, sums_names, writer_name
+from vllmproxy.store.rows import name_bytes, name_text
 from vllmproxy.store.scripts import Scripts
-from vllmproxy.store.usage_lua import ACCOUNT, ADD, FORGET, KEYS_OF_DAY, LAST, OVERLAP, SET_ACCOUNT, SUMS
+from vllmproxy.store.usage_lua import ACCOUNT, ADD, FORGET, KEYS_OF_DAY, LAST, OVERLAP, SUMS
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.ledger import (
     KEPT_DAYS,
@@ -98,10 +98,6 @@ class RedisUsage:
             return Account(*(int(value or 0) for value in values))
         except ValueError as error:
             raise StoreUnavailable(f"it holds something else than an account: {error}") from error
-
-    async def set_account(self, token: str, account: Account, audit: Sequence[AuditEntry]) -> None:
-        words = [account.period, account.spend, account.tokens, *(dump_entry(entry) for entry in audit)]
-        await self._run(SET_ACCOUNT, [account_name(name_bytes(token)), AUDIT_KEY], words)
 
     async def _add(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
         while events:

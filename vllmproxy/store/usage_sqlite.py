@@ -47,7 +47,7 @@ def add(transaction: Transaction, writer: str, first: int, events: Sequence[Usag
             )
             transaction.execute(_ADD, (*keyday, *names, *numbers))
     for token, charge in batch.charges.items():
-        set_account(transaction, token, charge.applied(account(transaction, token)))
+        _set_account(transaction, token, charge.applied(account(transaction, token)))
     if new:
         place = first + len(events) - 1
         transaction.execute("INSERT OR REPLACE INTO usage_writers VALUES (?, ?)", (name_bytes(writer), place))
@@ -96,25 +96,29 @@ def account(transaction: Transaction, token: str) -> Account:
     return NO_ACCOUNT if found is None else Account(*found)
 
 
-def set_account(transaction: Transaction, token: str, account: Account) -> None:
-    """Say what a key has spent."""
-    values = (name_bytes(token), account.period, account.spend, account.tokens)
-    transaction.execute("INSERT OR REPLACE INTO accounts VALUES (?, ?, ?, ?)", values)
-
-
-def change(transaction: Transaction, changes: AccountChanges) -> None:
-    """Let accounts go and pass others on, with a change of keys."""
+def change(transaction: Transaction, changes: AccountChanges) -> dict[str, Account]:
+    """Let accounts go, pass others on and set some, with a change of keys. Return those that were set."""
     inherited: Mapping[str, Account] = {heir: account(transaction, token) for heir, token in changes.inherited.items()}
     for token in changes.ended:
         transaction.execute("DELETE FROM accounts WHERE token = ?", (name_bytes(token),))
     for heir, passed in inherited.items():
-        set_account(transaction, heir, passed)
+        _set_account(transaction, heir, passed)
+    spent = {token: said.applied(account(transaction, token)) for token, said in changes.spent.items()}
+    for token, each in spent.items():
+        _set_account(transaction, token, each)
+    return spent
 
 
 def remove_old(transaction: Transaction, today: str) -> None:
-    """Remove the sums that are kept no longer on the day ``today``."""
+    """Remove the sums that are kept no longer on the day ``today``, and what keys used that were deleted meanwhile."""
     for table in _TABLES:
         transaction.execute(f"DELETE FROM {table} WHERE day < ?", (oldest_kept(today),))
+    transaction.execute("DELETE FROM accounts WHERE token NOT IN (SELECT token FROM keys)")
+
+
+def _set_account(transaction: Transaction, token: str, account: Account) -> None:
+    values = (name_bytes(token), account.period, account.spend, account.tokens)
+    transaction.execute("INSERT OR REPLACE INTO accounts VALUES (?, ?, ?, ?)", values)
 
 
 def _name(transaction: Transaction, keyday: tuple[str, bytes], kind: str, name: str, most: int) -> bytes:

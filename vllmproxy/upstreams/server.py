@@ -14,9 +14,9 @@ from twisted.internet.endpoints import (
 from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.ssl import optionsForClientTLS
 
+from vllmproxy.authorities import Authorities
 from vllmproxy.http1.agent import UpstreamAgent
 from vllmproxy.http1.streaming import StreamingClient
-from vllmproxy.upstreams.authorities import Authorities
 from vllmproxy.upstreams.upstream import Upstream
 
 

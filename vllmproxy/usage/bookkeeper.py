@@ -48,6 +48,8 @@ class _Pages(Protocol):
 
     def sync(self) -> None: ...
 
+    def empty(self) -> None: ...
+
     def close(self) -> None: ...
 
     def remove(self) -> None: ...
@@ -75,6 +77,9 @@ class Unwritten:
 
     def sync(self) -> None:
         """There is no disk."""
+
+    def empty(self) -> None:
+        """There is no file."""
 
     def close(self) -> None:
         """There is no file."""
@@ -184,8 +189,9 @@ class Bookkeeper:
             for path in journals_in(self._directory):
                 left = Journal.adopt(path)
                 if left is not None:
-                    _log.info("{count} requests of an earlier run are being counted", count=left.written)
                     self._books.append(Book(left))
+            if count := sum(book.journal.written for book in self._books):
+                _log.info("{count} requests of an earlier run are being counted", count=count)
         self._begin_journal()
         self._loop.start(FLUSH_SECONDS, now=False)
 
@@ -240,7 +246,7 @@ class Bookkeeper:
     async def _bring(self, book: Book) -> None:
         book.end_unwritten()
         if book.needs_sync():
-            await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), book.journal.sync)
+            await self._sync(book)
         while batch := book.batch():
             await self._store.add_usage(book.journal.writer, batch[0].number, [each.event for each in batch])
             book.has(batch)
@@ -248,10 +254,17 @@ class Bookkeeper:
             await self._remove(book)
 
     async def _remove(self, book: Book) -> None:
-        """The file first: without it the events cannot come again, whatever the store remembers."""
+        """First its events, which must not come again once the store has forgotten that it has them; and last the file,
+        which has this done again until it succeeds."""
+        book.journal.empty()
+        if self._directory is not None:
+            await self._sync(book)
+        await self._store.forget_writer(book.journal.writer)
         self._books.remove(book)
         book.journal.remove()
-        await self._store.forget_writer(book.journal.writer)
+
+    def _sync(self, book: Book) -> Deferred[None]:
+        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), book.journal.sync)
 
     def _not_brought(self, reason: Failure) -> BaseException:
         """Say so once, and hand on why."""
@@ -270,9 +283,9 @@ class Bookkeeper:
             return
         self._loop.stop()
         await self.flush()
+        if self._books[-1].is_done:
+            removing: Deferred[Any] = Deferred.fromCoroutine(self._remove(self._books[-1]))
+            await removing.addErrback(self._not_brought)
         books, self._books = self._books, []
         for book in books:
-            if book.is_done:
-                book.journal.remove()
-            else:
-                book.journal.close()
+            book.journal.close()

@@ -54,6 +54,8 @@ class Journal:
         self.size = 0
         self.written = 0
         self.open: dict[str, UsageEvent] = {}
+        #: Bytes of the first line.
+        self._head = 0
 
     @classmethod
     def create(cls, directory: Path) -> "Journal":
@@ -67,6 +69,7 @@ class Journal:
             fcntl.flock(journal._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             journal.writer = name
             journal._append(f'{{"writer":"{name}"}}')
+            journal._head = journal.size
             begun.rename(path)
         except OSError:
             begun.unlink(missing_ok=True)
@@ -76,8 +79,8 @@ class Journal:
 
     @classmethod
     def adopt(cls, path: Path) -> "Journal | None":
-        """Take over what a process left that is no more; ``None`` where there is nothing in it, it still runs, or
-        another has taken it over.
+        """Take over what a process left that is no more; ``None`` where it says nothing, it still runs, or another has
+        taken it over. Its writer is to be forgotten even where it has no events: it may have been emptied.
 
         Requests that it was killed in the middle of are counted as they were expected to be: estimated, or unknown.
         """
@@ -121,12 +124,17 @@ class Journal:
         """Return when the disk has it. Blocks."""
         os.fdatasync(self._descriptor)
 
+    def empty(self) -> None:
+        """The store has all of it, and whoever reads it again is to find nothing but its writer."""
+        os.ftruncate(self._descriptor, self._head)
+        self.size = self._head
+
     def close(self) -> None:
         """Let go of the file: whoever comes next may adopt it."""
         os.close(self._descriptor)
 
     def remove(self) -> None:
-        """The store has all of it."""
+        """Its writer is forgotten."""
         self.path.unlink(missing_ok=True)
         self.close()
 
@@ -139,10 +147,10 @@ class Journal:
         self.size += written
 
     def _recover(self) -> bool:
-        """Read all of it; end what has begun. False where there is nothing to be counted."""
+        """Read all of it; end what has begun. False where nobody can have written it."""
         for line, end in self._lines(0):
-            if isinstance(line, dict):
-                self.writer = str(line.get("writer", ""))
+            if isinstance(line, dict) and not self.writer:
+                self.writer, self._head = str(line.get("writer", "")), end
             elif _event_of(line) is not None:
                 self.open.pop(line[1], None)
                 self.written += 1
@@ -153,7 +161,7 @@ class Journal:
             os.ftruncate(self._descriptor, self.size)  # a torn last line
             for id, expected in list(self.open.items()):
                 self.end(id, expected)
-        return bool(self.writer and self.written)
+        return bool(self.writer)
 
     def _lines(self, offset: int) -> Iterator[tuple[Any, int]]:
         """Yield each whole line as what it says (``None``: nothing) and where the next one begins."""

@@ -72,3 +72,20 @@ class Account:
 
 
 NO_ACCOUNT: Final = Account()
+
+
+@frozen
+class Spent:
+    """What somebody says that a key has spent.
+
+    :ivar period: the period of its budget that it is now, as in :class:`Account`.
+    :ivar money: in micro-units.
+    """
+
+    period: int
+    money: int
+
+    def applied(self, account: Account) -> Account:
+        """Return what ``account`` becomes. The tokens of that period stay, but for no money: who has spent nothing has
+        used none."""
+        return Account(self.period, self.money, account.tokens if self.money and self.period == account.period else 0)

@@ -1,4 +1,4 @@
-"""Who may sign an ``https://`` upstream's certificate, where that is not left to the system."""
+"""Who may sign the certificate of an ``https://`` upstream or of a Redis, where that is not left to the system."""
 
 import re
 from typing import Any, Final, Self
