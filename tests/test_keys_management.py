@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _asking import ask, make_key, until
+from _asking import CHAT, ask, make_key, until
 from _redis import RedisServer, redis_server
 from _service import MASTER_KEY, Twistd, start_proxy
 
@@ -114,3 +114,20 @@ def test_updates_through_two_proxies_at_once_all_survive(start: Start, redis: Re
     assert len(show(proxies[1], "/audit")["entries"]) == 7
     for proxy in proxies:
         until(lambda proxy=proxy: ask(proxy, "GET", MODELS, key=made["key"]).status == 401)  # type: ignore[misc]
+
+
+def test_what_was_used_just_now_counts_when_a_key_is_replaced_or_its_spend_is_set(stored: Twistd) -> None:
+    def use(key: str) -> int:
+        reply = ask(stored, "POST", "/vllm/v1/chat/completions", CHAT, key=key)
+        tokens: int = reply.json()["usage"]["total_tokens"]
+        return tokens
+
+    key = make_key(stored)["key"]
+    used = use(key)
+    new = manage(stored, "/key/regenerate", {"key": key})
+    assert new["spend_tokens"] == used
+    used += use(new["key"])
+    reset = manage(stored, f"/key/{new['token']}/reset_spend", {"reset_to": 0})
+    assert reset["spend_tokens"] == 0
+    used = use(new["key"])
+    until(lambda: show(stored, f"/key/info?key={new['token']}")["info"]["spend_tokens"] == used)

@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 
 from klein import Klein
+from twisted.internet.defer import succeed
 from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
 from twisted.web.http import Request as HTTPRequest
@@ -14,7 +15,7 @@ from werkzeug.exceptions import HTTPException
 from vllmproxy.api.audit import AuditApi
 from vllmproxy.api.errors import answer_error, answer_json, error_of
 from vllmproxy.api.health import HealthApi
-from vllmproxy.api.keys import KeyApi
+from vllmproxy.api.keys import KeyApi, TellUsage
 from vllmproxy.api.keyviews import KeyViewApi
 from vllmproxy.api.metrics import MetricsApi, MetricsText
 from vllmproxy.api.usage import UsageApi
@@ -31,6 +32,7 @@ class Api:
     :param open_metrics: show the metrics to everybody.
     :param is_well: tells whether vLLM answers.
     :param priced: there are prices, so that budgets of money can be kept.
+    :param tell_usage: has the store told of all that was used until now, as far as it can be reached.
     :param workers: how many processes are at work, and of how many; ``None`` where there is this one only.
     :ivar routes: the paths that it answers, variable parts in angle brackets.
     """
@@ -47,6 +49,7 @@ class Api:
         is_well: Callable[[], Awaitable[bool]],
         is_stopping: Callable[[], bool] = lambda: False,
         priced: bool = False,
+        tell_usage: TellUsage = lambda: succeed(None),
         workers: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
         self._clock = clock
@@ -55,7 +58,7 @@ class Api:
         # Klein's defaults answer // and a missing slash with redirects.
         app.url_map.merge_slashes = app.url_map.strict_slashes = False
         app.route("/", methods=["GET"])(self.index)
-        KeyApi(gate, store, clock, priced=priced).register(app)
+        KeyApi(gate, store, clock, tell_usage, priced=priced).register(app)
         KeyViewApi(gate, store, clock).register(app)
         UsageApi(gate, store, clock).register(app)
         AuditApi(gate, store).register(app)

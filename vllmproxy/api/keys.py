@@ -34,6 +34,7 @@ from vllmproxy.usage.sums import NO_ACCOUNT, Account, Spent
 _log = Logger()
 
 Found = Mapping[str, VirtualKey]
+TellUsage = Callable[[], Awaitable[None]]
 Work = Callable[[ManagementCall, dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
@@ -41,11 +42,15 @@ class KeyApi:
     """The handlers.
 
     :param clock: ``seconds()`` is the time of day, seconds since the epoch.
+    :param tell_usage: has the store told of all that was used until now, as far as it can be reached.
     :param priced: there are prices, so that budgets of money can be kept.
     """
 
-    def __init__(self, gate: Gate, store: Store, clock: IReactorTime, *, priced: bool = False) -> None:
+    def __init__(
+        self, gate: Gate, store: Store, clock: IReactorTime, tell_usage: TellUsage, *, priced: bool = False
+    ) -> None:
         self._priced = priced
+        self._tell_usage = tell_usage
         self._gate = gate
         self._store = store
         self._clock = clock
@@ -151,6 +156,7 @@ class KeyApi:
                 return Writes((after,), (old,), audit, heir)
             return Writes((after, kept), (), audit, heir)
 
+        await self._tell_usage()  # what is told later is the old key's
         account = await self._store.read_account(old)  # before: afterwards nothing may fail, the key is shown only once
         row = (await self._change([old, token], replace, made=token, param="new_key", alias=alias)).put[0]
         shown = row_of(row, call.time, account)
@@ -160,6 +166,7 @@ class KeyApi:
         """Set what a key has spent in the period of its budget; answer with its row, and what it was before."""
         name, spend = parse_reset(body)
         token = await self._token_of(name)
+        await self._tell_usage()  # what is told later is added to what is set
         account = await self._store.read_account(token)
 
         def reset(found: Found) -> Writes:
@@ -209,6 +216,8 @@ class KeyApi:
 
     async def _patch(self, call: ManagementCall, name: KeyName, patch: KeyPatch) -> dict[str, Any]:
         token = await self._token_of(name)
+        if patch.spend is not None:
+            await self._tell_usage()
         account = await self._store.read_account(token)
 
         def change(found: Found) -> Writes:
