@@ -251,3 +251,16 @@ async def test_held_and_spent_never_pass_the_limit_by_admission(bench: Bench, se
             held += cost
             running.append(cost)
     assert (await bench.store.read_account(TOKEN)).spend == spent
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_is_said_to_be_spent_holds_for_a_period_that_is_not_the_latest(bench: Bench) -> None:
+    """A clock may have been ahead."""
+    assert isinstance(await bench.reserve(tokens(100, 60, period=2000)), Granted)
+    await bench.over(period=2000, completion_tokens=60, held_tokens=60)
+    await say_spent(bench.store, TOKEN, 1000, 0)
+    assert isinstance(await bench.reserve(tokens(100, 100, period=1000)), Granted)
+    await bench.over(period=1000, completion_tokens=70, held_tokens=100)
+    denied = await bench.reserve(tokens(100, 31, period=1000))
+    assert isinstance(denied, Denied)
+    assert denied.left == 30

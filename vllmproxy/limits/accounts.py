@@ -25,8 +25,8 @@ class _Balance:
     held_tokens: int = 0
 
     def begin(self, period: int) -> None:
-        """Begin anew if ``period`` is a later one."""
-        if period > self.period:
+        """Begin anew, unless it is that period already."""
+        if period != self.period:
             self.period = period
             self.spend = self.tokens = self.held = self.held_tokens = 0
 
@@ -65,7 +65,8 @@ class Accounts:
         """Return what is left of the budget that ``rule`` is for; negative where more was spent."""
         balance = self._balances[token]
         self._balances.move_to_end(token)
-        balance.begin(rule.period)
+        if rule.period > balance.period:
+            balance.begin(rule.period)
         return rule.limit - balance.used(rule)
 
     def hold(self, token: str, rule: Rule, amount: int) -> None:
@@ -81,14 +82,15 @@ class Accounts:
             balance.hold(rule, change)
 
     def added(self, accounts: Mapping[str, Account], events: Sequence[UsageEvent] = ()) -> None:
-        """The store has changed ``accounts``, to what they are now: what ``events`` held is spent."""
+        """The store has changed ``accounts``, to what they are now: what ``events`` held is spent. Without events they
+        were set, which holds even for a period that is not the latest."""
         self.changes += 1
         for token, account in accounts.items():
             balance = self._balances.get(token)
-            if balance is not None and account.period >= balance.period:
+            if balance is not None and (account.period >= balance.period or not events):
                 balance.begin(account.period)
                 balance.spend, balance.tokens = account.spend, account.tokens
-                if not events and not account.spend and not account.tokens:  # it was set so, and begins anew
+                if not events and not account.spend and not account.tokens:  # it begins anew
                     balance.held = balance.held_tokens = 0
         for event in events:
             balance = self._balances.get(event.key)
