@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.task import Clock
 
 from vllmproxy.limits.values import Ask, Denied, Granted, Rule
-from vllmproxy.store import limits_redis
+from vllmproxy.store import limits_redis, usage_redis
 from vllmproxy.store.address import parse_redis_url
 from vllmproxy.store.limits_memory import MemoryLimiter
 from vllmproxy.store.limits_redis import RedisLimiter
@@ -95,10 +95,15 @@ class RedisBench(Bench):
 def virtual_time() -> Iterator[None]:
     """Let the scripts take the time from a key."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("RESERVE", "SETTLE", "RENEW"):
-            text = getattr(limits_redis, name)
+        for module, name in (
+            (limits_redis, "RESERVE"),
+            (limits_redis, "SETTLE"),
+            (limits_redis, "RENEW"),
+            (usage_redis, "ADD"),
+        ):
+            text = getattr(module, name)
             assert text.count(_TIME) == 1
-            patch.setattr(limits_redis, name, text.replace(_TIME, _VIRTUAL))
+            patch.setattr(module, name, text.replace(_TIME, _VIRTUAL))
         yield
 
 

@@ -103,6 +103,24 @@ async def test_a_request_that_lasts_past_midnight_is_let_go_of_from_the_day_that
     assert await bench.left() == LIMIT
 
 
+@pytest.mark.parametrize("is_first", [False, True])
+@pytest_twisted.ensureDeferred
+async def test_a_proxy_whose_clock_is_ahead_opens_no_period_and_closes_none(bench: Bench, is_first: bool) -> None:
+    """What it does counts where the others are; once it is mended, nothing of it is left."""
+    now, ahead = MIDNIGHT - DAY, MIDNIGHT + 2 * DAY
+    if not is_first:
+        await bench.over(0, period=now, completion_tokens=100)
+        await bench.hold(tokens(10, period=now))
+    held_on = await bench.hold(tokens(30, period=ahead))
+    await bench.over(held_on, period=ahead, held_tokens=30, completion_tokens=20)
+    whole = tokens(LIMIT, period=now)
+    assert await bench.left(whole) == LIMIT - (0 if is_first else 130)
+    await bench.over(0, period=now, completion_tokens=5)
+    assert await bench.left(whole) == LIMIT - (5 if is_first else 135)
+    bench.to(2)
+    assert await bench.left(tokens(LIMIT, period=ahead)) == LIMIT
+
+
 @pytest_twisted.ensureDeferred
 async def test_one_that_lasts_for_days_takes_nothing_from_what_others_hold(bench: Bench) -> None:
     held_on = await bench.hold(tokens(100))

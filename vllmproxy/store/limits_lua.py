@@ -142,6 +142,8 @@ local spent = {budget = 'spend', budget_tokens = 'tokens'}
 local holds = {budget = 'held', budget_tokens = 'held_tokens'}
 local held_earlier = {budget = 'earlier', budget_tokens = 'earlier_tokens'}
 local accounts, today, day_long = {}, math.floor(now / 86400000000), '86400000'
+-- A period that begins later is one of a clock that is ahead: whoever has that, all goes on in the period that it is.
+local latest = now / 1000000 + 60
 
 local function account_of(name, period)
   local account = accounts[name]
@@ -164,7 +166,8 @@ local function account_of(name, period)
     end
     accounts[name] = account
   end
-  if period > account.period then
+  if account.period > latest then account.period = -1 end
+  if period > account.period and (period <= latest or account.period < 0) then
     account.period, account.spend, account.tokens, account.is_begun = period, 0, 0, true
     account.held, account.held_tokens, account.earlier, account.earlier_tokens = 0, 0, 0, 0
   end
@@ -236,6 +239,7 @@ local function reserve(from, id, units, rules)
     local all = units * cost
     if holds[kind] then
       local account = accounts[name]
+      if period > latest then period = account.period end
       if account.period == period then account[holds[kind]] = account[holds[kind]] + all end
       account.is_changed, bucket = true, holds[kind] .. today % 2
       remembered, held_on = day_long, today
