@@ -112,11 +112,13 @@ def read_request(
 
 
 def _takes(body: bytes) -> bool:
-    """Tell whether vLLM may read ``body`` though we do not: it takes more encodings."""
+    """Tell whether vLLM may read ``body`` though we do not: it takes more encodings, and its Python may go deeper."""
     try:
         return isinstance(json.loads(body), dict)
-    except (ValueError, RecursionError):
+    except (json.JSONDecodeError, UnicodeDecodeError):
         return False
+    except (ValueError, RecursionError):  # a bound of this Python's, for digits or depth: vLLM's may have another
+        return True
 
 
 def _prompt_tokens(body: bytes | mmap, attachments: list[Attachment]) -> int:
