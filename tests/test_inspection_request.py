@@ -170,6 +170,17 @@ def asked(body: bytes | dict[str, Any], path: str = "/v1/chat/completions", kind
         (b'\xef\xbb\xbf{"model":"m"}', "the body is not a JSON object"),
         (b"{" + b",".join(b'"%d":1' % n for n in range(1001)) + b"}", "the body has too many members"),
         (b'{"a":[' + b"1," * 1_000_000 + b"1]}", "the body holds too many values"),
+        (b'{"stream_options":{"include_usage":false,"include_usage":false}}', "include_usage is given twice"),
+        (b'{"stream_options":{"include_usage":false,"include_us\\u0061ge":true}}', "include_usage is given twice"),
+        (
+            b'{"x":"\xc3\xa9","stream_options":{"continuous_usage_stats":0,"include_usage":0,"continuous_usage_stats":0}}',
+            "continuous_usage_stats is given twice",
+        ),
+        (b'{"stream_options":{"x":1,"x":2}}', ""),
+        (
+            b'{"stream_options":{' + b",".join(b'"%d":1' % n for n in range(1001)) + b"}}",
+            "stream_options cannot be read",
+        ),
         # Another Python reads these.
         (b'{"a":' + b"[" * 1000 + b"]" * 1000 + b"}", "the body is nested too deeply"),
         (b'{"a":' + b"[" * 100_000, "the body is nested too deeply"),
