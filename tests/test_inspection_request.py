@@ -93,6 +93,11 @@ def test_a_compressed_body_is_ambiguous(encoding: bytes, surety: str) -> None:
         (COMPLETIONS, {"prompt": [[1], [2]], "max_tokens": 5}, 2, 10),
         (COMPLETIONS, {"prompt": "x", "prompt_embeds": ["a", "b"], "max_tokens": 5}, 3, 15),
         (COMPLETIONS, {"max_tokens": 0, "echo": True, "prompt": ""}, 1, 0),
+        ("/invocations", {"messages": [{}], "max_completion_tokens": 5, "max_tokens": 9, "n": 3}, 3, 15),
+        ("/invocations", {"messages": [{}], "prompt": None}, 1, None),
+        ("/invocations", {"prompt": ["x", "y"], "max_completion_tokens": 1, "max_tokens": 5, "n": 2}, 4, 20),
+        ("/invocations", {"prompt_embeds": ["a", "b"], "messages": None}, 2, 32),
+        ("/invocations", {"input": "x"}, 1, None),
         ("/v1/responses", {"max_output_tokens": 7, "max_tokens": 1, "n": 5}, 1, 7),
         ("/v1/messages", {"max_tokens": 7}, 1, 7),
         ("/v1/embeddings", {"input": "x"}, 1, 0),
@@ -192,6 +197,15 @@ def asked(body: bytes | dict[str, Any], path: str = "/v1/chat/completions", kind
 )
 def test_what_nobody_can_say_the_use_of(body: bytes, unclear: str) -> None:
     assert asked(body).unclear == unclear
+
+
+def test_what_is_a_chat_or_a_completion_is_unclear() -> None:
+    both = {"messages": [{}], "prompt": "x"}
+    assert asked(both, "/invocations").unclear == "there are both messages and a prompt"
+    assert asked({**both, "prompt": None, "prompt_embeds": ["x"]}, "/invocations").unclear
+    assert not asked({**both, "messages": None}, "/invocations").unclear
+    assert not asked({**both, "prompt": None}, "/invocations").unclear
+    assert not asked(both).unclear
 
 
 def test_as_many_as_may_be_are_read() -> None:

@@ -147,6 +147,9 @@ def _options_of(body: bytes | mmap, document: Document) -> tuple[Document | None
 
 def _of_document(document: Document, options: Document | None, path: str, prompt_tokens: int, unclear: str) -> Asked:
     values, repeated = document.values, document.repeated
+    if path == "/invocations":
+        path, which = _invoked(values)
+        unclear = unclear or which
     model, surety, reason = _model_of(values.get("model"), "model" in repeated)
     answers = _answers(values, path)
     # The others' values may be as large as the body.
@@ -167,6 +170,16 @@ def _of_document(document: Document, options: Document | None, path: str, prompt
         document=document,
         options=options,
     )
+
+
+def _invoked(values: Mapping[str, object]) -> tuple[str, str]:
+    """Return the route that ``/invocations`` is for such a body, and why nobody can say that.
+
+    vLLM takes for a completion what it cannot take for a chat. For what is neither it generates nothing.
+    """
+    if any(values.get(name) is not None for name in ("prompt", "prompt_embeds")):
+        return "/v1/completions", "" if values.get("messages") is None else "there are both messages and a prompt"
+    return "/v1/chat/completions", ""
 
 
 def _unclear(repeated: set[str]) -> str:
