@@ -232,6 +232,8 @@ def test_a_prompt_is_guessed_by_its_text() -> None:
     source = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBO" * 50_000}}
     for other in (image, source):
         assert 2024 <= asked({"messages": [{"content": ["x" * 4000, other]}]}).prompt_tokens < 2100
+    slashes = json.dumps({"messages": [image]}).replace("iVB", "/9j").replace("/", "\\/")  # as PHP writes them
+    assert 1024 <= asked(slashes.encode()).prompt_tokens < 1100
     plain = {"messages": [{"content": "data:image/png;base64," + "to be or not to be " * 500}]}
     assert asked(plain).prompt_tokens > 2000
 
