@@ -134,6 +134,10 @@ ANSWERS: dict[str, tuple[dict[str, Any], Result]] = {
         {"model": MODEL, "usage": {"prompt_tokens": "11", "total_tokens": True}},
         (MODEL, None),
     ),
+    "a usage without a prompt": (
+        {"usage": {"completion_tokens": 4, "total_tokens": 15}},
+        (None, reported(None, 4, 15)),
+    ),
     "a null usage": ({"model": MODEL, "usage": None}, (MODEL, None)),
     "numbers that are none": (
         {"model": MODEL, "usage": {"prompt_tokens": -1, "completion_tokens": 10**30, "seconds": 10**400}},
