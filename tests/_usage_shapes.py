@@ -26,6 +26,16 @@ def chunk(content: str | None, **more: object) -> dict[str, Any]:
     return {"id": "chatcmpl-1", "object": "chat.completion.chunk", "model": MODEL, "choices": choices, **more}
 
 
+def choice(index: int, said: int, prompt: int = 11, **more: object) -> dict[str, Any]:
+    """Return a chunk of one choice of several, with ``continuous_usage_stats``: vLLM tells what that one used."""
+    return chunk("x", choices=[{"index": index, "delta": {"content": "x"}}], usage=tokens(prompt, said), **more)
+
+
+def completion(index: int, said: int, prompt: int) -> dict[str, Any]:
+    """Return the same of a completion, each with its own prompt."""
+    return choice(index, said, prompt, object="text_completion")
+
+
 def tokens(prompt: int, completion: int) -> dict[str, Any]:
     return {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}
 
@@ -124,6 +134,10 @@ ANSWERS: dict[str, tuple[dict[str, Any], Result]] = {
         {"model": MODEL, "usage": {"prompt_tokens": "11", "total_tokens": True}},
         (MODEL, None),
     ),
+    "a usage without a prompt": (
+        {"usage": {"completion_tokens": 4, "total_tokens": 15}},
+        (None, reported(None, 4, 15)),
+    ),
     "a null usage": ({"model": MODEL, "usage": None}, (MODEL, None)),
     "numbers that are none": (
         {"model": MODEL, "usage": {"prompt_tokens": -1, "completion_tokens": 10**30, "seconds": 10**400}},
@@ -170,6 +184,26 @@ STREAMS: dict[str, tuple[bytes, Result]] = {
     "the same cut short": (
         events(chunk("a", usage=tokens(11, 1)), chunk("b", usage=tokens(11, 2))) + b'data: {"id',
         (MODEL, reported(11, 2, 13)),
+    ),
+    "several choices cut short": (
+        events(*(choice(index, said) for said in (0, 1, 2) for index in range(12))) + events(choice(3, 3)),
+        (MODEL, reported(11, 25, 36)),
+    ),
+    "several choices": (
+        events(choice(0, 1), choice(1, 1), choice(0, 2), chunk(None, usage=tokens(11, 9)), "[DONE]"),
+        (MODEL, reported(11, 9, 20)),
+    ),
+    "several prompts cut short": (
+        events(completion(0, 1, 100), completion(1, 1, 7), completion(0, 2, 100), {"error": {}}, "[DONE]"),
+        (MODEL, reported(107, 3, 110)),
+    ),
+    "a report of one choice that is too long": (
+        events(choice(0, 5), choice(1, 7) | {"usage": {"x": "x" * 600, **tokens(11, 7)}}),
+        (MODEL, reported(11, 5, 16)),
+    ),
+    "several choices whose index is not told first": (
+        events(*(chunk("x", choices=[{"text": "x", "index": index}], usage=tokens(3, 4)) for index in range(2))),
+        (MODEL, reported(3, 4, 7)),
     ),
     "chat about usage": (
         events(chunk("usage"), chunk('"usage":{"prompt_tokens":9}'), "[DONE]"),

@@ -80,6 +80,7 @@ def test_a_compressed_body_is_ambiguous(encoding: bytes, surety: str) -> None:
         (CHAT, {"max_tokens": "5", "n": "2"}, 2, 10),
         (CHAT, {"max_tokens": 5, "n": None}, 1, 5),
         (CHAT, {"max_tokens": 5, "n": 0}, 1, 5),
+        (CHAT, {"max_tokens": 5, "n": "0" * 200 + "100"}, 100, 500),
         (CHAT, {"max_tokens": -5, "n": -2}, 1, 0),
         (CHAT, {"max_tokens": 5.5}, 1, None),
         (CHAT, {"max_tokens": 10**30, "n": 10**30}, MOST, MOST),
@@ -87,11 +88,17 @@ def test_a_compressed_body_is_ambiguous(encoding: bytes, surety: str) -> None:
         (CHAT + "/batch", {"max_tokens": 5, "n": 2, "messages": [[{}], [{}], [{}]]}, 6, 30),
         (COMPLETIONS, {"prompt": "x"}, 1, 16),
         (COMPLETIONS, {"prompt": "x", "max_completion_tokens": 1}, 1, 16),
+        (COMPLETIONS, {"prompt": "x", "max_tokens": None}, 1, None),
         (COMPLETIONS, {"prompt": ["x", "y"], "max_tokens": 5, "n": 2}, 4, 20),
         (COMPLETIONS, {"prompt": [1, 2, 3], "max_tokens": 5}, 1, 5),
         (COMPLETIONS, {"prompt": [[1], [2]], "max_tokens": 5}, 2, 10),
         (COMPLETIONS, {"prompt": "x", "prompt_embeds": ["a", "b"], "max_tokens": 5}, 3, 15),
         (COMPLETIONS, {"max_tokens": 0, "echo": True, "prompt": ""}, 1, 0),
+        ("/invocations", {"messages": [{}], "max_completion_tokens": 5, "max_tokens": 9, "n": 3}, 3, 15),
+        ("/invocations", {"messages": [{}], "prompt": None}, 1, None),
+        ("/invocations", {"prompt": ["x", "y"], "max_completion_tokens": 1, "max_tokens": 5, "n": 2}, 4, 20),
+        ("/invocations", {"prompt_embeds": ["a", "b"], "messages": None}, 2, 32),
+        ("/invocations", {"input": "x"}, 1, None),
         ("/v1/responses", {"max_output_tokens": 7, "max_tokens": 1, "n": 5}, 1, 7),
         ("/v1/messages", {"max_tokens": 7}, 1, 7),
         ("/v1/embeddings", {"input": "x"}, 1, 0),
@@ -169,10 +176,37 @@ def asked(body: bytes | dict[str, Any], path: str = "/v1/chat/completions", kind
         (b'\xef\xbb\xbf{"model":"m"}', "the body is not a JSON object"),
         (b"{" + b",".join(b'"%d":1' % n for n in range(1001)) + b"}", "the body has too many members"),
         (b'{"a":[' + b"1," * 1_000_000 + b"1]}", "the body holds too many values"),
+        (b'{"stream_options":{"include_usage":false,"include_usage":false}}', "include_usage is given twice"),
+        (b'{"stream_options":{"include_usage":false,"include_us\\u0061ge":true}}', "include_usage is given twice"),
+        (
+            b'{"x":"\xc3\xa9","stream_options":{"continuous_usage_stats":0,"include_usage":0,"continuous_usage_stats":0}}',
+            "continuous_usage_stats is given twice",
+        ),
+        (b'{"stream_options":{"x":1,"x":2}}', ""),
+        (
+            b'{"stream_options":{' + b",".join(b'"%d":1' % n for n in range(1001)) + b"}}",
+            "stream_options cannot be read",
+        ),
+        # Another Python reads these.
+        (b'{"a":' + b"[" * 1000 + b"]" * 1000 + b"}", "the body is nested too deeply"),
+        (b'{"a":' + b"[" * 100_000, "the body is nested too deeply"),
+        (b'{"a":' + b"9" * 5000 + b"}", "the body holds a number of too many digits"),
+        (('{"a":' + "[" * 1000 + "]" * 1000 + "}").encode("utf-16"), "the body is not UTF-8"),
+        (('{"a":' + "9" * 5000 + "}").encode("utf-16"), "the body is not UTF-8"),
+        (b'{"a":\xff}', ""),  # none does
     ],
 )
 def test_what_nobody_can_say_the_use_of(body: bytes, unclear: str) -> None:
     assert asked(body).unclear == unclear
+
+
+def test_what_is_a_chat_or_a_completion_is_unclear() -> None:
+    both = {"messages": [{}], "prompt": "x"}
+    assert asked(both, "/invocations").unclear == "there are both messages and a prompt"
+    assert asked({**both, "prompt": None, "prompt_embeds": ["x"]}, "/invocations").unclear
+    assert not asked({**both, "messages": None}, "/invocations").unclear
+    assert not asked({**both, "prompt": None}, "/invocations").unclear
+    assert not asked(both).unclear
 
 
 def test_as_many_as_may_be_are_read() -> None:
@@ -187,7 +221,8 @@ def test_a_form_of_too_many_parts_or_a_type_that_is_too_long() -> None:
     assert asked(many, "/v1/audio/transcriptions", b"multipart/form-data; boundary=b").unclear
     few = part * 900 + b"--b--"
     assert not asked(few, "/v1/audio/transcriptions", b"multipart/form-data; boundary=b").unclear
-    assert asked(b"{}", kind=b"application/json" + b";a" * 600).reason == "its Content-Type is too long"
+    for body in (few, b"{}"):  # whichever of the two it is
+        assert asked(body, kind=b"application/json" + b";a" * 600).unclear == "its Content-Type is too long"
 
 
 def test_a_prompt_is_guessed_by_its_text() -> None:
@@ -197,6 +232,8 @@ def test_a_prompt_is_guessed_by_its_text() -> None:
     source = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBO" * 50_000}}
     for other in (image, source):
         assert 2024 <= asked({"messages": [{"content": ["x" * 4000, other]}]}).prompt_tokens < 2100
+    slashes = json.dumps({"messages": [image]}).replace("iVB", "/9j").replace("/", "\\/")  # as PHP writes them
+    assert 1024 <= asked(slashes.encode()).prompt_tokens < 1100
     plain = {"messages": [{"content": "data:image/png;base64," + "to be or not to be " * 500}]}
     assert asked(plain).prompt_tokens > 2000
 

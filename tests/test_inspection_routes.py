@@ -49,4 +49,4 @@ def test_a_route_is_bounded_or_writes_nothing_or_is_not_known() -> None:
     paths = [path.decode() for path in KNOWN_ROUTES if group_of(path) == "inference"]
     assert [path for path in paths if bounds_of(path) and writes_nothing(path)] == []
     unknown = {path for path in paths if not bounds_of(path) and not writes_nothing(path)}
-    assert unknown == {"/generative_scoring", "/v1/realtime"}
+    assert unknown == {"/generative_scoring", "/invocations", "/v1/realtime"}

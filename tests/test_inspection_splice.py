@@ -18,7 +18,7 @@ TRUE = st.sampled_from([True, 1, "true", "YES"])
 
 
 def usage(body: bytes, path: str = CHAT) -> bytes | None:
-    edits = usage_edits(path, body, read_request(path, body, JSON))
+    edits = usage_edits(path, read_request(path, body, JSON))
     return b"".join(edited(body, edits)) if edits else None
 
 
@@ -120,6 +120,7 @@ def test_where_usage_is_written(body: bytes, spliced: bytes) -> None:
         b'{"messages":[],"stream":true,"stream_options":null,"stream_options":null}',
         b'{"messages":[],"stream":true,"stream_options":{"include_usage":false,"include_usage":false}}',
         b'{"messages":[],"stream":true,"stream_options":{"continuous_usage_stats":0,"continuous_usage_stats":0}}',
+        b'{"messages":[],"stream":true,"stream_options":{' + b",".join(b'"%d":1' % n for n in range(1001)) + b"}}",
         b'{"messages":[],"stream":true',
         b"",
     ],
@@ -170,7 +171,7 @@ def test_the_models_value_alone_is_replaced(body: bytes, model: str) -> None:
 def test_both_splices_go_together(bodies: tuple[bytes, bytes], model: str) -> None:
     body, _ = bodies
     asked = read_request(CHAT, body, JSON)
-    both = b"".join(edited(body, model_edits(asked, model) + usage_edits(CHAT, body, asked)))
+    both = b"".join(edited(body, model_edits(asked, model) + usage_edits(CHAT, asked)))
     assert both == usage(with_model(body, model))
     second = usage(body)
     assert second is not None

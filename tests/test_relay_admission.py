@@ -716,6 +716,43 @@ def test_embeddings_as_bytes_tell_their_usage_in_the_head() -> None:
     assert (told["model"], told["prompt"], told["unknown"], told["estimated"]) == ("m", 9, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("path", "usage", "prompt", "completion", "is_estimated"),
+    [
+        ("/vllm/v1/rerank", {"total_tokens": 50}, 50, 0, False),
+        ("/vllm/v1/rerank", {"prompt_tokens": 50}, 50, 0, False),
+        (CHAT, {"prompt_tokens": 50, "total_tokens": 59}, 50, 9, False),
+        (CHAT, {"completion_tokens": 9, "total_tokens": 59}, 50, 9, False),
+        (CHAT, {"prompt_tokens": -50, "completion_tokens": 9, "total_tokens": 59}, 50, 9, False),
+        (CHAT, {"prompt_tokens": 60, "total_tokens": 59}, 60, 0, False),
+        (CHAT, {"total_tokens": 5000}, 25, 4975, True),
+        (CHAT, {"total_tokens": 5}, 5, 0, True),
+        (CHAT, {"prompt_tokens": 50}, 50, 77, True),
+        (CHAT, {"prompt_tokens": 50, "completion_tokens": 1.5}, 50, 77, True),
+        (CHAT, {"prompt_tokens": -50, "completion_tokens": 9}, 25, 9, True),
+        ("/vllm/v1/audio/transcriptions", {"type": "duration", "seconds": 6}, 0, 0, False),
+    ],
+)
+def test_a_usage_that_tells_half_is_filled(
+    path: str, usage: dict[str, Any], prompt: int, completion: int, is_estimated: bool
+) -> None:
+    house = house_of(max_budget_tokens=10**6)
+    body = json.dumps({"model": "m", "max_tokens": 77, "messages": MESSAGES}).ljust(100)
+    post(house, body.encode(), path)
+    answer(house, {"model": "m", "usage": usage})
+    told = sums(house)
+    assert (told["prompt"], told["completion"], told["estimated"]) == (prompt, completion, int(is_estimated))
+
+
+@pytest.mark.parametrize(("usage", "completion"), [({"completion_tokens": 9}, 9), ({"total_tokens": 30}, 5)])
+def test_half_a_usage_is_filled_where_nobody_read_the_body(usage: dict[str, Any], completion: int) -> None:
+    house = house_of()
+    post(house, json.dumps({"model": "m", "messages": MESSAGES}).ljust(100).encode())
+    answer(house, {"model": "m", "usage": usage})
+    told = sums(house)
+    assert (told["prompt"], told["completion"], told["estimated"]) == (25, completion, 1)
+
+
 def test_what_uses_no_tokens_says_so() -> None:
     house = house_of(tpm_limit=100)
     for _ in range(3):

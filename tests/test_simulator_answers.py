@@ -75,6 +75,17 @@ def test_continuous_usage_counts_on_every_chunk() -> None:
     assert [event["usage"]["completion_tokens"] for event in events[:-1]] == [0, 1, 2, 2]
 
 
+def test_continuous_usage_is_that_of_one_choice() -> None:
+    events = chat_events(n=2, stream_options={"include_usage": True, "continuous_usage_stats": True})
+    assert [event["usage"]["completion_tokens"] for event in events[:-1]] == [0, 0, 1, 1, 2, 2, 4]
+    body = {"prompt": ["a b", "c"], "n": 2, "max_tokens": 1, "stream": True}
+    events = ask(
+        "/v1/completions", {**body, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    ).events()
+    usage = [(event["usage"]["prompt_tokens"], event["usage"]["completion_tokens"]) for event in events[:-1]]
+    assert usage == [(2, 1), (2, 1), (1, 1), (1, 1), (3, 4)]
+
+
 def test_a_stream_with_several_choices_ends_each_of_them() -> None:
     ends = [
         event["choices"][0]["index"]

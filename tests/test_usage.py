@@ -121,6 +121,32 @@ def test_long_json_tells_at_its_ends(size: int, piece: int, usage_last: bool) ->
     assert read(JSON, *pieces) == ("m", reported(6, 0, 6))
 
 
+def unread(size: int) -> str:
+    """Return what looks like structure to a careless reader."""
+    return ('[{"usage": {"prompt_tokens": 9}}}}]],\\\\"é' * (size // 40))[:size]
+
+
+@pytest.mark.parametrize("piece", [1000, 65536, 10**8])
+@pytest.mark.parametrize("form", [{"separators": (",", ":")}, {"indent": 1}], ids=["compact", "indented"])
+def test_long_json_tells_in_its_middle(piece: int, form: dict[str, Any]) -> None:
+    """As a chat does with the log probabilities of its prompt, and behind a tool's input that is like it."""
+    decoy = {"usage": tokens(1, 1), "deeper": [{"usage": tokens(2, 2)}, unread(50_000)]}
+    answer = {
+        "model": "m",
+        "choices": [{"content": unread(LONGEST_WHOLE), "input": decoy}],
+        "usage": tokens(5000, 1500),
+        "prompt_logprobs": [
+            None,
+            *({"1": {"decoded_token": unread(50), "usage": tokens(3, 3)}} for _ in range(20_000)),
+        ],
+    }
+    body = json.dumps(answer, ensure_ascii=False, **form).encode()
+    assert read(JSON, *(body[at : at + piece] for at in range(0, len(body), piece))) == (
+        "m",
+        reported(5000, 1500, 6500),
+    )
+
+
 PADDING = b'"data":"' + b"x" * (2 * LONGEST_WHOLE) + b'"'
 
 
@@ -134,6 +160,13 @@ PADDING = b'"data":"' + b"x" * (2 * LONGEST_WHOLE) + b'"'
         pytest.param(b'{"data":"' + b"x" * (2 * LONGEST_WHOLE) + rb'\"usage\":{\"prompt_tokens\":6}"}', id="text"),
         pytest.param(b'{"usage":{"prompt_tokens":6' + b"0" * 2 * LONGEST_WHOLE + b"}}", id="cut in a number"),
         pytest.param(b'[{"usage":{"prompt_tokens":6}},{' + PADDING + b"}]", id="in an array"),
+        pytest.param(b'{"deep":{"usage":{"prompt_tokens":6},' + PADDING + b"}}", id="deeper down, in the middle"),
+        pytest.param(b'{"usage":{"prompt_tokens":6' + b" " * 5000 + b"}," + PADDING + b"}", id="as long as that"),
+        pytest.param(b'{"a":"' + b"x" * 5000 + b'","usage":{"prompt_tokens":6},' + PADDING, id="cut off behind"),
+        pytest.param(b'{"a":"' + b"x" * 5000 + b'","usage":{"prompt_tokens":6},' + PADDING[:-1], id="cut in a text"),
+        pytest.param(
+            b'{"a":"' + b"x" * 5000 + b'\\"usage":{"prompt_tokens":6},"b":{' + PADDING + b"}}", id="a longer key"
+        ),
     ],
 )
 def test_a_doubtful_end_of_a_long_body_tells_nothing(body: bytes) -> None:

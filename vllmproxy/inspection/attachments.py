@@ -1,7 +1,7 @@
 """Images, sounds and files in a JSON body, in base64, as OpenAI's and Anthropic's forms have them.
 
 They may be all but a few bytes of it. What is around them is read without them: they are looked at once, for being
-base64, and neither decoded nor copied.
+base64, and neither decoded nor copied. A slash in it may be written ``\\/``, as PHP's ``json_encode`` does.
 """
 
 import re
@@ -17,7 +17,9 @@ from vllmproxy.inspection.document import Document, read_document
 #: From so many characters of base64 on it is none of the short ones, which the pattern takes whole.
 _LONG: Final = 4096
 #: How one begins. With less base64 it counts as text.
-_BEGINNING: Final = re.compile(rb'"data(?::[\w/+.-]*;base64,|"\s*:\s*")([\w+/=]{256,%d})' % _LONG)
+_BEGINNING: Final = re.compile(rb'"data(?::[\w/+.\\-]*;base64,|"\s*:\s*")([\w+/=\\]{256,%d})' % _LONG)
+#: An escape of something else than a slash.
+_OTHER_ESCAPE: Final = re.compile(rb"\\(?!/)")
 _BASE64: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=_"
 #: Bytes that are looked at in one step: what is made of them is made in the processor's cache.
 _STEP: Final = 65_536
@@ -29,7 +31,7 @@ class Attachment:
 
     :ivar start: its opening quote, or that of the name before it.
     :ivar begun: behind its first characters, which are all that a short one has; ``end``: its closing quote. Between
-        the two there is only base64, so nothing that could end a string or break JSON.
+        the two there is only base64, with whole escapes of slashes, so nothing that could end a string or break JSON.
     """
 
     start: int
@@ -48,7 +50,9 @@ def attachments_in(body: bytes | mmap) -> list[Attachment]:
             end = body.find(b'"', begun)
             if end < 0:
                 break
-        if body[end : end + 1] == b'"' and (begun == end or _is_base64(body, begun, end)):
+            if body[begun - 1 : begun] == b"\\":
+                begun -= 1
+        if body[end : end + 1] == b'"' and _is_base64(body, match.start(1), end):
             found.append(Attachment(match.start(), begun, end))
             end += 1
         match = _BEGINNING.search(body, end)
@@ -56,8 +60,13 @@ def attachments_in(body: bytes | mmap) -> list[Attachment]:
 
 
 def _is_base64(body: bytes | mmap, start: int, end: int) -> bool:
-    steps = range(start, end, _STEP)
-    return not any(body[at : min(at + _STEP, end)].translate(None, _BASE64) for at in steps)
+    escapes = False
+    for at in range(start, end, _STEP):
+        others = body[at : min(at + _STEP, end)].translate(None, _BASE64)
+        if others.strip(b"\\"):
+            return False
+        escapes = escapes or others != b""
+    return not escapes or _OTHER_ESCAPE.search(body, start, end) is None
 
 
 def read_around(

@@ -39,7 +39,7 @@ class Unreadable(Exception):
 
 
 class TooMuch(Unreadable):
-    """Reading the body would take too long."""
+    """Reading the body, or what says what it is, would take too long."""
 
 
 #: Where a value's bytes begin in a body, and where they end.
@@ -81,8 +81,10 @@ def read_document(body: bytes | mmap, wanted: Collection[str] | None = None) -> 
         values, spans, repeated, number = _read_members(text, begin, wanted)
     except RecursionError:
         raise Unreadable("the body is nested too deeply") from None
-    except (ValueError, StopIteration):
+    except (json.JSONDecodeError, StopIteration):
         raise Unreadable("the body is not JSON") from None
+    except ValueError:  # of int()
+        raise Unreadable("the body holds a number of too many digits") from None
     if len(text) != len(body):
         _count_in_bytes(text, spans)
     return Document(values=values, spans=spans, repeated=repeated, opening=begin, empty=number == 0)
@@ -133,15 +135,15 @@ def _read_members(
 def _name_with_escapes(text: str, at: int, number: int) -> tuple[str, int]:
     """Return the name that comes next, the first if ``number`` is 0, and where its value begins.
 
-    :raises ValueError: there is no name.
+    :raises StopIteration: there is no name.
     """
     before = _BEFORE[number > 0].match(text, at)
     if before is None or not text.startswith('"', before.end()):
-        raise ValueError
+        raise StopIteration
     name, at = _scan(text, before.end())
     colon = _COLON.match(text, at)
     if colon is None:
-        raise ValueError
+        raise StopIteration
     return name, colon.end()
 
 

@@ -62,12 +62,12 @@ class Form:
 def is_form(content_type: bytes | None) -> bool:
     """Tell whether the body is a form to Starlette; to it, all others are none.
 
-    :raises Unreadable: it takes too long to say.
+    :raises TooMuch: it takes too long to say.
     """
     if content_type is None or content_type == b"application/json":  # nearly all
         return False
     if len(content_type) > _LONGEST_TYPE:
-        raise Unreadable("its Content-Type is too long")
+        raise TooMuch("its Content-Type is too long")
     return parse_options_header(content_type)[0].lower() == b"multipart/form-data"
 
 

@@ -8,7 +8,10 @@ MOST: Final = 1 << 31
 
 _TRUE: Final = frozenset({"1", "on", "t", "true", "y", "yes"})
 _FALSE: Final = frozenset({"0", "off", "f", "false", "n", "no"})
-_INTEGER: Final = re.compile(r"\s*([+-]?[0-9]+(?:_[0-9]+)*)(?:\.0*)?\s*", re.ASCII)
+#: An integer's sign and its digits. pydantic takes no more than this: any number of zeros, any of Unicode's spaces.
+_INTEGER: Final = re.compile(r"\s*([+-]?)([0-9_]+)(?:\.0*)?\s*")
+#: So many digits are more than ``MOST``.
+_MANY_DIGITS: Final = 11
 
 
 def truth_of(value: object) -> bool | None:
@@ -34,8 +37,12 @@ def count_of(value: object) -> int | None:
     if value is None or (type(value) is int and 0 <= value <= MOST):  # nearly all
         return value
     if isinstance(value, str):
-        match = _INTEGER.fullmatch(value) if len(value) < 100 else None
-        value = None if match is None else int(match[1])
+        match = _INTEGER.fullmatch(value)
+        value = None if match is None else _integer(match[1], match[2])
     if isinstance(value, float) and value.is_integer():
         return int(min(max(value, 0), MOST))
     return min(max(int(value), 0), MOST) if isinstance(value, int) else None
+
+
+def _integer(sign: str, digits: str) -> int:
+    return int(sign + (digits.replace("_", "").lstrip("0")[:_MANY_DIGITS] or "0"))

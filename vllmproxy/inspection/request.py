@@ -19,7 +19,8 @@ Surety = Literal["absent", "named", "ambiguous"]
 
 LONGEST_END_USER: Final = 256
 
-#: What ``/v1/completions`` writes at most where nothing is said (``CompletionRequest.max_tokens``).
+#: What ``/v1/completions`` writes at most where nothing is said (``CompletionRequest.max_tokens``). ``null`` is the
+#: same to vLLM 0.32; older ones write as much as fits then.
 _COMPLETION_TOKENS: Final = 16
 
 #: Members that may be as large as the body.
@@ -39,6 +40,8 @@ _COUNTED: Final = frozenset(
         "stream_options",
     }
 )
+#: Those of ``stream_options``.
+_STREAM_OPTIONS: Final = frozenset({"continuous_usage_stats", "include_usage"})
 _END_USERS: Final = frozenset({"metadata", "safety_identifier", "user"})
 _READ: Final = _COUNTED | _END_USERS | {"model"}
 
@@ -67,6 +70,7 @@ class Asked:
     :ivar end_user: printable, not empty, at most ``LONGEST_END_USER`` characters.
     :ivar document: where the members are that a splice may touch, and of their values the one that it looks at;
         ``form``: the same of a form.
+    :ivar options: the members of ``stream_options``, counted from where that begins; ``None`` if it is no object.
     """
 
     model: str | None = None
@@ -82,6 +86,7 @@ class Asked:
     usage: bool = False
     end_user: str | None = None
     document: Document | None = attrs.field(default=None, repr=False)
+    options: Document | None = attrs.field(default=None, repr=False)
     form: Form | None = attrs.field(default=None, repr=False)
 
 
@@ -104,7 +109,8 @@ def read_request(
             return _of_form(read_form(body[:], content_type or b""), path)
         attachments = attachments_in(body) if body.find(b'"data', 0) >= 0 else []
         document = read_around(body, attachments, _READ, _LARGE) if attachments else read_document(body, _READ)
-        return _of_document(document, path, _prompt_tokens(body, attachments))
+        options, unclear = _options_of(body, document)
+        return _of_document(document, options, path, _prompt_tokens(body, attachments), unclear)
     except Unreadable as unreadable:
         reason = str(unreadable)
         clear = not form and not isinstance(unreadable, TooMuch) and not _takes(body[:])
@@ -112,11 +118,13 @@ def read_request(
 
 
 def _takes(body: bytes) -> bool:
-    """Tell whether vLLM may read ``body`` though we do not: it takes more encodings."""
+    """Tell whether vLLM may read ``body`` though we do not: it takes more encodings, and its Python may go deeper."""
     try:
         return isinstance(json.loads(body), dict)
-    except (ValueError, RecursionError):
+    except (json.JSONDecodeError, UnicodeDecodeError):
         return False
+    except (ValueError, RecursionError):  # a bound of this Python's, for digits or depth: vLLM's may have another
+        return True
 
 
 def _prompt_tokens(body: bytes | mmap, attachments: list[Attachment]) -> int:
@@ -126,12 +134,27 @@ def _prompt_tokens(body: bytes | mmap, attachments: list[Attachment]) -> int:
     return -(-text // _BYTES_PER_TOKEN) + len(attachments) * _TOKENS_PER_OTHER
 
 
-def _of_document(document: Document, path: str, prompt_tokens: int) -> Asked:
+def _options_of(body: bytes | mmap, document: Document) -> tuple[Document | None, str]:
+    """Return what is in ``stream_options``, and why nobody can say what that asks for."""
+    if not isinstance(document.values.get("stream_options"), dict):
+        return None, ""
+    begin, end = document.spans["stream_options"]
+    try:
+        options = read_document(body[begin:end], _STREAM_OPTIONS)
+    except Unreadable:  # it has too many members
+        return None, "stream_options cannot be read"
+    return options, next((f"{name} is given twice" for name in sorted(options.repeated)), "")
+
+
+def _of_document(document: Document, options: Document | None, path: str, prompt_tokens: int, unclear: str) -> Asked:
     values, repeated = document.values, document.repeated
+    if path == "/invocations":
+        path, which = _invoked(values)
+        unclear = unclear or which
     model, surety, reason = _model_of(values.get("model"), "model" in repeated)
-    options = values.get("stream_options")
     answers = _answers(values, path)
-    document.values = {"stream_options": options}  # others may be as large as the body
+    # The others' values may be as large as the body.
+    document.values = {"stream_options": values.get("stream_options")}
     return Asked(
         model=model,
         surety=surety,
@@ -142,11 +165,22 @@ def _of_document(document: Document, path: str, prompt_tokens: int) -> Asked:
         prompt_tokens=prompt_tokens,
         interval=(count_of(values["stream_interval"]) or 1) if "stream_interval" in values else 1,
         detached="background" in values and truth_of(values["background"]) is not False,
-        unclear=_unclear(repeated) if repeated else "",
-        usage=isinstance(options, dict) and truth_of(options.get("include_usage")) is True,
+        unclear=(_unclear(repeated) if repeated else "") or unclear,
+        usage=options is not None and truth_of(options.values.get("include_usage")) is True,
         end_user=None if _END_USERS.isdisjoint(values) else _end_user(values),
         document=document,
+        options=options,
     )
+
+
+def _invoked(values: Mapping[str, object]) -> tuple[str, str]:
+    """Return the route that ``/invocations`` is for such a body, and why nobody can say that.
+
+    vLLM takes for a completion what it cannot take for a chat. For what is neither it generates nothing.
+    """
+    if any(values.get(name) is not None for name in ("prompt", "prompt_embeds")):
+        return "/v1/completions", "" if values.get("messages") is None else "there are both messages and a prompt"
+    return "/v1/chat/completions", ""
 
 
 def _unclear(repeated: set[str]) -> str:
@@ -220,7 +254,7 @@ def _output(values: Mapping[str, object], path: str, answers: int) -> int | None
             said = values.get(field)
             if said is not None:
                 break
-        if said is None and path == "/v1/completions":
+        if path == "/v1/completions" and "max_tokens" not in values:
             said = _COMPLETION_TOKENS
         bound = count_of(said)
     return None if bound is None else min(bound * answers, MOST)

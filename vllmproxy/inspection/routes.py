@@ -43,7 +43,6 @@ _NO_OUTPUT: Final = frozenset(
 _BOUNDS: Final = {
     "/cohere/v2/chat": ("max_tokens",),
     "/inference/v1/generate": ("max_tokens",),
-    "/invocations": ("max_completion_tokens", "max_tokens"),
     "/v1/audio/transcriptions": ("max_completion_tokens",),
     "/v1/audio/translations": ("max_completion_tokens",),
     "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),

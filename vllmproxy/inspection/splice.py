@@ -7,7 +7,7 @@ concern different members: they are made together.
 import json
 from mmap import mmap
 
-from vllmproxy.inspection.document import Document, Span, Unreadable, read_document
+from vllmproxy.inspection.document import Document
 from vllmproxy.inspection.lax import truth_of
 from vllmproxy.inspection.request import Asked
 from vllmproxy.inspection.routes import needed_of, streams_usage
@@ -29,7 +29,7 @@ def model_edits(asked: Asked, model: str) -> list[Edit]:
     raise ValueError("there is no model to be replaced")
 
 
-def usage_edits(path: str, body: bytes | mmap, asked: Asked) -> list[Edit]:
+def usage_edits(path: str, asked: Asked) -> list[Edit]:
     """Return what makes vLLM tell the usage of the stream in one more event, and changes nothing else.
 
     :param path: as in :func:`vllmproxy.inspection.routes.takes_model`.
@@ -46,16 +46,11 @@ def usage_edits(path: str, body: bytes | mmap, asked: Asked) -> list[Edit]:
         return [(document.opening, document.opening, b'"stream_options":{"include_usage":true},')]
     if document.values["stream_options"] is None:
         return [(*options, b'{"include_usage":true}')]
-    return _edits_within(body, options)
+    return [] if asked.options is None else _edits_within(asked.options, options[0])
 
 
-def _edits_within(body: bytes | mmap, options: Span) -> list[Edit]:
-    begin, behind = options
-    try:
-        inner = read_document(body[begin:behind])
-    except Unreadable:  # it is no object
-        return []
-    if not inner.repeated.isdisjoint(("include_usage", "continuous_usage_stats")):
+def _edits_within(inner: Document, begin: int) -> list[Edit]:
+    if inner.repeated:
         return []
     include = truth_of(inner.values.get("include_usage"))
     continuous = truth_of(inner.values.get("continuous_usage_stats"))

@@ -126,7 +126,7 @@ class Admission:
         named, model = asked.model, self._model_for(key, asked)
         edits = [] if model is None or model == named else model_edits(asked, model)
         if self._is_exact_for(key):
-            told = usage_edits(self.way.route, body, asked)
+            told = usage_edits(self.way.route, asked)
             self.withholds = bool(told)
             edits += told
         self.end_user = self.end_user or asked.end_user

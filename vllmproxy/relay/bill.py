@@ -12,6 +12,7 @@ from vllmproxy.relay.quotas import Quotas, Reservation
 from vllmproxy.usage.bookkeeper import Bookkeeper, Entry
 from vllmproxy.usage.event import Quality, UsageEvent
 from vllmproxy.usage.prices import Prices
+from vllmproxy.usage.tokens import Usage
 
 #: Tokens of prompt and answer, those that were cached, milliseconds of audio, and where that comes from.
 _Used = tuple[int, int, int, int, Quality]
@@ -109,14 +110,42 @@ class Bill:
         if outcome.answer is None or outcome.answer.usage is None:
             return self._without_usage(outcome)
         usage = outcome.answer.usage
-        prompt, completion = usage.prompt_tokens, usage.completion_tokens or 0
+        prompt, completion = usage.prompt_tokens, usage.completion_tokens
+        quality: Quality = "reported"
         if usage.source == "counted":
-            if prompt is None:
-                prompt = self._expected.prompt_tokens or self._admission.guessed_prompt
-            completion = self._of_events(completion)
+            prompt = self._guessed_prompt if prompt is None else prompt
+            completion, quality = self._of_events(completion or 0), "estimated"
+        elif prompt is None or completion is None:
+            prompt, completion, quality = self._filled(usage)
         audio_ms = 0 if usage.audio_seconds is None else round(usage.audio_seconds * 1000)
-        quality: Quality = "reported" if usage.source == "reported" else "estimated"
-        return prompt or 0, completion, usage.cached_prompt_tokens or 0, audio_ms, quality
+        return prompt, completion, usage.cached_prompt_tokens or 0, audio_ms, quality
+
+    @property
+    def _guessed_prompt(self) -> int:
+        return self._expected.prompt_tokens or self._admission.guessed_prompt
+
+    def _filled(self, usage: Usage) -> tuple[int, int, Quality]:
+        """Return the tokens of a usage that does not tell those of the prompt or those of the answer: what is left of
+        the total, else what was expected. What counts audio tells neither, and of a prompt that is only read, none are
+        made."""
+        prompt, completion, total = usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
+        if usage.audio_seconds is not None and total is None:
+            return prompt or 0, completion or 0, "reported"
+        if completion is None and self._admission.way.work != "writes":
+            completion = 0
+        quality: Quality = "reported"
+        if prompt is None:
+            if total is not None and completion is not None:
+                prompt = max(total - completion, 0)
+            else:
+                prompt, quality = self._guessed_prompt, "estimated"
+                prompt = prompt if total is None else min(prompt, total)
+        if completion is None:
+            if total is not None:
+                completion = max(total - prompt, 0)
+            else:
+                completion, quality = self._expected.completion_tokens, "estimated"
+        return prompt, completion, quality
 
     def _of_events(self, events: int) -> int:
         """Return how many tokens so many events hold, at most. Of what goes on without its client, all."""

@@ -80,10 +80,9 @@ def _chat_events(job: Job, body: Json) -> Iterator[Event]:
         last = index == job.tokens - 1
         end: Json = {"finish_reason": job.finish, "stop_reason": None} if last else {"finish_reason": None}
         for choice in range(job.choices):
-            said = index * job.choices + choice + 1
             piece: Json = {"index": choice, "delta": {"content": shapes.word(index)}, "logprobs": None}
             tail = {"system_fingerprint": shapes.FINGERPRINT} if last and not usage else None
-            yield event([piece | end | {"token_ids": None}], said, waits=index > 0 and choice == 0, tail=tail)
+            yield event([piece | end | {"token_ids": None}], index + 1, waits=index > 0 and choice == 0, tail=tail)
     yield from _ending(job, head, usage)
 
 
@@ -102,8 +101,7 @@ def completion(ask: Ask) -> Reply:
         message = "Either prompt or prompt_embeds must be provided and non-empty. (parameter=prompt)"
         raise shapes.error(400, "BadRequestError", message, "prompt")
     job = shapes.make_job(ask, "cmpl-", prompt, limit=body.get("max_tokens"))
-    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
-    job = evolve(job, choices=_choices(body) * (len(prompt) if several else 1))
+    job = evolve(job, choices=_choices(body) * len(_prompts(prompt)))
     if body.get("stream"):
         return Stream(events=_completion_events(job, body), job=job)
     nulls = ("token_ids", "prompt_logprobs", "prompt_token_ids", "routed_experts")
@@ -114,9 +112,14 @@ def completion(ask: Ask) -> Reply:
     return Whole(content=_chat_head(job, "text_completion") | {"choices": choices} | tail, job=job)
 
 
+def _prompts(prompt: Any) -> list[Any]:
+    return prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+
+
 def _completion_events(job: Job, body: Json) -> Iterator[Event]:
     usage, continuous = _options(body)
     head = _chat_head(job, "text_completion")
+    prompts = [shapes.count_tokens(prompt) for prompt in _prompts(body["prompt"])]
     nulls = dict.fromkeys(("stop_reason", "prompt_token_ids", "token_ids"))
     for index in range(job.tokens):
         last = index == job.tokens - 1
@@ -124,7 +127,8 @@ def _completion_events(job: Job, body: Json) -> Iterator[Event]:
             piece = {"index": choice, "text": shapes.word(index), "logprobs": None}
             content = head | {"choices": [piece | {"finish_reason": job.finish if last else None} | nulls]}
             if continuous:
-                content["usage"] = shapes.stream_usage(job, index * job.choices + choice + 1)
+                prompt = choice * len(prompts) // job.choices
+                content["usage"] = shapes.stream_usage(evolve(job, prompt_tokens=prompts[prompt]), index + 1)
             if last and not usage:
                 content["system_fingerprint"] = shapes.FINGERPRINT
             yield shapes.sse(content, waits=choice == 0)

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterator
 
+from vllmproxy.usage.outermost import Outermost
 from vllmproxy.usage.tokens import Usage, member, model_from, usage_from
 
-#: A body no longer than this is kept whole; of a longer one only its two ends.
+#: A body no longer than this is kept whole; of a longer one only its two ends, and what :class:`Outermost` finds.
 LONGEST_WHOLE = 1 << 20
 #: How much of the ends is read of anything longer than ``TAIL``: vLLM writes ``model`` before the data, and
-#: ``usage`` before it (rerank) or after it (all others).
+#: ``usage`` before it (rerank) or after it (all others), where only a chat's ``prompt_logprobs`` are long.
 HEAD = 4 << 10
 TAIL = 64 << 10
 
@@ -31,33 +32,39 @@ class JsonReader:
     counted = 0
 
     def __init__(self) -> None:
-        self._head = b""
         self._body = bytearray()
-        self._whole = True
+        self._head: tuple[str | None, Usage | None] | None = None  # what that of a longer one told
+        self._outermost: Outermost | None = None
 
     def feed(self, data: bytes) -> None:
         """Take the next piece of the body, of any length."""
-        if self._whole and len(self._body) + len(data) > LONGEST_WHOLE:
-            self._whole = False
-            self._head = bytes(self._body[:HEAD])
-            self._body = self._body[-TAIL:]
-        if self._whole:
-            self._body += data
+        self._body += data
+        if len(self._body) <= LONGEST_WHOLE and self._head is None:
             return
-        self._head += data[: HEAD - len(self._head)]
-        self._body += data[-TAIL:]
+        if self._head is None:
+            self._head = _of_head(bytes(self._body[:HEAD]))
+            self._outermost = None if self._head[1] else Outermost()
         if len(self._body) > 2 * TAIL:
-            del self._body[:-TAIL]
+            self._drop()
+
+    def _drop(self) -> None:
+        """Keep the end only."""
+        if self._outermost is not None:
+            for at in range(0, len(self._body) - TAIL, TAIL):
+                self._outermost.feed(bytes(self._body[at : min(at + TAIL, len(self._body) - TAIL)]))
+        del self._body[:-TAIL]
 
     def finish(self) -> tuple[str | None, Usage | None]:
         """Return the model and the usage of the body fed; ``None`` for each that it does not clearly tell."""
-        if self._whole and len(self._body) <= TAIL:
+        if self._head is None and len(self._body) <= TAIL:
             return _of_document(self._body)
-        head = bytes(self._body[:HEAD]) if self._whole else self._head
-        model, usage = _of_head(head)
+        model, usage = self._head or _of_head(bytes(self._body[:HEAD]))
         usage = usage or _of_tail(bytes(self._body[-TAIL:]))
-        if usage is None and self._whole and _USAGE in self._body:
+        if usage is None and self._head is None and _USAGE in self._body:
             return _of_document(self._body)
+        if usage is None and self._outermost is not None:
+            self._outermost.feed(bytes(self._body))
+            usage = self._outermost.finish()
         return model, usage
 
 

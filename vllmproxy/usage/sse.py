@@ -8,20 +8,24 @@ from vllmproxy.usage.tokens import Usage, member, model_from, usage_from, with_p
 #: A line, or an event's data, longer than this is passed over.
 LONGEST_LINE = 1 << 20
 
+_raw_decode = json.JSONDecoder().raw_decode
 _KEY = b'"usage"'
 #: A report of usage; in a JSON string the quotes of this key would be escaped.
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
-_CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{')
+#: A choice, and the first digits of its index, which vLLM writes first: no more than so many are told apart.
+_CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{(?:\s*"index"\s*:\s*([0-9]{1,5}))?')
+#: Of a report, no more is kept for each choice.
+_LONGEST_REPORT = 512
 _COMMENT = b":"
 
 
 class SseReader:
     """Follows the events of a stream, in any pieces; decodes the first, and the last with usage.
 
-    Understood are vLLM's chat, completion, generate and transcription chunks (the last ``usage`` wins, so
-    that ``continuous_usage_stats`` on a stream cut short is still the truth), ``response.completed`` and
-    its kin of the Responses API, Messages, and Cohere's ``message-end``. A lone CR does not end a line here:
-    no server of these APIs sends one.
+    Understood are vLLM's chat, completion, generate and transcription chunks, ``response.completed`` and its kin
+    of the Responses API, Messages, and Cohere's ``message-end``. The last ``usage`` wins, so that
+    ``continuous_usage_stats`` on a stream cut short is still the truth: there each choice has its own, and the last
+    ones are added up. A lone CR does not end a line here: no server of these APIs sends one.
 
     :ivar counted: events so far that carried a delta or a choice; a mere report of usage does not.
     """
@@ -36,6 +40,7 @@ class SseReader:
         self._model: str | None = None
         self._start: Usage | None = None  # of Messages' message_start: its prompt is final, the rest is not
         self._report: bytes | None = None  # the last event with usage
+        self._each: dict[bytes | None, bytes] = {}  # what it last told of each choice, if it does
 
     def feed(self, data: bytes) -> None:
         """Take the next piece of the stream, of any length."""
@@ -64,7 +69,7 @@ class SseReader:
         """Return the model and the usage; one that no event reported is ``"counted"``, if anything was."""
         if self._data is not None:
             self._dispatch(self._data)
-        usage = None if self._report is None else _usage_of(_decoded(self._report))
+        usage = None if self._report is None else self._reported(_decoded(self._report))
         if usage is None and (self.counted or self._start):
             usage = Usage(completion_tokens=self.counted, source="counted")
         return self._model, usage and with_prompt_of(usage, self._start)
@@ -93,11 +98,24 @@ class SseReader:
         if not self._begun:
             self._begin(data)
         # A null usage is on every chunk of some.
-        if _KEY in data and USAGE.search(data):
+        if _KEY in data and (usage := USAGE.search(data)):
             self._report = data
-            self.counted += _CHOICE.search(data) is not None
+            choice = _CHOICE.search(data)
+            if choice is None:  # it is of all of them
+                self._each = {}
+            else:
+                self.counted += 1
+                self._each[choice[1]] = data[usage.end() - 1 : usage.end() + _LONGEST_REPORT]
         elif b'"choices"' in data or b'"delta"' in data:
             self.counted += 1
+
+    def _reported(self, event: object) -> Usage | None:
+        """Return the usage in the last event that has any, or with that of the other choices."""
+        usage = _usage_of(event)
+        if usage is None or len(self._each) < 2:
+            return usage
+        reports = [report for report in map(_beginning, self._each.values()) if report is not None]
+        return _sum(reports or [usage], of_prompts=member(event, "object") == "text_completion")
 
     def _begin(self, data: bytes) -> None:
         """Read the stream's first event, which names the model."""
@@ -123,3 +141,23 @@ def _usage_of(event: object) -> Usage | None:
         if usage is not None:
             return usage
     return None
+
+
+def _beginning(report: bytes) -> Usage | None:
+    """Return the usage that ``report`` begins with."""
+    try:
+        return usage_from(_raw_decode(report.decode("utf-8", "replace"))[0])
+    except (ValueError, RecursionError):
+        return None
+
+
+def _sum(reports: list[Usage], *, of_prompts: bool) -> Usage:
+    """Return what all choices used, which have one prompt, or ``of_prompts`` each its own.
+
+    Of a completion with several prompts and several answers (``n``) to each, nothing tells which choices share one: it
+    counts for each of them.
+    """
+    prompts = [report.prompt_tokens or 0 for report in reports]
+    prompt = sum(prompts) if of_prompts else max(prompts)
+    completion = sum(report.completion_tokens or 0 for report in reports)
+    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)

@@ -95,8 +95,8 @@ def with_prompt_of(usage: Usage, start: Usage | None) -> Usage:
 
 def _pair(found: dict[str, object]) -> tuple[int | None, int | None]:
     """Return prompt and completion tokens."""
-    if "prompt_tokens" in found:
-        return _count(found["prompt_tokens"]), _count(found.get("completion_tokens"))
+    if "prompt_tokens" in found or "completion_tokens" in found:
+        return _count(found.get("prompt_tokens")), _count(found.get("completion_tokens"))
     for nested in (found.get("tokens"), found.get("billed_units")):  # Cohere
         if isinstance(nested, dict):
             return _count(nested.get("input_tokens")), _count(nested.get("output_tokens"))
