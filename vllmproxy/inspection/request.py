@@ -19,8 +19,7 @@ Surety = Literal["absent", "named", "ambiguous"]
 
 LONGEST_END_USER: Final = 256
 
-#: What ``/v1/completions`` writes at most where nothing is said (``CompletionRequest.max_tokens``). ``null`` is the
-#: same to vLLM 0.32; older ones write as much as fits then.
+#: What ``/v1/completions`` writes at most where nothing is said (``CompletionRequest.max_tokens``).
 _COMPLETION_TOKENS: Final = 16
 
 #: Members that may be as large as the body.
@@ -254,7 +253,7 @@ def _output(values: Mapping[str, object], path: str, answers: int) -> int | None
             said = values.get(field)
             if said is not None:
                 break
-        if path == "/v1/completions" and "max_tokens" not in values:
+        if said is None and path == "/v1/completions":
             said = _COMPLETION_TOKENS
         bound = count_of(said)
     return None if bound is None else min(bound * answers, MOST)
