@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from _asking import CHAT, ask, until
-from _raw import Ended, Upstream, Wire, connect, eventually, request
+from _raw import Ended, Upstream, Wire, connect, request
 from _service import MASTER_KEY, Twistd, start_proxy
 
 BODY = json.dumps({**CHAT, "stream": True}).encode()
@@ -146,7 +146,7 @@ def test_a_stream_that_stops_is_cut_on_both_sides(option: str, upstream: Upstrea
             assert client.head().status == 200
             with pytest.raises(Ended):
                 read_to_the_end(client)
-            eventually(gone.is_set, "the upstream sees the end")
+            until(gone.is_set)
     finally:
         proxy.stop()
     (record,) = proxy.access_records

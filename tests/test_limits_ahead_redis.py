@@ -1,10 +1,10 @@
 """Reservations ahead on a real Redis, of several proxies: what counts when all is quiet is what was taken."""
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import _reactor
 import pytest
 import pytest_twisted
 from _asking import CHAT, ask, make_key, until
@@ -38,10 +38,7 @@ def counted(server: RedisServer, key: str = TOKEN) -> tuple[int, int, int]:
 
 async def quiet(server: RedisServer, expected: tuple[int, int, int]) -> None:
     """Return when that counts, and goes on to."""
-    give_up = time.monotonic() + HUNG
-    while counted(server) != expected:
-        assert time.monotonic() < give_up, counted(server)
-        await deferLater(reactor, 0.02)
+    await _reactor.until(lambda: counted(server) == expected)
     await deferLater(reactor, 0.1)
     assert counted(server) == expected
 
@@ -127,10 +124,7 @@ async def test_what_was_ahead_of_a_budget_is_given_back_after_an_outage_however_
         await deferLater(reactor, 3)
     finally:
         server.resume()
-    give_up = time.monotonic() + HUNG
-    while held_tokens(server, TOKEN) != askers.held:
-        assert time.monotonic() < give_up
-        await deferLater(reactor, 0.02)
+    await _reactor.until(lambda: held_tokens(server, TOKEN) == askers.held)
     for limiter in askers.limiters:
         assert limiter._stocks == {}
 

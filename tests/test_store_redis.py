@@ -10,6 +10,7 @@ import attrs
 import pytest
 import pytest_twisted
 import trustme
+from _reactor import until
 from _redis import RedisServer, redis_server
 from _stores import add_key, delete_keys, update_key
 from twisted.internet import reactor
@@ -70,13 +71,6 @@ async def eventually(call: Callable[[], Awaitable[object]]) -> None:
             await deferLater(reactor, 0.05)
         else:
             return
-
-
-async def until(what: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + HUNG
-    while not what():
-        assert time.monotonic() < give_up
-        await deferLater(reactor, 0.01)
 
 
 async def until_refused(store: RedisStore, why: str) -> str:

@@ -1,10 +1,11 @@
 """Finding the master through real sentinels, and finding the next one."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import pytest_twisted
+from _reactor import until
 from _redis import RedisServer, redis_server
 from _sentinel import NAME, Group, replica_of, sentinel_group
 from _stores import add_key, delete_keys
@@ -40,13 +41,6 @@ def logged() -> Iterator[list[str]]:
     globalLogPublisher.addObserver(observe)
     yield lines
     globalLogPublisher.removeObserver(observe)
-
-
-async def until(what: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + HUNG
-    while not what():
-        assert time.monotonic() < give_up
-        await deferLater(reactor, 0.02)
 
 
 async def until_written(store: RedisStore, key: VirtualKey) -> None:

@@ -1,11 +1,11 @@
 """Who hears of a change, through a real Redis, and what happens when nobody can."""
 
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import attrs
 import pytest
 import pytest_twisted
+from _reactor import until
 from _redis import RedisServer, redis_server
 from _stores import add_key, delete_keys, update_key
 from twisted.internet import reactor
@@ -18,9 +18,6 @@ from vllmproxy.store.redis import RedisStore
 
 ONE = VirtualKey(token=hash_key("sk-one"), key_name="sk-...-one", key_alias="one")
 TWO = VirtualKey(token=hash_key("sk-two"), key_name="sk-...-two", key_alias="two")
-
-#: Seconds after which something has hung, on however busy a machine.
-HUNG = 20.0
 
 
 class Watching:
@@ -35,13 +32,6 @@ class Watching:
         await self.store.open()
         await until(lambda: self.heard == [None])
         self.heard.clear()
-
-
-async def until(what: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + HUNG
-    while not what():
-        assert time.monotonic() < give_up
-        await deferLater(reactor, 0.01)
 
 
 @pytest_twisted.async_yield_fixture
