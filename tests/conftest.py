@@ -1,5 +1,6 @@
 """Fixtures that more than one file uses: leak checks for every test, a proxy in front of a simulator, and stores."""
 
+import gc
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -8,11 +9,13 @@ import pytest
 import pytest_twisted
 from _limits import close_link, make_link
 from _raw import Upstream
+from _reactor import left_since, pending
 from _redis import RedisServer, redis_server
 from _service import Twistd, start_proxy, start_simulator
 from _stores import KINDS, every_url, opened, url_of
 from hypothesis import settings
 from twisted.internet import reactor
+from twisted.internet.defer import Deferred
 from twisted.logger import LogEvent, LogLevel, globalLogPublisher
 
 from vllmproxy.store.interface import Store
@@ -40,6 +43,22 @@ def logged_errors() -> Iterator[list[LogEvent]]:
     globalLogPublisher.removeObserver(observe)
     failures = [str(event.get("log_failure") or event.get("log_format")) for event in events]
     assert not failures
+
+
+@pytest.fixture(autouse=True)
+def reactor_is_left_clean(logged_errors: list[LogEvent]) -> Iterator[None]:
+    """Fail a test that leaves something on the reactor, and have what it left to the collector collected: a Deferred
+    logs a failure that nobody took when it is freed.
+
+    What there was before is frozen, so that only what the test made is looked at; that takes no time.
+    """
+    before = pending()
+    gc.freeze()
+    yield
+    left = pytest_twisted.blockon(Deferred.fromCoroutine(left_since(before)))
+    gc.collect()
+    gc.unfreeze()
+    assert not left
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,9 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest_twisted.async_yield_fixture
 async def bench(url: str) -> AsyncIterator[Bench]:
     async with opened(url) as (store,):
-        yield Bench(store)
+        made = Bench(store)
+        yield made
+        await made.limiter.finish()
 
 
 def money(limit: int, cost: int, period: int = 0) -> Rule:
