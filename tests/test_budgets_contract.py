@@ -2,11 +2,10 @@
 
 import random
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 import pytest_twisted
-from _stores import KINDS, add_key, delete_keys, opened, say_spent, url_of
+from _stores import add_key, delete_keys, opened, say_spent
 from attrs import evolve
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
@@ -46,11 +45,6 @@ class Bench:
         self._events += 1
         event = UsageEvent(time=NOW, key=key, held_on=self._day, **fields)
         await self.store.add_usage("w", self._events, [event])
-
-
-@pytest.fixture(params=KINDS)
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return url_of(request, tmp_path)
 
 
 @pytest_twisted.async_yield_fixture

@@ -18,7 +18,6 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.internet.endpoints import SSL4ServerEndpoint
 from twisted.internet.ssl import PrivateCertificate
 from twisted.internet.task import deferLater
-from twisted.logger import LogEvent, eventAsText, globalLogPublisher
 from twisted.protocols.portforward import ProxyFactory
 
 from vllmproxy.keys.key import VirtualKey, hash_key
@@ -39,18 +38,6 @@ def guarded() -> Iterator[RedisServer]:
     acl = ("--user", "me", "on", f">{CANARY}-me", "~vllmproxy:*", "+@all")
     with redis_server("--requirepass", CANARY, *acl) as started:
         yield started
-
-
-@pytest.fixture
-def logged() -> Iterator[list[str]]:
-    lines: list[str] = []
-
-    def observe(event: LogEvent) -> None:
-        lines.append(eventAsText(event, includeTimestamp=False) + repr(event))
-
-    globalLogPublisher.addObserver(observe)
-    yield lines
-    globalLogPublisher.removeObserver(observe)
 
 
 @pytest.fixture

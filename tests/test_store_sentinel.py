@@ -11,7 +11,6 @@ from _sentinel import NAME, Group, replica_of, sentinel_group
 from _stores import add_key, delete_keys
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
-from twisted.logger import LogEvent, eventAsText, globalLogPublisher
 
 from vllmproxy.keys.key import VirtualKey, hash_key
 from vllmproxy.store.interface import CannotOpenStore, StoreUnavailable
@@ -29,18 +28,6 @@ HUNG = 30.0
 def group() -> Iterator[Group]:
     with sentinel_group() as started:
         yield started
-
-
-@pytest.fixture
-def logged() -> Iterator[list[str]]:
-    lines: list[str] = []
-
-    def observe(event: LogEvent) -> None:
-        lines.append(eventAsText(event, includeTimestamp=False))
-
-    globalLogPublisher.addObserver(observe)
-    yield lines
-    globalLogPublisher.removeObserver(observe)
 
 
 async def until_written(store: RedisStore, key: VirtualKey) -> None:
