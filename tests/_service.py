@@ -60,6 +60,8 @@ class Twistd:
             self.connect().close()
         except ConnectionRefusedError:
             return True
+        except ConnectionResetError:
+            pass  # it was in the queue of the listener when that was closed
         return False
 
     def get_json(self, path: str, method: str = "GET", headers: dict[str, str] | None = None) -> object:
