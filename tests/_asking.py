@@ -67,7 +67,7 @@ def make_key(service: Twistd, **fields: object) -> dict[str, Any]:
     return made
 
 
-def until(what: Callable[[], T], seconds: float = 20) -> T:
+def until(what: Callable[[], T], seconds: float = 30) -> T:
     """Return ``what()`` as soon as it is true."""
     deadline = time.monotonic() + seconds
     while not (result := what()):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 from _redis import RedisServer
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import maybeDeferred
 from twisted.internet.task import Clock
 
 from vllmproxy.limits.values import Ask, Denied, Granted, Rule
@@ -20,6 +20,9 @@ TOKEN = "ab" * 32
 
 #: When virtual time begins, in microseconds since the epoch.
 START = 1_500_000_000_000_000
+
+#: Who is to be closed with a link.
+_LIMITERS: dict[Link, list[RedisLimiter]] = {}
 
 _TIME = "local time = redis.call('TIME')\nlocal now = time[1] * 1000000 + time[2]"
 _VIRTUAL = "local now = tonumber(redis.call('GET', 'vllmproxy:test:now'))"
@@ -85,7 +88,7 @@ class RedisBench(Bench):
 
     def __init__(self, server: RedisServer, link: Link, **options: float) -> None:
         self._server = server
-        super().__init__(RedisLimiter(link, reactor, timeout=20.0, **options))
+        super().__init__(limiter_on(link, timeout=20.0, **options))
 
     def _set(self, now: int) -> None:
         self._server.command("SET", "vllmproxy:test:now", str(now))
@@ -113,5 +116,14 @@ def make_link(server: RedisServer) -> Link:
     return link
 
 
-def close_link(link: Link) -> Deferred[None]:
-    return Deferred.fromCoroutine(link.close())
+def limiter_on(link: Link, **options: float) -> RedisLimiter:
+    """Return a limiter that is closed with its link."""
+    made = RedisLimiter(link, reactor, **options)
+    _LIMITERS.setdefault(link, []).append(made)
+    return made
+
+
+async def close_link(link: Link) -> None:
+    for limiter in _LIMITERS.pop(link, ()):
+        limiter.close()
+    await link.close()

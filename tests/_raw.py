@@ -352,14 +352,6 @@ def settled(value: Callable[[], int], seconds: float = 1.0) -> int:
     raise AssertionError(f"still moving after {PATIENCE} s: {last}")
 
 
-def eventually(condition: Callable[[], bool], what: str) -> None:
-    """Wait until ``condition`` holds."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"never happened: {what}"
-        time.sleep(0.01)
-
-
 def written(service: Twistd) -> int:
     """Bytes a process has written to files (``write`` calls; what it sends on sockets does not count)."""
     fields = dict(line.split(": ") for line in Path(f"/proc/{service.process.pid}/io").read_text().splitlines())

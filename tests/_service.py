@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from _ports import free_port
@@ -16,6 +17,9 @@ from attrs import define
 #: Generous: a loaded machine starts a Python process in seconds.
 START_SECONDS = 60.0
 MASTER_KEY = "sk-master-for-tests-0123456789"
+
+#: Starts one, with options; a fixture that stops it at the end.
+Start = Callable[..., "Twistd"]
 
 
 @define
@@ -49,6 +53,16 @@ class Twistd:
     def connect(self) -> socket.socket:
         """Return a connected socket with a generous time limit."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+    def refuses(self) -> bool:
+        """Whether nobody listens any more."""
+        try:
+            self.connect().close()
+        except ConnectionRefusedError:
+            return True
+        except ConnectionResetError:
+            pass  # it was in the queue of the listener when that was closed
+        return False
 
     def get_json(self, path: str, method: str = "GET", headers: dict[str, str] | None = None) -> object:
         """Ask for ``path`` and return the decoded answer."""

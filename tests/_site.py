@@ -1,21 +1,18 @@
 """A server channel on a real socket, in the test's own reactor; plain or with TLS."""
 
 import socket
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from _memory import render
-from twisted.internet import reactor as installed_reactor
+from _reactor import reactor, until
 from twisted.internet.task import deferLater
 
 from vllmproxy.http1.factory import ServerFactory
 from vllmproxy.http1.hangup import HangupWatcher
 from vllmproxy.http1.stream import Stream
 from vllmproxy.testing import RecordingReceiver
-
-reactor: Any = installed_reactor
 
 
 class Filler:
@@ -101,10 +98,3 @@ async def site(certificate: Any = None, **timeouts: Any) -> AsyncIterator[Site]:
     await until(lambda: not made.factory.channels)
     made.watcher.close()
     await made.port.stopListening()
-
-
-async def until(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not happened():
-        assert time.monotonic() < end
-        await deferLater(reactor, 0.005, lambda: None)

@@ -9,14 +9,13 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import trustme
+from _reactor import reactor
 from attrs import frozen
-from twisted.internet import reactor as installed_reactor
 from twisted.internet.endpoints import TCP4ClientEndpoint, wrapClientTLS
 from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.ssl import Certificate, PrivateCertificate, optionsForClientTLS, trustRootFromCertificates
 from twisted.internet.task import deferLater
 
-reactor: Any = installed_reactor
 T = TypeVar("T")
 NAME = "tls.test"
 #: What :meth:`TLSPeer.end` knows.

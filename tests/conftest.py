@@ -1,19 +1,23 @@
 """Fixtures that more than one file uses: leak checks for every test, a proxy in front of a simulator, and stores."""
 
+import gc
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import pytest_twisted
+from _api import House
 from _limits import close_link, make_link
 from _raw import Upstream
+from _reactor import left_since, pending
 from _redis import RedisServer, redis_server
-from _service import Twistd, start_proxy, start_simulator
+from _service import Start, Twistd, start_proxy, start_simulator
 from _stores import KINDS, every_url, opened, url_of
 from hypothesis import settings
 from twisted.internet import reactor
-from twisted.logger import LogEvent, LogLevel, globalLogPublisher
+from twisted.internet.defer import Deferred
+from twisted.logger import LogEvent, LogLevel, eventAsText, globalLogPublisher
 
 from vllmproxy.store.interface import Store
 from vllmproxy.store.link import Link
@@ -42,6 +46,35 @@ def logged_errors() -> Iterator[list[LogEvent]]:
     assert not failures
 
 
+@pytest.fixture(autouse=True)
+def reactor_is_left_clean(logged_errors: list[LogEvent]) -> Iterator[None]:
+    """Fail a test that leaves something on the reactor, and have what it left to the collector collected: a Deferred
+    logs a failure that nobody took when it is freed.
+
+    What there was before is frozen, so that only what the test made is looked at; that takes no time.
+    """
+    before = pending()
+    gc.freeze()
+    yield
+    left = pytest_twisted.blockon(Deferred.fromCoroutine(left_since(before)))
+    gc.collect()
+    gc.unfreeze()
+    assert not left
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """All that is logged, as text and with all of its fields."""
+    lines: list[str] = []
+
+    def observe(event: LogEvent) -> None:
+        lines.append(eventAsText(event, includeTimestamp=False) + repr(event))
+
+    globalLogPublisher.addObserver(observe)
+    yield lines
+    globalLogPublisher.removeObserver(observe)
+
+
 @pytest.fixture(scope="session")
 def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twistd]:
     """A simulated vLLM in a process of its own."""
@@ -58,6 +91,27 @@ def proxy(sim: Twistd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twi
     status = service.stop()
     assert "Traceback" not in service.log
     assert status in (0, -15, 143)
+
+
+@pytest.fixture
+def start(sim: Twistd, tmp_path: Path) -> Iterator[Start]:
+    """Start proxies, each in its own directory unless one is named, and stop them all at the end."""
+    started: list[Twistd] = []
+
+    def begin(*options: str, upstream: str = sim.url, directory: str | None = None) -> Twistd:
+        started.append(start_proxy(tmp_path / (directory or str(len(started))), upstream, *options))
+        return started[-1]
+
+    yield begin
+    for service in started:
+        service.stop()
+        assert "Traceback" not in service.log
+
+
+@pytest.fixture(params=["memory:", "sqlite:keys.sqlite3", "redis"])
+def stored(request: pytest.FixtureRequest, start: Start) -> Twistd:
+    """A proxy with each of the stores; Redis is :func:`server`."""
+    return start("--store", request.getfixturevalue("server").url if request.param == "redis" else request.param)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +145,13 @@ def redis() -> Iterator[RedisServer]:
 def server() -> Iterator[RedisServer]:
     """A Redis that the test has to itself, and may stop and kill."""
     with redis_server() as started:
+        yield started
+
+
+@pytest.fixture
+def durable() -> Iterator[RedisServer]:
+    """A Redis that the test has to itself: what it keeps is still there after a kill -9."""
+    with redis_server("--appendonly", "yes", "--appendfsync", "always") as started:
         yield started
 
 
@@ -132,3 +193,12 @@ async def every_store(redis: RedisServer, tmp_path: Path) -> AsyncIterator[list[
     """A store of each kind, open and empty."""
     async with opened(*every_url(redis, tmp_path)) as stores:
         yield stores
+
+
+@pytest_twisted.async_yield_fixture
+async def house() -> AsyncIterator[House]:
+    """The API, open, with a memory store and a master key."""
+    made = House()
+    await made.open()
+    yield made
+    await made.close()

@@ -1,13 +1,12 @@
 """What changes and shows keys, over a real socket: updates, regeneration, listings, who may do it, and the trail."""
 
 import sqlite3
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_twisted
-from test_api import CUSTOM, MASTER, NOW, Answer, House
+from _api import CUSTOM, MASTER, NOW, Answer, House
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList
 
@@ -22,14 +21,6 @@ from vllmproxy.usage.sums import Account
 
 CHAT = b"/v1/chat/completions"
 OTHER = "sk-another-custom-key-0001"
-
-
-@pytest_twisted.async_yield_fixture
-async def house() -> AsyncIterator[House]:
-    it = House()
-    await it.open()
-    yield it
-    await it.close()
 
 
 async def post(house: House, path: str, body: Any, key: str = MASTER, **headers: str) -> Answer:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import pytest_twisted
+from _api import CUSTOM, MASTER, NOW, Answer, House
 from _stores import last_usage
-from test_api import CUSTOM, MASTER, NOW, Answer, House
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater

@@ -3,35 +3,17 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 from _asking import CHAT, ask, until
-from _raw import Ended, Upstream, Wire, connect, eventually, request
-from _service import MASTER_KEY, Twistd, start_proxy
+from _raw import Ended, Upstream, Wire, connect, request
+from _service import MASTER_KEY, Start, Twistd, start_proxy
 
 BODY = json.dumps({**CHAT, "stream": True}).encode()
 STALL = request(b"POST", b"/vllm/v1/chat/completions", b"X-Vllmsim: stall; after=300", body=BODY)
 MODELS = request(b"GET", b"/vllm/v1/models")
-
-Start = Callable[..., Twistd]
-
-
-@pytest.fixture
-def start(sim: Twistd, tmp_path: Path) -> Iterator[Start]:
-    """Starts proxies in front of the simulated vLLM, with options."""
-    with ExitStack() as stack:
-
-        def begin(*options: str) -> Twistd:
-            proxy = start_proxy(tmp_path, sim.url, *options)
-            stack.callback(proxy.stop)
-            return proxy
-
-        yield begin
-        proxy_log = (tmp_path / "err").read_text() + (tmp_path / "out").read_text()
-        assert "Traceback" not in proxy_log
 
 
 def stalled(proxy: Twistd) -> Wire:
@@ -146,7 +128,7 @@ def test_a_stream_that_stops_is_cut_on_both_sides(option: str, upstream: Upstrea
             assert client.head().status == 200
             with pytest.raises(Ended):
                 read_to_the_end(client)
-            eventually(gone.is_set, "the upstream sees the end")
+            until(gone.is_set)
     finally:
         proxy.stop()
     (record,) = proxy.access_records

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import pytest_twisted
-from _limits import START, TOKEN, RedisBench, virtual_time
+from _limits import START, TOKEN, RedisBench, limiter_on, virtual_time
 from _redis import RedisServer
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredLock, gatherResults, maybeDeferred
@@ -102,7 +102,7 @@ async def test_no_budget_is_exceeded_and_in_the_end_nothing_is_held(
     with virtual_time():
         bench = RedisBench(server, links[0])
         bench.advance(DAY - START / 1e6 % DAY - 3600)  # an hour before a midnight
-        limiters = [RedisLimiter(link, reactor, timeout=20.0) for link in links]
+        limiters = [limiter_on(link, timeout=20.0) for link in links]
         proxies = [Proxy(limiter, redis_store, f"w{number}") for number, limiter in enumerate(limiters)]
         crowd = Crowd(proxies, choose, limits)
         for _ in range(5):

@@ -2,11 +2,10 @@
 
 import random
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 import pytest_twisted
-from _stores import KINDS, add_key, delete_keys, opened, say_spent, url_of
+from _stores import add_key, delete_keys, opened, say_spent
 from attrs import evolve
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
@@ -48,15 +47,12 @@ class Bench:
         await self.store.add_usage("w", self._events, [event])
 
 
-@pytest.fixture(params=KINDS)
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return url_of(request, tmp_path)
-
-
 @pytest_twisted.async_yield_fixture
 async def bench(url: str) -> AsyncIterator[Bench]:
     async with opened(url) as (store,):
-        yield Bench(store)
+        made = Bench(store)
+        yield made
+        await made.limiter.finish()
 
 
 def money(limit: int, cost: int, period: int = 0) -> Rule:

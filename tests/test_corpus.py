@@ -5,10 +5,11 @@ import re
 from contextlib import suppress
 
 import pytest
+from _asking import until
 from _corpus import KEY, MODELS_KEY, AnswerCase, Forwarded, RequestCase, load
 from _memory import Upstream as MemoryUpstream
 from _memory import Wire as MemoryWire
-from _raw import OK, PATIENCE, Message, Upstream, Wire, connect, eventually
+from _raw import OK, PATIENCE, Message, Upstream, Wire, connect
 from _service import MASTER_KEY, Twistd
 from _spellings import spellings
 from _wire import ask
@@ -107,9 +108,9 @@ def test_a_body_that_breaks_behind_a_head_that_was_passed_on(id: str, service: T
     head, blank, body = case.wire.partition(b"\r\n\r\n")
     with upstream.playing(witness), connect(service) as client:
         client.send(head + blank)
-        eventually(lambda: witness.began, "the head at the upstream")
+        until(lambda: witness.began)
         heard, how = converse(client.sock, body, lambda _: False, PATIENCE)
-        eventually(lambda: bool(witness.endings), "the end of the upstream's connection")
+        until(lambda: bool(witness.endings))
     answers, rest = answers_in(heard)
     assert (len(answers), rest, how) == (1, b"", "fin")
     check_refusal(answers[0], case)

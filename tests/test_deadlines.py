@@ -112,6 +112,17 @@ def test_nothing_waits_after_the_end() -> None:
     assert not clock.getDelayedCalls()
 
 
+def test_what_is_forgotten_leaves_nothing_on_the_clock_and_the_next_waits_as_before() -> None:
+    clock, expired = Clock(), []
+    deadlines: Deadlines[str] = Deadlines(clock, 10, expired.append)
+    deadlines.set("a")
+    deadlines.forget()
+    assert not clock.getDelayedCalls()
+    deadlines.set("b")
+    clock.advance(11)
+    assert expired == ["b"]
+
+
 @pytest.mark.parametrize(("first", "then"), [(10.0, 2.0), (2.0, 10.0), (10.0, 10.0)])
 def test_waits_that_are_changed_last_as_long_as_they_would_have(first: float, then: float) -> None:
     clock, expired = Clock(), []

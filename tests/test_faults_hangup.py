@@ -7,7 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
-from _raw import CHUNKED, PATIENCE, MiB, Upstream, Wire, chunk, connect, eventually, request, settled
+from _asking import until
+from _raw import CHUNKED, PATIENCE, MiB, Upstream, Wire, chunk, connect, request, settled
 from _service import Twistd
 
 STREAMING = request(b"POST", b"/vllm/v1/chat/completions", body=b'{"model":"m","messages":[],"stream":true}')
@@ -243,9 +244,9 @@ def test_vllm_counts_the_abort(sim: Twistd, proxy: Twistd, stream: bytes, way: s
         if stream == b"true":
             assert client.head().status == 200
             assert client.chunk()
-        eventually(lambda: stats()["running"] == before["running"] + 1, "the simulator generates")
+        until(lambda: stats()["running"] == before["running"] + 1)
         WAYS[way](client)
-        eventually(lambda: stats()["aborts"] == before["aborts"] + 1, "the simulator counts an abort")
+        until(lambda: stats()["aborts"] == before["aborts"] + 1)
         assert stats()["running"] == before["running"]
 
 
@@ -260,5 +261,5 @@ def test_the_access_record_says_that_the_client_left(upstream: Upstream, scripte
     with upstream.playing(script), connect(scripted_proxy) as client:
         client.send(PLAIN.replace(b"\r\n\r\n", b"\r\nX-Request-Id: left-during-prefill\r\n\r\n", 1))
         scene.leave("close", client, "recorded")
-        eventually(lambda: bool(mine()), "the record is written")
+        until(lambda: bool(mine()))
     assert [record["ended"] for record in mine()] == ["client_gone"]

@@ -6,8 +6,9 @@ import time
 from contextlib import suppress
 
 import pytest
+from _asking import until
 from _ports import free_port
-from _raw import Upstream, Wire, connect, eventually, request
+from _raw import Upstream, Wire, connect, request
 from _service import Twistd, start_proxy
 
 #: What the proxy of this file is started with (conftest.py).
@@ -59,7 +60,7 @@ def test_a_client_that_resets_behind_a_stalled_tunnel_is_noticed(upstream: Upstr
                 client.sock.send(b"x" * 65536)
         client.reset()
         full.set()
-        eventually(ended.is_set, "the upstream sees the end")
+        until(ended.is_set)
 
 
 def test_an_early_answer_reaches_a_slow_reader_whole(upstream: Upstream, scripted_proxy: Twistd) -> None:

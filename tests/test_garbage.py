@@ -15,8 +15,9 @@ STREAMED = STREAM + b"6\r\ndata: \r\n2\r\n\n\n\r\n0\r\n\r\n"
 
 @pytest.fixture
 def collector() -> Iterator[None]:
-    """The collector's own settings back, whatever a test makes of them."""
+    """Nothing frozen, and the collector's own settings back, whatever a test makes of them."""
     thresholds = gc.get_threshold()
+    gc.unfreeze()
     yield
     gc.enable()
     gc.unfreeze()

@@ -11,8 +11,7 @@ import pytest
 import pytest_twisted
 from _memory import ORIGIN, Body, Pending
 from _raw import Wire
-from _site import until
-from twisted.internet import reactor as installed_reactor
+from _reactor import reactor, until
 from twisted.internet.endpoints import TCP4ClientEndpoint
 from twisted.internet.task import deferLater
 
@@ -20,7 +19,6 @@ from vllmproxy.http1.agent import UpstreamAgent
 from vllmproxy.http1.answer import AnswerLost, OutgoingHeaders
 from vllmproxy.http1.sockets import raw_socket
 
-reactor: Any = installed_reactor
 CLOSING = b"HTTP/1.1 200 OK\r\n\r\n"
 SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 REFUSAL = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno"

@@ -9,16 +9,14 @@ from typing import Any
 import pytest
 import pytest_twisted
 from _memory import ORIGIN, Body, Pending
-from _site import until
+from _reactor import reactor, until
 from _tls import ENDS, Authority, TLSPeer
-from twisted.internet import reactor as installed_reactor
 from twisted.internet.task import deferLater
 
 from vllmproxy.http1.agent import UpstreamAgent
 from vllmproxy.http1.answer import AnswerLost, OutgoingHeaders
 from vllmproxy.http1.bodies import WholeBody
 
-reactor: Any = installed_reactor
 SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 
 

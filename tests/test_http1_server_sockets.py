@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import pytest_twisted
-from _site import Filler, send, site, until
-from twisted.internet import reactor as installed_reactor
+from _reactor import reactor, until
+from _site import Filler, send, site
 from twisted.internet.error import ConnectionDone
 from twisted.internet.task import deferLater
 
 from vllmproxy.http1.server import HOLD
 from vllmproxy.http1.sockets import LONG_READ, raw_socket
 
-reactor: Any = installed_reactor
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
 CLOSING = b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
 WEBSOCKET = b"GET / HTTP/1.1\r\nHost: h\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"

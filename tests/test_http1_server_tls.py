@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import pytest_twisted
-from _site import Filler, Site, site, until
+from _reactor import reactor, until
+from _site import Filler, Site, site
 from _tls import ENDS, Authority, TLSPeer
-from twisted.internet import reactor as installed_reactor
 from twisted.internet.error import ConnectionDone
 from twisted.internet.task import deferLater
 
@@ -17,7 +17,6 @@ from vllmproxy.http1.stream import Stream
 
 Lingering = Callable[..., AbstractAsyncContextManager[Site]]
 
-reactor: Any = installed_reactor
 LAST = b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
 WEBSOCKET = b"GET / HTTP/1.1\r\nHost: h\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"

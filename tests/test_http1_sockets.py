@@ -1,16 +1,12 @@
 """What is read of and written to real sockets below Twisted's transports."""
 
 import socket
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-from twisted.internet import reactor as installed_reactor
+from _asking import until
 
 from vllmproxy.http1.sockets import delivery
-
-reactor: Any = installed_reactor
 
 
 @pytest.fixture
@@ -24,13 +20,6 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     theirs.close()
 
 
-def eventually(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 def acknowledged(sock: socket.socket) -> int:
     known = delivery(sock)
     assert known is not None
@@ -42,7 +31,7 @@ def test_a_byte_that_the_peers_kernel_took_counts(pair: tuple[socket.socket, soc
     before = delivery(ours)
     assert before is not None
     ours.sendall(b"x" * 1000)
-    eventually(lambda: acknowledged(ours) == before.acknowledged + 1000)
+    until(lambda: acknowledged(ours) == before.acknowledged + 1000)
     after = delivery(ours)
     assert after is not None
     assert after.segments > before.segments
@@ -52,12 +41,12 @@ def test_none_counts_when_the_peer_had_closed_before(pair: tuple[socket.socket, 
     ours, theirs = pair
     ours.sendall(b"first")
     assert theirs.recv(5) == b"first"
-    eventually(lambda: acknowledged(ours) == 5 + 1)  # Linux counts the SYN
+    until(lambda: acknowledged(ours) == 5 + 1)  # Linux counts the SYN
     before = delivery(ours)
     assert before is not None
     theirs.close()
     ours.sendall(b"second")
-    eventually(lambda: _reset(ours))
+    until(lambda: _reset(ours))
     after = delivery(ours)
     assert after is not None
     assert after.acknowledged == before.acknowledged

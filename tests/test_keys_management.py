@@ -1,45 +1,13 @@
 """Managing keys through a real proxy process and each of the three stores."""
 
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import pytest
 from _asking import CHAT, ask, make_key, until
-from _redis import RedisServer, redis_server
-from _service import MASTER_KEY, Twistd, start_proxy
+from _redis import RedisServer
+from _service import MASTER_KEY, Start, Twistd
 
 MODELS = "/vllm/v1/models"
-Start = Callable[..., Twistd]
-
-
-@pytest.fixture
-def start(sim: Twistd, tmp_path: Path) -> Iterator[Start]:
-    """Start proxies, each in its own directory, and stop them all at the end."""
-    started: list[Twistd] = []
-
-    def begin(*arguments: str) -> Twistd:
-        started.append(start_proxy(tmp_path / str(len(started)), sim.url, *arguments))
-        return started[-1]
-
-    yield begin
-    for service in started:
-        service.stop()
-        assert "Traceback" not in service.log
-
-
-@pytest.fixture
-def redis() -> Iterator[RedisServer]:
-    with redis_server() as server:
-        yield server
-
-
-@pytest.fixture(params=["memory:", "sqlite:keys.sqlite3", "redis"])
-def stored(request: pytest.FixtureRequest, start: Start) -> Twistd:
-    """A proxy with each of the stores."""
-    url = request.getfixturevalue("redis").url if request.param == "redis" else request.param
-    return start("--store", url)
 
 
 def manage(service: Twistd, path: str, body: Any, status: int = 200, **headers: str) -> Any:
@@ -96,8 +64,8 @@ def test_a_key_is_changed_replaced_listed_and_written_down(stored: Twistd) -> No
     assert [each["id"] for each in older["entries"]] == [each["id"] for each in trail[4:]]
 
 
-def test_updates_through_two_proxies_at_once_all_survive(start: Start, redis: RedisServer) -> None:
-    proxies = [start("--store", redis.url, "--key-cache-ttl", "0.1") for _ in range(2)]
+def test_updates_through_two_proxies_at_once_all_survive(start: Start, server: RedisServer) -> None:
+    proxies = [start("--store", server.url, "--key-cache-ttl", "0.1") for _ in range(2)]
     made = make_key(proxies[0])
     bodies: list[dict[str, Any]] = [{"user_id": "u"}, {"team_id": "t"}, {"tags": ["t"]}, {"key_alias": "a"}]
     bodies += [{"metadata": {"x": 1}}, {"blocked": True}]

@@ -3,45 +3,14 @@
 import hashlib
 import signal
 import sqlite3
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from _asking import CHAT, Reply, ask, bearer, make_key, until
-from _redis import RedisServer, redis_server
-from _service import MASTER_KEY, Twistd, start_proxy
+from _redis import RedisServer
+from _service import MASTER_KEY, Start, Twistd
 
 MODELS = "/vllm/v1/models"
-Start = Callable[..., Twistd]
-
-
-@pytest.fixture
-def start(sim: Twistd, tmp_path: Path) -> Iterator[Start]:
-    """Start proxies, each in its own directory, and stop them all at the end."""
-    started: list[Twistd] = []
-
-    def begin(*arguments: str, upstream: str = sim.url, directory: str | None = None) -> Twistd:
-        started.append(start_proxy(tmp_path / (directory or str(len(started))), upstream, *arguments))
-        return started[-1]
-
-    yield begin
-    for service in started:
-        service.stop()
-        assert "Traceback" not in service.log
-
-
-@pytest.fixture
-def redis() -> Iterator[RedisServer]:
-    with redis_server() as server:
-        yield server
-
-
-@pytest.fixture(params=["memory:", "sqlite:keys.sqlite3", "redis"])
-def stored(request: pytest.FixtureRequest, start: Start) -> Twistd:
-    """A proxy with each of the stores."""
-    url = request.getfixturevalue("redis").url if request.param == "redis" else request.param
-    return start("--store", url)
 
 
 def opens(service: Twistd, key: str) -> bool:
@@ -207,7 +176,7 @@ def test_with_no_store_named_keys_live_in_the_state_directory(start: Start) -> N
     assert opens(start(directory="same"), key)
 
 
-def test_no_store_holds_a_key_itself(start: Start, redis: RedisServer) -> None:
+def test_no_store_holds_a_key_itself(start: Start, server: RedisServer) -> None:
     own = "sk-canary-in-the-store-0001"
     service = start("--store", "sqlite:keys.sqlite3", directory="same")
     token = make_key(service, key=own)["token"]
@@ -220,17 +189,17 @@ def test_no_store_holds_a_key_itself(start: Start, redis: RedisServer) -> None:
     assert own not in dump
     assert not [found for found in path.parent.glob("keys.sqlite3*") if own.encode() in found.read_bytes()]
 
-    service = start("--store", redis.url)
+    service = start("--store", server.url)
     make_key(service, key=own)
     opens(service, own)
-    assert redis.command("SAVE").startswith(b"+OK")
-    snapshot = (redis.directory / "dump.rdb").read_bytes()
+    assert server.command("SAVE").startswith(b"+OK")
+    snapshot = (server.directory / "dump.rdb").read_bytes()
     assert token.encode() in snapshot
     assert own.encode() not in snapshot
 
 
-def test_two_proxies_share_one_redis(start: Start, redis: RedisServer) -> None:
-    one, two = start("--store", redis.url), start("--store", redis.url)
+def test_two_proxies_share_one_redis(start: Start, server: RedisServer) -> None:
+    one, two = start("--store", server.url), start("--store", server.url)
     key = make_key(one)["key"]
     assert opens(two, key)
     assert opens(one, key)
@@ -240,9 +209,9 @@ def test_two_proxies_share_one_redis(start: Start, redis: RedisServer) -> None:
 
 
 def test_a_key_refused_on_one_and_made_on_the_other_opens_within_the_cache_s_time(
-    start: Start, redis: RedisServer
+    start: Start, server: RedisServer
 ) -> None:
-    one, two = start("--store", redis.url), start("--store", redis.url)
+    one, two = start("--store", server.url), start("--store", server.url)
     own = "sk-chosen-by-the-operator-0002"
     assert not opens(two, own)
     make_key(one, key=own)
@@ -250,14 +219,14 @@ def test_a_key_refused_on_one_and_made_on_the_other_opens_within_the_cache_s_tim
 
 
 @pytest.mark.parametrize("outage", ["stalled", "dead"])
-def test_redis_fails_and_comes_back(start: Start, redis: RedisServer, outage: str) -> None:
-    service = start("--store", redis.url, "--key-cache-ttl", "600")
+def test_redis_fails_and_comes_back(start: Start, server: RedisServer, outage: str) -> None:
+    service = start("--store", server.url, "--key-cache-ttl", "600")
     known, unknown = make_key(service)["key"], make_key(service)["key"]
     assert opens(service, known)
     if outage == "stalled":
-        redis.stall()
+        server.stall()
     else:
-        redis.kill()
+        server.kill()
     assert ask(service, "GET", MODELS, key=known).status == 200
     for _ in range(3):
         _store_down(ask(service, "GET", MODELS, key=unknown))
@@ -267,24 +236,24 @@ def test_redis_fails_and_comes_back(start: Start, redis: RedisServer, outage: st
     assert ask(service, "GET", "/health/liveliness").json() == "I'm alive!"
     assert ask(service, "GET", MODELS, key=MASTER_KEY).status == 200
     if outage == "stalled":
-        redis.resume()
+        server.resume()
         until(lambda: ask(service, "GET", MODELS, key=unknown).status == 200)
     else:
-        redis.start()  # without its data
+        server.start()  # without its data
     until(lambda: ask(service, "GET", MODELS, key="sk-nobody-has-this-one").status == 401)
     assert opens(service, make_key(service)["key"])
     assert ask(service, "GET", "/health/readiness").status == 200
 
 
-def test_a_key_that_is_not_believed_any_more_is_not_let_in_blindly(start: Start, redis: RedisServer) -> None:
-    service = start("--store", redis.url, "--key-cache-ttl", "0.2", "--key-max-stale", "0")
+def test_a_key_that_is_not_believed_any_more_is_not_let_in_blindly(start: Start, server: RedisServer) -> None:
+    service = start("--store", server.url, "--key-cache-ttl", "0.2", "--key-max-stale", "0")
     key = make_key(service)["key"]
     assert opens(service, key)
-    redis.stall()
+    server.stall()
     reply = until(lambda: (found := ask(service, "GET", MODELS, key=key)).status != 200 and found)
     assert reply
     _store_down(reply)
-    redis.resume()
+    server.resume()
     until(lambda: ask(service, "GET", MODELS, key=key).status == 200)
 
 

@@ -1,14 +1,14 @@
 """Reservations ahead on a real Redis, of several proxies: what counts when all is quiet is what was taken."""
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import _reactor
 import pytest
 import pytest_twisted
 from _asking import CHAT, ask, make_key, until
-from _limits import TOKEN, parallel, requests, tokens
+from _limits import TOKEN, limiter_on, parallel, requests, tokens
 from _redis import RedisServer, held_tokens
 from _service import Twistd, start_proxy
 from twisted.internet import reactor
@@ -21,7 +21,6 @@ from vllmproxy.limits import behind
 from vllmproxy.limits.ahead import Ahead
 from vllmproxy.limits.values import Ask, Denied, Rule
 from vllmproxy.store.interface import StoreUnavailable
-from vllmproxy.store.limits_redis import RedisLimiter
 from vllmproxy.store.link import Link
 
 #: Seconds after which something has hung, on however busy a machine.
@@ -38,10 +37,7 @@ def counted(server: RedisServer, key: str = TOKEN) -> tuple[int, int, int]:
 
 async def quiet(server: RedisServer, expected: tuple[int, int, int]) -> None:
     """Return when that counts, and goes on to."""
-    give_up = time.monotonic() + HUNG
-    while counted(server) != expected:
-        assert time.monotonic() < give_up, counted(server)
-        await deferLater(reactor, 0.02)
+    await _reactor.until(lambda: counted(server) == expected)
     await deferLater(reactor, 0.1)
     assert counted(server) == expected
 
@@ -53,7 +49,7 @@ class Askers:
     """
 
     def __init__(self, links: list[Link], *rules: Rule, timeout: float = HUNG) -> None:
-        self.limiters = [Ahead(RedisLimiter(link, reactor, timeout=timeout), reactor) for link in links]
+        self.limiters = [Ahead(limiter_on(link, timeout=timeout), reactor) for link in links]
         self._rules = rules
         self.granted = self.denied = self.unavailable = self.ahead = self.most = self._running = 0
         #: What those that were let in hold of a budget: nobody adds their usage.
@@ -85,6 +81,10 @@ class Askers:
     async def ask(self, askers: int, times: int) -> None:
         await gatherResults([Deferred.fromCoroutine(self._ask(number, times)) for number in range(askers)])
 
+    async def finish(self) -> None:
+        for limiter in self.limiters:
+            await limiter.finish()
+
 
 @pytest_twisted.ensureDeferred
 async def test_what_counts_in_the_end_is_what_was_used(server: RedisServer, links: list[Link]) -> None:
@@ -93,9 +93,8 @@ async def test_what_counts_in_the_end_is_what_was_used(server: RedisServer, link
     assert (askers.granted, askers.denied) == (12 * 60, 0)
     assert askers.ahead > 100
     await quiet(server, (12 * 60, 3 * 12 * 60, 0))
-    for limiter in askers.limiters:
-        await limiter.finish()
-        assert limiter._stocks == {}
+    await askers.finish()
+    assert [limiter._stocks for limiter in askers.limiters] == [{}, {}]
 
 
 @pytest.mark.parametrize("limit", [10**8, 12 * 60 * 100])
@@ -108,8 +107,7 @@ async def test_a_budget_holds_what_was_let_in_and_nothing_for_nobody(
     await askers.ask(12, 60)
     assert askers.ahead > 50
     assert bool(askers.denied) is (limit < 10**8)  # some hold 128
-    for limiter in askers.limiters:
-        await limiter.finish()
+    await askers.finish()
     assert held_tokens(server, TOKEN) == askers.held <= limit
     assert counted(server)[2] == 0
 
@@ -127,12 +125,10 @@ async def test_what_was_ahead_of_a_budget_is_given_back_after_an_outage_however_
         await deferLater(reactor, 3)
     finally:
         server.resume()
-    give_up = time.monotonic() + HUNG
-    while held_tokens(server, TOKEN) != askers.held:
-        assert time.monotonic() < give_up
-        await deferLater(reactor, 0.02)
+    await _reactor.until(lambda: held_tokens(server, TOKEN) == askers.held)
     for limiter in askers.limiters:
         assert limiter._stocks == {}
+    await askers.finish()
 
 
 @pytest_twisted.ensureDeferred
@@ -146,6 +142,7 @@ async def test_no_more_are_let_in_than_the_limit_and_no_fewer(server: RedisServe
     await askers.ask(2, 400 - askers.granted + 1)
     assert askers.granted == 400
     await quiet(server, (400, 3 * 400, 0))
+    await askers.finish()
 
 
 @pytest_twisted.ensureDeferred
@@ -157,6 +154,7 @@ async def test_no_more_run_at_a_time_than_there_are_places(server: RedisServer, 
     assert askers.ahead
     assert askers.denied
     await quiet(server, (askers.granted, 3 * askers.granted, 0))
+    await askers.finish()
 
 
 @pytest_twisted.ensureDeferred
@@ -164,8 +162,7 @@ async def test_what_is_ahead_is_given_back_at_the_end(server: RedisServer, links
     """At once, and not when half a second has passed: the connection is closed next."""
     askers = Askers(links, requests(10**6), tokens(10**8, 100), parallel(10**5))
     await askers.ask(8, 40)
-    for limiter in askers.limiters:
-        await limiter.finish()
+    await askers.finish()
     assert counted(server) == (8 * 40, 3 * 8 * 40, 0)
 
 
@@ -185,6 +182,7 @@ async def test_nothing_is_lost_in_an_outage(server: RedisServer, links: list[Lin
     await quiet(server, (askers.granted, 3 * askers.granted, 0))
     for limiter in askers.limiters:
         assert (limiter._stocks, limiter._behind._kept) == ({}, [])
+    await askers.finish()
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import pytest_twisted
-from _limits import START, TOKEN, RedisBench, close_link, parallel, requests, tokens, virtual_time
+from _limits import START, TOKEN, RedisBench, close_link, limiter_on, parallel, requests, tokens, virtual_time
+from _reactor import until
 from _redis import RedisServer, held_tokens
 from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
@@ -88,7 +89,7 @@ def runs_of(server: RedisServer) -> int:
 
 @pytest_twisted.ensureDeferred
 async def test_everything_has_a_time_to_live_and_one_hash_tag(server: RedisServer, links: list[Link]) -> None:
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     full = (*RULES, requests(9, scope="m"), tokens(9, 1, "m"), parallel(9, "m"))
     for name in ("open", "settled", "renewed"):
         assert isinstance(await limiter.reserve(ask(name, *full)), Granted)
@@ -146,7 +147,7 @@ async def test_places_of_leases_that_ended_are_cleared_away(server: RedisServer,
 @pytest_twisted.ensureDeferred
 async def test_settling_and_renewing_revive_nothing(server: RedisServer, links: list[Link]) -> None:
     """What Redis has let go of stays away: a counter without a time to live would count for ever."""
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     assert await limiter.reserve(ask("one")) == FIRST
     for kind in ("requests", "tokens", "max_parallel_requests"):
         server.command("DEL", f"vllmproxy:{{{TOKEN}}}:{kind}:")
@@ -159,7 +160,7 @@ async def test_settling_and_renewing_revive_nothing(server: RedisServer, links: 
 @pytest_twisted.ensureDeferred
 async def test_a_stopped_redis_costs_the_deadline_and_takes_nothing(server: RedisServer, links: list[Link]) -> None:
     """What was asked while it was stopped is run late, hence not at all."""
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     await limiter.reserve(ask("before", requests(10)))
     server.stall()
     try:
@@ -182,7 +183,7 @@ async def test_a_stopped_redis_costs_the_deadline_and_takes_nothing(server: Redi
 @pytest_twisted.ensureDeferred
 async def test_what_was_taken_unheard_is_given_back(server: RedisServer, links: list[Link]) -> None:
     """Redis ran it in time, by the clocks, and its answer came late."""
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     await limiter.settle_all([(TOKEN, "unknown", ())])
     await unheard(server, links[0], lambda: limiter.reserve(ask("unheard")))
     assert await eventually(limiter, "after") == FIRST
@@ -195,7 +196,7 @@ async def test_what_was_taken_unheard_is_given_back_over_the_next_connection(
     server: RedisServer, links: list[Link], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Redis ran it, and the connection was lost before its answer came. What a budget holds has no time to live."""
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     wire = await links[0].get()
     run = wire.run
 
@@ -207,16 +208,13 @@ async def test_what_was_taken_unheard_is_given_back_over_the_next_connection(
     with pytest.raises(StoreUnavailable):
         await limiter.reserve(ask("unheard", requests(10), Rule("budget_tokens", "", 100, 60)))
     assert held_tokens(server, TOKEN) == 60
-    give_up = time.monotonic() + HUNG
-    while held_tokens(server, TOKEN):
-        assert time.monotonic() < give_up
-        await deferLater(reactor, 0.02)
+    await until(lambda: not held_tokens(server, TOKEN))
     assert await eventually(limiter, "after") == FIRST
 
 
 @pytest_twisted.ensureDeferred
 async def test_one_that_is_cancelled_because_of_another_of_its_call_is_given_back(links: list[Link]) -> None:
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     first, one, other = (limiter.reserve(ask(name)) for name in ("first", "one", "other"))
     one.addCallback(lambda granted: other.cancel() or granted)
     assert await first == FIRST
@@ -230,7 +228,7 @@ async def test_one_that_is_cancelled_because_of_another_of_its_call_is_given_bac
 @pytest_twisted.ensureDeferred
 async def test_what_was_given_back_too_late_is_given_back_again(server: RedisServer, links: list[Link]) -> None:
     """Redis's clock was set on meanwhile, by which the script that gives back is late."""
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     wire = await links[0].get()
     run = wire.run
 
@@ -245,16 +243,13 @@ async def test_what_was_given_back_too_late_is_given_back_again(server: RedisSer
     wire.run = lose  # type: ignore[method-assign]
     with pytest.raises(StoreUnavailable):
         await limiter.reserve(ask("unheard", Rule("budget_tokens", "", 100, 60)))
-    give_up = time.monotonic() + HUNG
-    while held_tokens(server, TOKEN):
-        assert time.monotonic() < give_up
-        await deferLater(reactor, 0.02)
+    await until(lambda: not held_tokens(server, TOKEN))
     assert is_settled(server, "unheard")
 
 
 @pytest_twisted.ensureDeferred
 async def test_a_renewal_makes_nobody_forget_what_is_held_of_a_budget(server: RedisServer, links: list[Link]) -> None:
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     await limiter.reserve(ask("one", parallel(3), Rule("budget_tokens", "", 100, 60)))
     assert await limiter.renew(TOKEN, ["one"]) == []
     assert int(server.command("PTTL", f"vllmproxy:{{{TOKEN}}}:request:one")[1:]) > 86_000_000
@@ -263,7 +258,7 @@ async def test_a_renewal_makes_nobody_forget_what_is_held_of_a_budget(server: Re
 @pytest_twisted.ensureDeferred
 async def test_one_account_that_is_none_takes_nothing_of_another(server: RedisServer, links: list[Link]) -> None:
     """Both are asked for in one call, which fails: nothing was written, and giving back finds nothing."""
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     budget = Rule("budget_tokens", "", 1000, 100)
     assert await limiter.reserve(ask("before", budget)) == Granted((900,))
     server.command("SET", "vllmproxy:{other}:budget", "garbage")
@@ -278,7 +273,7 @@ async def test_one_account_that_is_none_takes_nothing_of_another(server: RedisSe
 
 @pytest_twisted.ensureDeferred
 async def test_a_cancelled_reservation_is_given_back(server: RedisServer, links: list[Link]) -> None:
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     await limiter.settle_all([(TOKEN, "unknown", ())])
     for number in range(5):
         call = limiter.reserve(ask(f"gone-{number}"))
@@ -292,7 +287,7 @@ async def test_a_cancelled_reservation_is_given_back(server: RedisServer, links:
 
 @pytest_twisted.ensureDeferred
 async def test_a_late_script_does_nothing(server: RedisServer, links: list[Link]) -> None:
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     await limiter.reserve(ask("one"))
     wire = await links[0].get()
     name = f"vllmproxy:{{{TOKEN}}}:request:one"
@@ -317,7 +312,7 @@ async def test_a_late_script_does_nothing(server: RedisServer, links: list[Link]
 @pytest_twisted.ensureDeferred
 async def test_a_clock_that_was_set_is_noticed(links: list[Link], error: float) -> None:
     """Neither is everything late from then on, nor nothing any more."""
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     wire = await links[0].get()
     true = wire.offset
     wire.offset += error
@@ -328,7 +323,7 @@ async def test_a_clock_that_was_set_is_noticed(links: list[Link], error: float) 
 
 @pytest_twisted.ensureDeferred
 async def test_a_redis_that_died_is_used_again(server: RedisServer, links: list[Link]) -> None:
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     assert await limiter.reserve(ask("one")) == FIRST
     server.kill()
     for number in range(5):
@@ -342,7 +337,7 @@ async def test_a_redis_that_died_is_used_again(server: RedisServer, links: list[
 
 @pytest_twisted.ensureDeferred
 async def test_a_redis_that_forgot_the_scripts_is_told_again(server: RedisServer, links: list[Link]) -> None:
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     for number in range(3):
         assert await limiter.reserve(ask(f"r{number}")) == Granted((9 - number, 900 - 100 * number, 9 - number))
         server.command("SCRIPT", "FLUSH")
@@ -354,7 +349,7 @@ async def test_a_redis_that_forgot_the_scripts_is_told_again(server: RedisServer
 
 @pytest_twisted.ensureDeferred
 async def test_a_refusing_redis_is_unavailable_and_lets_nobody_in(server: RedisServer, links: list[Link]) -> None:
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     name = f"vllmproxy:{{{TOKEN}}}:requests:"
     server.command("SET", name, "something else")
     with pytest.raises(StoreUnavailable, match="WRONGTYPE"):
@@ -369,7 +364,7 @@ async def test_a_refusing_redis_is_unavailable_and_lets_nobody_in(server: RedisS
 
 @pytest_twisted.ensureDeferred
 async def test_closing_fails_what_is_pending(server: RedisServer, links: list[Link]) -> None:
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     pending = limiter.reserve(ask("one"))
     limiter.close()
     with pytest.raises(StoreUnavailable, match="closed"):
@@ -378,8 +373,8 @@ async def test_closing_fails_what_is_pending(server: RedisServer, links: list[Li
 
 @pytest_twisted.ensureDeferred
 async def test_leases_end_when_a_proxy_vanishes(links: list[Link]) -> None:
-    vanishing = RedisLimiter(links[0], reactor, lease=0.4)
-    other = RedisLimiter(links[1], reactor, lease=0.4)
+    vanishing = limiter_on(links[0], lease=0.4)
+    other = limiter_on(links[1], lease=0.4)
     taken = time.monotonic()
     for number in range(3):
         assert isinstance(await vanishing.reserve(ask(f"held-{number}", parallel(3))), Granted)
@@ -397,7 +392,7 @@ async def test_leases_end_when_a_proxy_vanishes(links: list[Link]) -> None:
 async def test_many_askers_on_two_proxies_get_the_limit_and_no_more(links: list[Link]) -> None:
     """64 askers, a window of 1 s: in no such second are more than the limit admitted, and nearly all of it is."""
     limit, window, windows = 300, 1.0, 5
-    limiters = [RedisLimiter(link, reactor, window=window, timeout=HUNG) for link in links]
+    limiters = [limiter_on(link, window=window, timeout=HUNG) for link in links]
     granted: list[tuple[float, float]] = []
     ends = time.monotonic() + windows * window
 
@@ -443,7 +438,7 @@ def test_memory_of_idle_keys_is_let_go() -> None:
 @pytest_twisted.ensureDeferred
 async def test_what_comes_together_is_decided_as_one_by_one(server: RedisServer, links: list[Link]) -> None:
     """While one call for a key is under way, the next requests gather, and go in one call."""
-    limiter, alone = RedisLimiter(links[0], reactor), MemoryLimiter(Clock())
+    limiter, alone = limiter_on(links[0]), MemoryLimiter(Clock())
     asks = [ask(f"r{n}", requests(9), tokens(1000, 300 if n % 3 else 10), parallel(6)) for n in range(150)]
     together = await gatherResults([limiter.reserve(each) for each in asks])
     for each, decided in zip(asks, together, strict=True):
@@ -461,7 +456,7 @@ async def test_what_comes_together_is_decided_as_one_by_one(server: RedisServer,
 @pytest_twisted.ensureDeferred
 async def test_what_comes_together_is_of_its_own_key_each(server: RedisServer, links: list[Link]) -> None:
     """Requests of different keys go in one call as well, and nothing of one is another's."""
-    limiter, alone = RedisLimiter(links[0], reactor), MemoryLimiter(Clock())
+    limiter, alone = limiter_on(links[0]), MemoryLimiter(Clock())
     budget = Rule("budget_tokens", "", 500, 60)
     rules = (
         (requests(4), tokens(1000, 300)),
@@ -491,7 +486,7 @@ async def test_what_comes_together_is_of_its_own_key_each(server: RedisServer, l
 async def test_an_answer_that_makes_no_sense_is_a_failure_and_given_back(
     server: RedisServer, links: list[Link], monkeypatch: pytest.MonkeyPatch, answers: list[Any]
 ) -> None:
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     wire = await links[0].get()
     run = wire.run
 
@@ -533,7 +528,7 @@ async def test_what_is_reserved_ahead_counts_from_when_its_requests_may_come(
 
 @pytest_twisted.ensureDeferred
 async def test_of_what_is_reserved_ahead_some_may_be_granted(links: list[Link]) -> None:
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     made = await limiter.reserve_ahead(TOKEN, (requests(3),), ids(4), 0.5)
     assert [each.request_id for each in made] == ids(3)
     await limiter.settle_all([(TOKEN, id, (0,)) for id in ids(3)])
@@ -544,7 +539,7 @@ async def test_of_what_is_reserved_ahead_some_may_be_granted(links: list[Link]) 
 async def test_each_of_what_is_reserved_ahead_is_settled_once_and_for_itself(
     server: RedisServer, links: list[Link]
 ) -> None:
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     one, two, three = await limiter.reserve_ahead(TOKEN, (tokens(1000, 100), parallel(9)), ids(3), 0.5)
     assert (one.taken, three.taken) == ((100, 1), (100, 1))
     for _ in range(2):
@@ -562,7 +557,7 @@ async def test_each_of_what_is_reserved_ahead_is_settled_once_and_for_itself(
 @pytest.mark.parametrize("seed", range(20))
 @pytest_twisted.ensureDeferred
 async def test_several_alike_are_decided_as_one_after_the_other(links: list[Link], seed: int) -> None:
-    choose, limiter, alone = random.Random(seed), RedisLimiter(links[0], reactor), MemoryLimiter(Clock())
+    choose, limiter, alone = random.Random(seed), limiter_on(links[0]), MemoryLimiter(Clock())
     alone.accounts.open(TOKEN, Account())
     running: list[tuple[str, int]] = []
     for round in range(12):
@@ -585,7 +580,7 @@ async def test_several_alike_are_decided_as_one_after_the_other(links: list[Link
 
 @pytest_twisted.ensureDeferred
 async def test_what_was_reserved_ahead_unheard_is_given_back(server: RedisServer, links: list[Link]) -> None:
-    limiter = RedisLimiter(links[0], reactor)
+    limiter = limiter_on(links[0])
     await limiter.settle_all([(TOKEN, "unknown", ())])
     await unheard(server, links[0], lambda: limiter.reserve_ahead(TOKEN, RULES, ids(2), 0.5))
     assert await eventually(limiter, "after") == FIRST

@@ -2,46 +2,20 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from _asking import Reply, ask, make_key, until
-from _redis import RedisServer, redis_server
+from _redis import RedisServer
 from _sentinel import sentinel_group
-from _service import MASTER_KEY, Twistd, start_proxy
+from _service import MASTER_KEY, Start, Twistd
 
 from vllmproxy.keys.key import hash_key
 
 MODELS = "/vllm/v1/models"
 
-#: What is kept is still there after a kill -9.
-DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 SHORT, LONG = 2.5, 30.0
-
-Start = Callable[..., Twistd]
-
-
-@pytest.fixture
-def redis() -> Iterator[RedisServer]:
-    with redis_server(*DURABLE) as server:
-        yield server
-
-
-@pytest.fixture
-def start(sim: Twistd, tmp_path: Path) -> Iterator[Start]:
-    started: list[Twistd] = []
-
-    def start_one(url: str, *options: str) -> Twistd:
-        directory = tmp_path / str(len(started))
-        started.append(start_proxy(directory, sim.url, "--store", url, *options))
-        return started[-1]
-
-    yield start_one
-    for service in started:
-        service.stop()
-        assert "Traceback" not in service.log
 
 
 def end(redis: RedisServer, outage: str) -> None:
@@ -109,14 +83,14 @@ def make_keys(start: Start, url: str, *fields: dict[str, object]) -> list[str]:
 
     A proxy that is told of a change forgets the key, and that may come after it was asked for the first time.
     """
-    maker = start(url)
+    maker = start("--store", url)
     return [make_key(maker, **each)["key"] for each in fields]
 
 
 def survive(start: Start, redis: RedisServer, outage: str, seconds: float) -> None:
     """Go through one outage, with a key that was used, one that was not, and one that does not exist."""
     known, unused = make_keys(start, redis.url, {}, {})
-    service, other = start(redis.url), start(redis.url)
+    service, other = start("--store", redis.url), start("--store", redis.url)
     stranger = "sk-nobody-has-this-one"
     assert opens(service, known)
     assert opens(other, known)
@@ -137,51 +111,51 @@ def survive(start: Start, redis: RedisServer, outage: str, seconds: float) -> No
 
 
 @pytest.mark.parametrize("outage", ["killed", "stopped"])
-def test_keys_in_an_outage(start: Start, redis: RedisServer, outage: str) -> None:
-    survive(start, redis, outage, SHORT)
+def test_keys_in_an_outage(start: Start, durable: RedisServer, outage: str) -> None:
+    survive(start, durable, outage, SHORT)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("outage", ["killed", "stopped"])
-def test_keys_in_a_long_outage(start: Start, redis: RedisServer, outage: str) -> None:
-    survive(start, redis, outage, LONG)
+def test_keys_in_a_long_outage(start: Start, durable: RedisServer, outage: str) -> None:
+    survive(start, durable, outage, LONG)
 
 
-def test_a_key_works_for_as_long_as_it_may_be_stale(start: Start, redis: RedisServer) -> None:
-    (key,) = make_keys(start, redis.url, {})
-    service = start(redis.url, "--key-max-stale", "6")
+def test_a_key_works_for_as_long_as_it_may_be_stale(start: Start, durable: RedisServer) -> None:
+    (key,) = make_keys(start, durable.url, {})
+    service = start("--store", durable.url, "--key-max-stale", "6")
     assert opens(service, key)
-    redis.kill()
+    durable.kill()
     answer = ask(service, "GET", MODELS, key=key)
     assert (answer.status, answer.body[:200] if answer.status != 200 else b"") == (200, b"")
     until(lambda: is_store_down(ask(service, "GET", MODELS, key=key)))
-    redis.start()
+    durable.start()
     until(lambda: opens(service, key))
 
 
 @pytest.mark.parametrize("outage", ["killed", "stopped"])
-def test_limits_fail_closed(start: Start, redis: RedisServer, outage: str) -> None:
-    limited, free = make_keys(start, redis.url, {"rpm_limit": 1000}, {})
-    service = start(redis.url)
+def test_limits_fail_closed(start: Start, durable: RedisServer, outage: str) -> None:
+    limited, free = make_keys(start, durable.url, {"rpm_limit": 1000}, {})
+    service = start("--store", durable.url)
     assert opens(service, limited)
     assert opens(service, free)
-    end(redis, outage)
+    end(durable, outage)
     try:
         for _ in range(10):
             assert is_store_down(ask(service, "GET", MODELS, key=limited))
             assert opens(service, free)
     finally:
-        mend(redis, outage)
+        mend(durable, outage)
     until(lambda: opens(service, limited))
 
 
 @pytest.mark.parametrize("outage", ["killed", "stopped"])
-def test_limits_fall_to_a_share(start: Start, redis: RedisServer, outage: str) -> None:
-    key, slow = make_keys(start, redis.url, {"rpm_limit": 9}, {"max_parallel_requests": 2})
-    service = start(redis.url, "--store-outage", "local", "--local-share", "0.5")
+def test_limits_fall_to_a_share(start: Start, durable: RedisServer, outage: str) -> None:
+    key, slow = make_keys(start, durable.url, {"rpm_limit": 9}, {"max_parallel_requests": 2})
+    service = start("--store", durable.url, "--store-outage", "local", "--local-share", "0.5")
     assert opens(service, key)
     assert opens(service, slow)
-    end(redis, outage)
+    end(durable, outage)
     try:
         replies = [ask(service, "GET", MODELS, key=key) for _ in range(8)]
         assert [reply.status for reply in replies] == [200] * 4 + [429] * 4
@@ -192,7 +166,7 @@ def test_limits_fall_to_a_share(start: Start, redis: RedisServer, outage: str) -
             assert ask(service, "GET", MODELS, key=slow).status == 429
         until(lambda: opens(service, slow))  # its place was given back, where it was taken
     finally:
-        mend(redis, outage)
+        mend(durable, outage)
     # The limit counts again, and what was taken before the outage.
     until(lambda: ask(service, "GET", "/health/readiness").status == 200)
     assert [ask(service, "GET", MODELS, key=key).status for _ in range(9)] == [200] * 8 + [429]
@@ -201,7 +175,7 @@ def test_limits_fall_to_a_share(start: Start, redis: RedisServer, outage: str) -
 def test_a_failover_by_sentinel(start: Start) -> None:
     with sentinel_group() as group:
         known, unused = make_keys(start, group.url, {}, {})
-        service, other = start(group.url), start(group.url)
+        service, other = start("--store", group.url), start("--store", group.url)
         assert opens(service, known)
         assert ask(other, "GET", "/health/readiness").status == 200  # its store is open
         until(lambda: group.master.command("WAIT", "1", "1000") == b":1\r\n")  # the replica has them
@@ -218,10 +192,10 @@ def test_a_failover_by_sentinel(start: Start) -> None:
 
 
 @pytest.mark.parametrize("change", ["/key/block", "/key/delete"])
-def test_a_key_that_is_revoked_elsewhere_ends_at_once(start: Start, redis: RedisServer, change: str) -> None:
-    one, two = (start(redis.url, "--key-cache-ttl", "3600") for _ in range(2))
+def test_a_key_that_is_revoked_elsewhere_ends_at_once(start: Start, durable: RedisServer, change: str) -> None:
+    one, two = (start("--store", durable.url, "--key-cache-ttl", "3600") for _ in range(2))
     key, kept = make_key(one)["key"], make_key(one)["key"]
-    until(lambda: b"\r\n:2\r\n" in redis.command("PUBSUB", "NUMSUB", "vllmproxy:changes"))
+    until(lambda: b"\r\n:2\r\n" in durable.command("PUBSUB", "NUMSUB", "vllmproxy:changes"))
     assert opens(two, key)
     assert opens(two, kept)
     body = {"keys": [key]} if change == "/key/delete" else {"key": key}
@@ -230,26 +204,26 @@ def test_a_key_that_is_revoked_elsewhere_ends_at_once(start: Start, redis: Redis
     assert opens(two, kept)
 
 
-def test_what_was_missed_is_asked_for(start: Start, redis: RedisServer) -> None:
+def test_what_was_missed_is_asked_for(start: Start, durable: RedisServer) -> None:
     """A change of which nobody is told, and then a subscription that is lost, as if it had been on its way."""
-    service = start(redis.url, "--key-cache-ttl", "3600")
+    service = start("--store", durable.url, "--key-cache-ttl", "3600")
     made = make_key(service)
-    until(lambda: b"\r\n:1\r\n" in redis.command("PUBSUB", "NUMSUB", "vllmproxy:changes"))
+    until(lambda: b"\r\n:1\r\n" in durable.command("PUBSUB", "NUMSUB", "vllmproxy:changes"))
     assert opens(service, made["key"])
-    redis.command("DEL", f"vllmproxy:{{{made['token']}}}:key")
+    durable.command("DEL", f"vllmproxy:{{{made['token']}}}:key")
     assert opens(service, made["key"])
-    redis.command("CLIENT", "KILL", "TYPE", "pubsub")
+    durable.command("CLIENT", "KILL", "TYPE", "pubsub")
     until(lambda: ask(service, "GET", MODELS, key=made["key"]).status == 401)
 
 
-def test_a_revocation_during_an_outage_is_heard_of_when_it_is_over(start: Start, redis: RedisServer) -> None:
-    (key,) = make_keys(start, redis.url, {})
-    service = start(redis.url, "--key-cache-ttl", "3600")
-    until(lambda: b"\r\n:2\r\n" in redis.command("PUBSUB", "NUMSUB", "vllmproxy:changes"))
+def test_a_revocation_during_an_outage_is_heard_of_when_it_is_over(start: Start, durable: RedisServer) -> None:
+    (key,) = make_keys(start, durable.url, {})
+    service = start("--store", durable.url, "--key-cache-ttl", "3600")
+    until(lambda: b"\r\n:2\r\n" in durable.command("PUBSUB", "NUMSUB", "vllmproxy:changes"))
     assert opens(service, key)
-    redis.kill()
+    durable.kill()
     until(lambda: is_store_down(ask(service, "GET", MODELS, key="sk-nobody-has-this-one")))
     assert opens(service, key)
-    redis.start()
-    redis.command("DEL", f"vllmproxy:{{{hash_key(key)}}}:key")
+    durable.start()
+    durable.command("DEL", f"vllmproxy:{{{hash_key(key)}}}:key")
     until(lambda: ask(service, "GET", MODELS, key=key).status == 401)

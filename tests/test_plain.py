@@ -3,8 +3,6 @@
 import os
 import socket
 import struct
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -12,17 +10,14 @@ import pytest
 import pytest_twisted
 import trustme
 from _plain import Transport
-from twisted.internet import reactor as installed_reactor
+from _reactor import reactor, until
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, UNIXClientEndpoint, wrapClientTLS
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.ssl import Certificate, PrivateCertificate, optionsForClientTLS, trustRootFromCertificates
-from twisted.internet.task import deferLater
 
 from vllmproxy.http1.sockets import delivery, queued_bytes, raw_socket
 from vllmproxy.plain import _LONG, _MOST, Turn, is_plain, write_now
-
-reactor: Any = installed_reactor
 
 
 class Sink(Protocol):
@@ -44,13 +39,6 @@ def factory(sink: Sink) -> Factory:
     made.noisy = False
     made.buildProtocol = lambda addr: sink  # type: ignore[method-assign,assignment]
     return made
-
-
-async def until(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not happened():
-        assert time.monotonic() < end
-        await deferLater(reactor, 0.005, lambda: None)
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])

@@ -3,7 +3,6 @@
 import http.client
 import json
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,15 +39,6 @@ def begun(service: Twistd, stream: bytes) -> Wire:
     return wire
 
 
-def refuses(service: Twistd) -> bool:
-    """Whether nobody listens any more."""
-    try:
-        socket.create_connection(("127.0.0.1", service.port), timeout=5).close()
-    except ConnectionRefusedError:
-        return True
-    return False
-
-
 def test_a_stop_in_all_its_steps(tmp_path: Path, sim: Twistd, services: list[Twistd]) -> None:
     service = start_proxy(tmp_path, sim.url, "--drain-delay", "3", "--drain-timeout", "60")
     services.append(service)
@@ -62,7 +52,7 @@ def test_a_stop_in_all_its_steps(tmp_path: Path, sim: Twistd, services: list[Twi
         idle.send(MODELS)  # still taken, on connections old and new
         assert idle.message().get(b"connection") == b""
         assert ask(service, "GET", "/vllm/v1/models", key=MASTER_KEY).status == 200
-        until(lambda: refuses(service))
+        until(service.refuses)
         assert idle.rest() == (b"", "fin")
         received = b"".join(iter(stream.chunk, b""))
         assert len(received) == 39
@@ -138,7 +128,7 @@ def test_a_tunnel_goes_on_until_its_end(tmp_path: Path, sim: Twistd, services: l
         tunnel.send(handshake)
         assert tunnel.head().status == 101
         service.process.send_signal(signal.SIGTERM)
-        until(lambda: refuses(service))
+        until(service.refuses)
         tunnel.send(b"\x89\x82\0\0\0\0hi")  # a ping, masked by nothing
         assert tunnel.exactly(4) == b"\x8a\x02hi"
         tunnel.close()
@@ -153,7 +143,7 @@ def test_a_request_that_was_on_its_way_is_answered(tmp_path: Path, sim: Twistd, 
         fresh.send(b"GET /vllm/v1/models HTTP/1.1\r\n")
         time.sleep(0.2)
         service.process.send_signal(signal.SIGTERM)
-        until(lambda: refuses(service))
+        until(service.refuses)
         fresh.send(b"Host: h\r\n" + AUTH + b"\r\n\r\n")
         answer = fresh.message()
         assert (answer.status, answer.get(b"connection")) == (200, b"close")

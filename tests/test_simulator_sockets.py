@@ -3,25 +3,24 @@
 import hashlib
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_twisted
+from _reactor import reactor, until
 from _simulated import Collector, parse, post, request
-from twisted.internet import reactor as _reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.internet.error import ConnectionDone, ConnectionLost
-from twisted.internet.task import LoopingCall, deferLater
+from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
 from vllmproxy.simulator.faults import pattern
 from vllmproxy.simulator.server import SimulatorConfig, SimulatorFactory
 
-reactor: Any = _reactor
 DEADLINE = 20.0
 
 
@@ -34,12 +33,6 @@ async def simulated(**config: Any) -> AsyncIterator[tuple[SimulatorFactory, int]
     finally:
         await port.stopListening()
         await until(lambda: not factory.connections)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    """Wait for something that happens in this process, however long the machine takes."""
-    loop = LoopingCall(lambda: loop.stop() if true() else None)
-    await loop.start(0.002).addTimeout(DEADLINE, reactor)
 
 
 async def connected(port: int) -> Collector:

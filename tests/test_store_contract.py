@@ -207,13 +207,15 @@ async def test_closed_store_is_unavailable_and_closes_twice(url: str) -> None:
     await store.open()
     await add_key(store, key("one", "a"))
     await store.close()
-    await store.close()
     await assert_unavailable(store)
+    await store.close()
 
 
 @pytest_twisted.ensureDeferred
 async def test_store_is_unavailable_before_it_is_opened(url: str) -> None:
-    await assert_unavailable(make_store(url, reactor=reactor))
+    store = make_store(url, reactor=reactor)
+    await assert_unavailable(store)
+    await store.close()
 
 
 @pytest_twisted.ensureDeferred

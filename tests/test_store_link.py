@@ -6,15 +6,13 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_twisted
 from _limits import close_link, make_link
+from _reactor import until
 from _redis import RedisServer
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
 
 from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.link import Link
-
-#: Seconds after which something has hung, on however busy a machine.
-HUNG = 20.0
 
 
 @pytest_twisted.async_yield_fixture
@@ -33,22 +31,19 @@ def at_once(link: Link) -> str:
     return "".join(caught)
 
 
-async def until(link: Link, *, up: bool) -> None:
-    """Wait until the link is up or down, and never ask it for anything that it would have to wait for."""
-    give_up = time.monotonic() + HUNG
-    while (link._breaker.reason is None and link._wire is not None) is not up:
-        assert time.monotonic() < give_up
-        await deferLater(reactor, 0.01)
+def is_up(link: Link) -> bool:
+    """Whether it is up, without asking it for anything that would have to wait."""
+    return link._breaker.reason is None and link._wire is not None
 
 
 @pytest_twisted.ensureDeferred
 async def test_a_killed_server_is_known_and_found_again_without_a_caller(server: RedisServer, link: Link) -> None:
     server.kill()
-    await until(link, up=False)
+    await until(lambda: not is_up(link))
     await deferLater(reactor, 0.3)  # the first attempt has failed
     assert "redis.sock" in at_once(link)
     server.start()
-    await until(link, up=True)
+    await until(lambda: is_up(link))
     assert at_once(link) == ""
 
 
@@ -59,7 +54,7 @@ async def test_a_late_call_opens_the_breaker_and_a_ping_closes_it(server: RedisS
     link.late(wire, time.time())
     assert "did not answer in time" in at_once(link)
     server.resume()
-    await until(link, up=True)
+    await until(lambda: is_up(link))
     assert await link.get() is wire
 
 
@@ -68,11 +63,10 @@ async def test_a_mute_connection_is_replaced_without_a_caller(server: RedisServe
     wire = await link.get()
     server.stall()
     link.late(wire, time.time())
-    gone = wire.whenDisconnected()
-    await gone.addTimeout(HUNG, reactor)
+    await wire.whenDisconnected().addTimeout(20, reactor)
     assert at_once(link)
     server.resume()
-    await until(link, up=True)
+    await until(lambda: is_up(link))
     assert await link.get() is not wire
 
 

@@ -10,6 +10,7 @@ import attrs
 import pytest
 import pytest_twisted
 import trustme
+from _reactor import until
 from _redis import RedisServer, redis_server
 from _stores import add_key, delete_keys, update_key
 from twisted.internet import reactor
@@ -17,7 +18,6 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.internet.endpoints import SSL4ServerEndpoint
 from twisted.internet.ssl import PrivateCertificate
 from twisted.internet.task import deferLater
-from twisted.logger import LogEvent, eventAsText, globalLogPublisher
 from twisted.protocols.portforward import ProxyFactory
 
 from vllmproxy.keys.key import VirtualKey, hash_key
@@ -41,18 +41,6 @@ def guarded() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-def logged() -> Iterator[list[str]]:
-    lines: list[str] = []
-
-    def observe(event: LogEvent) -> None:
-        lines.append(eventAsText(event, includeTimestamp=False) + repr(event))
-
-    globalLogPublisher.addObserver(observe)
-    yield lines
-    globalLogPublisher.removeObserver(observe)
-
-
-@pytest.fixture
 def store(redis_store: RedisStore) -> RedisStore:
     return redis_store
 
@@ -70,13 +58,6 @@ async def eventually(call: Callable[[], Awaitable[object]]) -> None:
             await deferLater(reactor, 0.05)
         else:
             return
-
-
-async def until(what: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + HUNG
-    while not what():
-        assert time.monotonic() < give_up
-        await deferLater(reactor, 0.01)
 
 
 async def until_refused(store: RedisStore, why: str) -> str:

@@ -1,16 +1,16 @@
 """Finding the master through real sentinels, and finding the next one."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import pytest_twisted
+from _reactor import until
 from _redis import RedisServer, redis_server
 from _sentinel import NAME, Group, replica_of, sentinel_group
 from _stores import add_key, delete_keys
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
-from twisted.logger import LogEvent, eventAsText, globalLogPublisher
 
 from vllmproxy.keys.key import VirtualKey, hash_key
 from vllmproxy.store.interface import CannotOpenStore, StoreUnavailable
@@ -28,25 +28,6 @@ HUNG = 30.0
 def group() -> Iterator[Group]:
     with sentinel_group() as started:
         yield started
-
-
-@pytest.fixture
-def logged() -> Iterator[list[str]]:
-    lines: list[str] = []
-
-    def observe(event: LogEvent) -> None:
-        lines.append(eventAsText(event, includeTimestamp=False))
-
-    globalLogPublisher.addObserver(observe)
-    yield lines
-    globalLogPublisher.removeObserver(observe)
-
-
-async def until(what: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + HUNG
-    while not what():
-        assert time.monotonic() < give_up
-        await deferLater(reactor, 0.02)
 
 
 async def until_written(store: RedisStore, key: VirtualKey) -> None:

@@ -413,6 +413,7 @@ async def test_a_closed_store_is_unavailable(url: str) -> None:
     ):
         with pytest.raises(StoreUnavailable):
             await call
+    await store.close()
 
 
 class Model:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from _asking import make_key
+from _asking import make_key, until
 from _raw import (
     OK,
     PATIENCE,
@@ -19,7 +19,6 @@ from _raw import (
     chunk,
     connect,
     each_request,
-    eventually,
     open_files,
     request,
     settled,
@@ -188,7 +187,7 @@ def test_an_upload_that_grows_too_large_is_refused_and_never_whole_at_the_upstre
             answer = client.message()
             assert answer.status == 413
             assert json.loads(answer.body)["error"]["type"] == "invalid_request_error"
-            eventually(lambda: ends == ["reset"], "the end of the upload at the upstream")
+            until(lambda: ends == ["reset"])
         with upstream.playing(script), connect(proxy) as client:
             client.send(request(b"POST", PATH, b"Content-Length: %d" % (2 * len(BLOCK) + 1)))
             assert client.message().status == 413

@@ -5,7 +5,8 @@ import os
 import threading
 
 import pytest
-from _raw import OK, PATIENCE, Ended, Message, MiB, Upstream, Wire, connect, each_request, eventually, request, settled
+from _asking import until
+from _raw import OK, PATIENCE, Ended, Message, MiB, Upstream, Wire, connect, each_request, request, settled
 from _service import Twistd
 
 KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
@@ -143,7 +144,7 @@ def test_a_client_that_does_not_read_stops_the_upstream(upstream: Upstream, scri
     before = scripted_proxy.rss()
     with upstream.playing(script), connect(scripted_proxy) as client:
         switched(client)
-        eventually(lambda: bool(wires), "the upstream pours")
+        until(lambda: bool(wires))
         assert settled(lambda: wires[0].sent) < 40 * MiB
         assert scripted_proxy.rss() - before < 20 * MiB
         assert digest_of(client, COUNT * len(BLOCK)) == DIGEST
@@ -207,7 +208,7 @@ def test_an_upstream_that_half_closes_still_hears(upstream: Upstream, scripted_p
             assert client.rest() == (b"my last word", "fin")
             for _ in range(3):
                 client.send(BLOCK)
-        eventually(lambda: bool(heard), "the upstream hears the end")
+        until(lambda: bool(heard))
     assert heard == [(BLOCK * 3, "fin")]
 
 
@@ -253,7 +254,7 @@ def test_a_client_that_ends_ends_the_upstream(
 
     with upstream.playing(script), connect(scripted_proxy) as client:
         switched(client)
-        eventually(lambda: bool(wires), "the upstream has switched")
+        until(lambda: bool(wires))
         settled(lambda: wires[0].sent, 0.5)
         client.close() if end == "close" else client.reset()
         assert ended.wait(5)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import trustme
+from _asking import until
 from _ports import free_port
-from _raw import CHUNKED, LAST_CHUNK, PATIENCE, MiB, Upstream, Wire, chunk, each_request, eventually, request, settled
+from _raw import CHUNKED, LAST_CHUNK, PATIENCE, MiB, Upstream, Wire, chunk, each_request, request, settled
 from _service import Twistd, start_proxy
 
 MARKER = b"MARKER-of-what-must-be-secret-0123456789"
@@ -63,7 +64,7 @@ def secure(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iter
     listen = f"ssl:{port}:privateKey={directory}/key.pem:certKey={directory}/cert.pem:interface=127.0.0.1"
     service = start_proxy(directory, upstream.url, "--listen", listen)
     proxy = Secure(service, port, trust)
-    eventually(proxy.listens, "the TLS listener listens")
+    until(proxy.listens)
     yield proxy
     service.stop()
     assert "Traceback" not in service.log

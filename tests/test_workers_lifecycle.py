@@ -68,7 +68,7 @@ def test_a_stop_lets_the_streams_of_all_end(
     for wire in asked.values():
         until(lambda wire=wire: _readiness(wire) == 503)  # type: ignore[misc]
     assert ask(service, "GET", "/vllm/v1/models", key=MASTER_KEY).status == 200
-    until(lambda: _refuses(service), START_SECONDS)
+    until(service.refuses, START_SECONDS)
     for wire in wires.values():
         assert len(b"".join(iter(wire.chunk, b""))) == 9
     assert service.process.wait(START_SECONDS) in TERMINATED
@@ -81,14 +81,6 @@ def test_a_stop_lets_the_streams_of_all_end(
 def _readiness(wire: Wire) -> int:
     wire.send(b"GET /health/readiness HTTP/1.1\r\nHost: h\r\n\r\n")
     return wire.message().status
-
-
-def _refuses(service: Twistd) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", service.port), timeout=5).close()
-    except ConnectionRefusedError:
-        return True
-    return False
 
 
 def test_a_second_signal_ends_all_of_them_at_once(
@@ -137,7 +129,7 @@ def test_without_their_parent_they_go(tmp_path: Path, sim: Twistd, redis: RedisS
     for wire in wires.values():
         assert len(b"".join(iter(wire.chunk, b""))) == 9
     until(lambda: not any(map(is_alive, pids)), START_SECONDS)
-    assert _refuses(service)
+    assert service.refuses()
 
 
 def test_a_reload_is_for_all_and_for_those_to_come(

@@ -93,6 +93,10 @@ class Deadlines(Generic[T]):
     def close(self) -> None:
         """Forget every wait and those to come; nothing expires any more."""
         self._seconds = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget every wait, and leave nothing on the clock until the next one."""
         self._due.clear()
         if self._call is not None:
             self._call.cancel()

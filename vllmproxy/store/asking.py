@@ -84,7 +84,9 @@ class Asking:
 
     def end(self) -> None:
         """Fail every one under way: the store closes."""
-        for asked in list(self._running):
+        running = list(self._running)
+        self._running.forget()
+        for asked in running:
             asked.fail(StoreUnavailable("the store was closed"))
 
     def _late(self, asked: Asked[Any, Any]) -> None:
