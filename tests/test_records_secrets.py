@@ -216,6 +216,7 @@ def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         with service.connect() as client:
             client.sendall(_stalling())
             assert client.recv(100)
+            until(lambda: service.access_records)  # they are written ten times a second
             service.stop(signal.SIGKILL)
         if request.param == "redis":
             assert redis.command("SAVE", login=(PASSWORD,)).startswith(b"+OK")
