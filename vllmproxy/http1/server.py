@@ -242,7 +242,7 @@ class ServerChannel(Protocol):
             return
         if not self._used:
             self.factory.unused_deadlines.set(self)
-        elif not listen_to(raw_socket(self.transport))():
+        elif not listen_to(raw_socket(self.transport))(0):
             self.lose()
 
     def unused_late(self) -> None:

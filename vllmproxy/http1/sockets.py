@@ -4,7 +4,7 @@ import select
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from fcntl import ioctl
 from termios import TIOCOUTQ
@@ -76,14 +76,14 @@ def delivery(sock: socket.socket | None) -> Delivery | None:
     return Delivery(_BYTES_ACKED.unpack_from(info)[0], _DATA_SEGMENTS_OUT.unpack_from(info)[0], closed)
 
 
-def listen_to(sock: socket.socket | None) -> Callable[[], bool]:
-    """Return what tells whether something waits to be read on a connection that should be silent: its end, or bytes
-    nobody asked for."""
+def listen_to(sock: socket.socket | None) -> Callable[[int], Sequence[Any]]:
+    """Return what, called with 0, has anything to tell where something waits to be read on a connection that should be
+    silent: its end, or bytes nobody asked for."""
     if sock is None:
-        return lambda: False
+        return lambda _: ()
     ear = select.poll()
     ear.register(sock, select.POLLIN)
-    return lambda: bool(ear.poll(0))
+    return ear.poll
 
 
 def remains(transport: Any) -> Iterator[bytes]:
