@@ -1,4 +1,5 @@
 import json
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllmproxy.api.fields import new_key, parse_delete, parse_generate, parse_object, row_of, token_of
+from vllmproxy.api.values import refuse_unknown
 from vllmproxy.errors import BadRequest
 from vllmproxy.keys.key import hash_key
 
@@ -209,3 +211,9 @@ def test_metadata_is_bounded(metadata: dict[str, Any]) -> None:
 def test_deep_nesting_is_refused(body: bytes) -> None:
     with pytest.raises(BadRequest):
         parse_object(body)
+
+
+@pytest.mark.parametrize(("name", "said"), [("alias", " Did you mean 'key_alias'?"), ("colour", "")])
+def test_a_name_that_is_near_one_that_there_is(name: str, said: str) -> None:
+    with pytest.raises(BadRequest, match=f"^Unknown field '{name}'\\.{re.escape(said)}$"):
+        refuse_unknown({name: 1}, {"key_alias", "rpm_limit"})

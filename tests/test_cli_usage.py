@@ -117,6 +117,12 @@ def test_the_table(usage: Usage) -> None:
     assert remark == "Requests whose tokens are estimated: 6."
 
 
+def test_the_hash_of_a_key_that_is_no_more_is_whole_where_there_is_room(usage: Usage) -> None:
+    shown = vllmproxy("usage", "--by", "key", "--wide", url=usage.url).out
+    assert f"{'b' * 64} " in shown
+    assert vllmproxy("usage", "--key", "b" * 64, url=usage.url).status == 0
+
+
 def test_columns_without_numbers_are_left_out_and_unknown_use_is_told(usage: Usage) -> None:
     nothing = {"cached_prompt_tokens": 0, "audio_seconds": 0.0, "spend": 0.0, "estimated_requests": 0}
     row = {"model": "m", **NUMBERS, **nothing, "unknown_requests": 1}

@@ -199,6 +199,14 @@ def test_the_seed_s_way_with_an_environment_variable(tmp_path: Path, sim: Twistd
     assert ask(service, "GET", "/vllm/metrics").status == 401
 
 
+@pytest.mark.parametrize(("path", "is_told"), [("/v1", True), ("", False), ("/gpu1", False)])
+def test_an_upstream_whose_url_ends_in_v1(tmp_path: Path, sim: Twistd, keep: Keep, path: str, is_told: bool) -> None:
+    service = keep(start_proxy(tmp_path, sim.url + path))
+    assert ("The upstream's URL ends in /v1" in service.log) == is_told
+    if path == "/v1":
+        assert ask(service, "GET", "/vllm/models", key=MASTER_KEY).status == 200
+
+
 @pytest.mark.parametrize("how", ["environment", "file"])
 def test_the_upstream_s_own_key(tmp_path: Path, keep: Keep, how: str) -> None:
     (tmp_path / "key").write_text("sk-of-vllm-itself\n")

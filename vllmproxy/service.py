@@ -330,6 +330,11 @@ class ProxyService(Service):
                     url=url,
                     upstream=self._settings.upstream.name,
                 )
+            if self._settings.upstream.base_path.endswith(b"/v1"):
+                _log.warn(
+                    "The upstream's URL ends in /v1, which goes before every path: /vllm/v1/models asks it for "
+                    "/v1/v1/models. Leave /v1 out, unless it is meant so"
+                )
         if self._settings.simulate:
             text = what_to_try(urls[0], key_file(self._settings) if self._made_key else None)
             os.write(1, text.encode())  # not print: twistd would make log lines of it

@@ -4,7 +4,6 @@ What is said on the command line counts before the environment, the environment 
 before the default; an empty variable counts as unset. The names are those of :mod:`vllmproxy.settings_table`.
 """
 
-import difflib
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from attrs import field, frozen
 
 from vllmproxy.authorities import Authorities
 from vllmproxy.keys.policy import Route
+from vllmproxy.near import nearest
 from vllmproxy.settings_kinds import AUTHORITIES, DIRECTORY, FLAG, PRICES, SECRET
 from vllmproxy.settings_table import TABLE, Row
 from vllmproxy.store.address import REDIS_SCHEMES
@@ -196,8 +196,8 @@ def _config(path: Path, read_file: ReadFile) -> dict[str, Any]:
         raise SettingsError(f"--config: {str(path)!r} nests too deeply, or has {_TOO_LONG}; mend that place") from None
     for key in table:
         if key not in TABLE:
-            near = difflib.get_close_matches(key.lower().replace("_", "-"), TABLE, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "use the options' names, without dashes in front"
+            near = nearest(key, TABLE)
+            hint = f"did you mean {near!r}?" if near else "use the options' names, without dashes in front"
             raise SettingsError(f"--config: {str(path)!r} sets {key!r}, which does not exist; {hint}")
     return table
 

@@ -10,6 +10,7 @@ from attrs import frozen
 
 from vllmproxy.api.fields import token_of
 from vllmproxy.errors import BadRequest
+from vllmproxy.near import question
 from vllmproxy.store.listing import SORT_FIELDS, STATUSES, KeyQuery
 from vllmproxy.usage.ledger import KEPT_DAYS
 from vllmproxy.usage.sums import GROUPS, GroupBy, UsageQuery
@@ -67,7 +68,7 @@ def query_values(target: bytes, known: Set[str]) -> dict[str, str]:
         raise BadRequest("The query cannot be read.") from None
     for name, given in values.items():
         if name not in known:
-            raise BadRequest(f"Unknown parameter {name[:64]!r}.", param=name[:64])
+            raise BadRequest(f"Unknown parameter {name[:64]!r}.{question(name, known)}", param=name[:64])
         if len(given) > 1:
             raise BadRequest(f"Give {name} once.", param=name)
     return {name: given[0] for name, given in values.items()}

@@ -9,6 +9,7 @@ from vllmproxy.errors import BadRequest
 from vllmproxy.keys.durations import seconds_of
 from vllmproxy.keys.policy import KEY_TYPES, ROUTE_GROUPS, parse_route
 from vllmproxy.limits.values import MAX_AMOUNT
+from vllmproxy.near import question
 from vllmproxy.usage.prices import MICRO, micros_of
 
 MINIMUM_CUSTOM_KEY: Final = 16
@@ -35,7 +36,7 @@ def refuse_unknown(body: Mapping[str, Any], known: Set[str]) -> None:
     for name in body:
         if name not in known:
             # The name is the caller's own text: cut, so that an answer stays a sentence.
-            raise BadRequest(f"Unknown field {name[:64]!r}.", param=name[:64])
+            raise BadRequest(f"Unknown field {name[:64]!r}.{question(name, known)}", param=name[:64])
 
 
 def typed(body: Mapping[str, Any], name: str, kind: type, description: str) -> Any:

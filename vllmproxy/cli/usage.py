@@ -75,7 +75,7 @@ def _table(sums: Sequence[Sum], total: Sum, groups: Sequence[str], *, wide: bool
     columns = [
         Column(
             title=_TITLES[group],
-            cells=[_group(each, group) for each in sums],
+            cells=[_group(each, group, wide=wide) for each in sums],
             folds=group != "day",
             total="" if position else "Total",
         )
@@ -99,15 +99,16 @@ def _seconds(value: Any) -> str:
     return f"{value:,.1f}" if isinstance(value, int | float) else whole_number(value)
 
 
-def _group(each: Sum, group: str) -> str:
-    """Return what a sum is of; a dash where nobody said."""
+def _group(each: Sum, group: str, *, wide: bool) -> str:
+    """Return what a sum is of; a dash where nobody said. Of a key that is no more there is the hash, ``wide`` whole, as
+    ``--key`` takes it."""
     alias, value = each.get("key_alias"), each.get(group)
     if group != "key":
         return field_text(group, value) or "-"
     if isinstance(alias, str) and alias:
         return plain(alias)
     text = field_text("key", value)
-    return f"{text[:16]}..." if len(text) == 64 else text or "-"
+    return f"{text[:16]}..." if len(text) == 64 and not wide else text or "-"
 
 
 def _remarks(total: Sum) -> str:

@@ -22,7 +22,10 @@ _NO_KEY = (
     "Authentication Error, No api key passed in. Send it as `Authorization: Bearer <key>`, "
     "`x-litellm-api-key`, `api-key` or `x-api-key`."
 )
-_MALFORMED = "Authentication Error, Malformed API Key passed in. Ensure Key has `Bearer ` prefix."
+_MALFORMED = (
+    "Authentication Error, Malformed API Key passed in. Ensure Key has `Bearer ` prefix. Nor may it be empty: is its "
+    "variable set?"
+)
 _UNKNOWN = "Authentication Error, Invalid proxy server token passed. There is no such key here, or no longer."
 _BLOCKED = "Authentication Error, Key is blocked. Whoever holds the master key can give you another one."
 _REFUSED = "Virtual key is not allowed to call this route. "
