@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vllmproxy.usage.jsonbody import LONGEST_WHOLE, TAIL
 from vllmproxy.usage.reader import UsageReader, reader_for
 from vllmproxy.usage.sse import LONGEST_LINE
+from vllmproxy.usage.tokens import Usage
 
 JSON, SSE = b"application/json", b"text/event-stream; charset=utf-8"
 
@@ -242,3 +243,11 @@ def test_what_is_read_at_all(
     status: int, content_type: bytes | None, content_encoding: bytes | None, reads: bool
 ) -> None:
     assert (reader_for(status, content_type, content_encoding) is not None) == reads
+
+
+@pytest.mark.parametrize("events", [0, 1, 5])
+def test_the_role_that_a_chat_begins_with_is_no_token(events: int) -> None:
+    role = b'data: {"model":"m","choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
+    delta = b'data: {"model":"m","choices":[{"index":0,"delta":{"content":"word"}}]}\n\n'
+    for pieces in ([role + delta * events], [role, *[delta] * events]):
+        assert read(SSE, *pieces) == ("m", Usage(completion_tokens=events, source="counted") if events else None)

@@ -14,6 +14,8 @@ _KEY = b'"usage"'
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
 #: A choice, and the first digits of its index, which vLLM writes first: no more than so many are told apart.
 _CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{(?:\s*"index"\s*:\s*([0-9]{1,5}))?')
+#: How a chat begins: no token yet.
+_ROLE_ONLY = re.compile(rb'"delta"\s*:\s*\{\s*"role"\s*:\s*"assistant"\s*,\s*"content"\s*:\s*""\s*[,}]')
 #: Of a report, no more is kept for each choice.
 _LONGEST_REPORT = 512
 _COMMENT = b":"
@@ -123,6 +125,8 @@ class SseReader:
         event = _decoded(data)
         self._model = model_from(event)
         self._start = usage_from(member(member(event, "message"), "usage"))
+        if _ROLE_ONLY.search(data):
+            self.counted -= 1
 
 
 def _decoded(data: bytes) -> object:

@@ -23,8 +23,9 @@ class Usage:
     :ivar cached_prompt_tokens: how many of ``prompt_tokens`` came out of the prefix cache.
     :ivar audio_seconds: length of the audio that was read, where that is what the answer counts.
     :ivar source: ``"reported"`` by vLLM, or ``"counted"``: a stream without a final usage, whose
-        ``completion_tokens`` is the number of events that carried a delta. That is an estimate: an event can
-        hold several tokens (speculative decoding) or none (the first chunk of a chat, with the role only).
+        ``completion_tokens`` is the number of events that carried a delta, but for the role that a chat begins
+        with. That is an estimate: an event can hold several tokens (speculative decoding) or none (the role of
+        each further choice).
     """
 
     prompt_tokens: int | None = None
