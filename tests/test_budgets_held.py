@@ -121,6 +121,35 @@ async def test_a_proxy_whose_clock_is_ahead_opens_no_period_and_closes_none(benc
     assert await bench.left(tokens(LIMIT, period=ahead)) == LIMIT
 
 
+@pytest.mark.parametrize("minutes", [5, 60])
+@pytest_twisted.ensureDeferred
+async def test_a_budget_that_begins_by_a_clock_that_is_ahead_is_kept(bench: Bench, minutes: int) -> None:
+    """A key's budget begins when it is made, by the clock of the proxy that makes it."""
+    begin = MIDNIGHT - 3600 + 60 * minutes
+    for used in (300, 600, 900):
+        held_on = await bench.hold(tokens(300, begin))
+        await bench.over(held_on, period=begin, held_tokens=300, completion_tokens=300)
+        assert await bench.left(tokens(LIMIT, begin)) == LIMIT - used
+    assert await bench.hold(tokens(100, begin))
+    assert isinstance(await bench.reserve(tokens(1, begin)), Denied)
+    bench.to(0, hours=1)
+    assert await bench.left(tokens(LIMIT, begin)) == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_is_spent_stays_spent_when_redis_s_clock_is_set_back_over_the_beginning(bench: Bench) -> None:
+    bench.to(0, hours=1)
+    await bench.over(0, period=MIDNIGHT, completion_tokens=900)
+    await bench.hold(tokens(10, MIDNIGHT))
+    bench.to(0, hours=-1)
+    assert await bench.left(tokens(LIMIT, MIDNIGHT)) == 90
+    await bench.over(0, period=MIDNIGHT, completion_tokens=5)
+    await bench.over(0, period=MIDNIGHT - DAY, completion_tokens=500)  # it began the day before
+    assert await bench.left(tokens(LIMIT, MIDNIGHT)) == 85
+    bench.to(0, hours=1)
+    assert await bench.left(tokens(LIMIT, MIDNIGHT)) == 85
+
+
 @pytest_twisted.ensureDeferred
 async def test_one_that_lasts_for_days_takes_nothing_from_what_others_hold(bench: Bench) -> None:
     held_on = await bench.hold(tokens(100))

@@ -142,7 +142,7 @@ local spent = {budget = 'spend', budget_tokens = 'tokens'}
 local holds = {budget = 'held', budget_tokens = 'held_tokens'}
 local held_earlier = {budget = 'earlier', budget_tokens = 'earlier_tokens'}
 local accounts, today, day_long = {}, math.floor(now / 86400000000), '86400000'
--- A period that begins later is one of a clock that is ahead: whoever has that, all goes on in the period that it is.
+-- What begins later is ahead of this clock: no period follows on another with that, and it gives way to the one before.
 local latest = now / 1000000 + 60
 
 local function account_of(name, period)
@@ -166,8 +166,8 @@ local function account_of(name, period)
     end
     accounts[name] = account
   end
-  if account.period > latest then account.period = -1 end
-  if period > account.period and (period <= latest or account.period < 0) then
+  local follows = period > account.period and (period <= latest or account.period < 0)
+  if follows or (period < account.period and account.period > latest) then
     account.period, account.spend, account.tokens, account.is_begun = period, 0, 0, true
     account.held, account.held_tokens, account.earlier, account.earlier_tokens = 0, 0, 0, 0
   end

@@ -84,14 +84,13 @@ local charged = {'spend', 'tokens'}
 """
     + LET_GO
     + """
--- A period that begins later is one of a clock that is ahead: whoever has that, all goes on in the period that it is.
+-- What begins later is ahead of this clock: no period follows on another with that.
 local latest = now / 1000000 + 60
 
 local function charge(account, arg, days)
   local period = tonumber(ARGV[arg + 1])
   local fields = call('HMGET', account, 'period', 'spend', 'tokens')
   local current = tonumber(fields[1] or -1)
-  if current > latest then current = -1 end
   if period > latest and current >= 0 then period = current end
   if period > current then
     call('HSET', account, 'period', ARGV[arg + 1], 'spend', ARGV[arg + 2], 'tokens', ARGV[arg + 3])
