@@ -44,6 +44,9 @@ _STREAM_OPTIONS: Final = frozenset({"continuous_usage_stats", "include_usage"})
 _END_USERS: Final = frozenset({"metadata", "safety_identifier", "user"})
 _READ: Final = _COUNTED | _END_USERS | {"model"}
 
+#: Bytes of a body that is read a second time where it could not be read as it should.
+_LONGEST_DOUBTED: Final = 1 << 20
+
 _BYTES_PER_TOKEN: Final = 4
 #: An image, a sound or a file.
 _TOKENS_PER_OTHER: Final = 1024
@@ -117,7 +120,10 @@ def read_request(
 
 
 def _takes(body: bytes) -> bool:
-    """Tell whether vLLM may read ``body`` though we do not: it takes more encodings, and its Python may go deeper."""
+    """Tell whether vLLM may read ``body`` though we do not: it takes more encodings, and its Python may go deeper. Of a
+    long one nobody waits for the answer."""
+    if len(body) > _LONGEST_DOUBTED:
+        return True
     try:
         return isinstance(json.loads(body), dict)
     except (json.JSONDecodeError, UnicodeDecodeError):

@@ -18,6 +18,8 @@ _CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{(?:\s*"index"\s*:\s*([0-9]{1,5}))
 _ROLE_ONLY = re.compile(rb'"delta"\s*:\s*\{\s*"role"\s*:\s*"assistant"\s*,\s*"content"\s*:\s*""\s*[,}]')
 #: Of a report, no more is kept for each choice.
 _LONGEST_REPORT = 512
+#: Choices of one stream that are told apart.
+_MOST_CHOICES = 4096
 _COMMENT = b":"
 
 
@@ -107,7 +109,8 @@ class SseReader:
                 self._each = {}
             else:
                 self.counted += 1
-                self._each[choice[1]] = data[usage.end() - 1 : usage.end() + _LONGEST_REPORT]
+                if len(self._each) < _MOST_CHOICES or choice[1] in self._each:
+                    self._each[choice[1]] = data[usage.end() - 1 : usage.end() + _LONGEST_REPORT]
         elif b'"choices"' in data or b'"delta"' in data:
             self.counted += 1
 
