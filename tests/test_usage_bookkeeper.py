@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent
 
 from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.memory import MemoryStore
 from vllmproxy.usage import bookkeeper
-from vllmproxy.usage.bookkeeper import FLUSH_SECONDS, Bookkeeper, CannotWriteDown
+from vllmproxy.usage.bookkeeper import FLUSH_SECONDS, TELL_SECONDS, Bookkeeper, CannotWriteDown
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.journal import journals_in
 from vllmproxy.usage.sums import UsageQuery
@@ -31,10 +31,13 @@ class Store(MemoryStore):
         self.refused: str | None = None
         self.calls = 0
         self.sent = 0
+        self.stalls: Deferred[None] | None = None
 
     async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
         self.calls += 1
         self.sent += len(events)
+        if self.stalls is not None:
+            await self.stalls
         if self.fault == "before":
             raise StoreUnavailable
         if writer == self.refused:
@@ -316,3 +319,30 @@ def test_a_journal_that_cannot_be_added_keeps_no_other_waiting(tmp_path: Path, l
     assert store.total() == (2, 0, 2)
     desk.close()
     logged_errors.clear()
+
+
+def test_who_waits_until_all_is_told(directory: Path | None) -> None:
+    desk = Desk(directory)
+    desk.request()
+    told = desk.books.tell()
+    assert told.called
+    assert desk.store.total() == (1, 0, 1)
+    assert len(desk.clock.getDelayedCalls()) == 1  # the next batch
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_who_waits_for_that_waits_for_so_long_and_may_leave(directory: Path | None, leaves: bool) -> None:
+    desk = Desk(directory)
+    desk.request()
+    desk.store.stalls = Deferred()
+    ends: list[Any] = []
+    told = desk.books.tell().addBoth(ends.append)
+    if leaves:
+        told.cancel()
+        assert ends[0].check(CancelledError)
+    else:
+        desk.clock.advance(TELL_SECONDS)
+        assert ends == [None]
+    desk.store.stalls.callback(None)  # nobody has cancelled that
+    assert desk.store.total() == (1, 0, 1)
+    assert len(ends) == 1

@@ -176,7 +176,7 @@ class Proxy:
             is_well=self._is_well,
             is_stopping=self._is_stopping,
             priced=settings.prices is not None,
-            tell_usage=self.books.flush,
+            tell_usage=self.books.tell,
             workers=None if self._worker is None else self._worker.count,
         )
 

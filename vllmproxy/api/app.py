@@ -32,7 +32,7 @@ class Api:
     :param open_metrics: show the metrics to everybody.
     :param is_well: tells whether vLLM answers.
     :param priced: there are prices, so that budgets of money can be kept.
-    :param tell_usage: has the store told of all that was used until now, as far as it can be reached.
+    :param tell_usage: has the store told of all that was used until now, as far as that can be done soon.
     :param workers: how many processes are at work, and of how many; ``None`` where there is this one only.
     :ivar routes: the paths that it answers, variable parts in angle brackets.
     """

@@ -42,7 +42,7 @@ class KeyApi:
     """The handlers.
 
     :param clock: ``seconds()`` is the time of day, seconds since the epoch.
-    :param tell_usage: has the store told of all that was used until now, as far as it can be reached.
+    :param tell_usage: has the store told of all that was used until now, as far as that can be done soon.
     :param priced: there are prices, so that budgets of money can be kept.
     """
 

@@ -20,6 +20,8 @@ _log = Logger()
 
 #: Seconds between two batches.
 FLUSH_SECONDS: Final = 0.25
+#: Seconds for which somebody waits to be sure that the store has what was used until now.
+TELL_SECONDS: Final = 2.0
 #: Events in one call to the store, and events kept in memory for it; more are read from the file again.
 _BATCH: Final = 500
 _MOST_PENDING: Final = 10_000
@@ -226,6 +228,20 @@ class Bookkeeper:
     def flush(self) -> Deferred[None]:
         """Have the store add what there is, after what it is adding now."""
         return self._turns.run(self._flush_once)
+
+    def tell(self) -> Deferred[None]:
+        """Have the store add what there is, and fire when it has, or when that takes longer than somebody should wait.
+        Whoever cancels it leaves what is being added alone."""
+        waiter: Deferred[None] = Deferred(lambda _: late.cancel())
+        late = self._reactor.callLater(TELL_SECONDS, waiter.callback, None)
+
+        def told(_: object) -> None:
+            if late.active():
+                late.cancel()
+                waiter.callback(None)
+
+        self.flush().addBoth(told)
+        return waiter
 
     def _flush_once(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._flush())
