@@ -1,6 +1,6 @@
 """A connection to an upstream: one request at a time, its answer streamed with backpressure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from socket import socket
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,7 @@ class ClientConnection(Protocol):
         self._gone = gone
         self._plain = False
         self._sock: socket | None = None
-        self._listen = listen_to(None)
+        self._listen: Callable[[int], Sequence[Any]] | None = None
         self._closed = False
         self._secure = False
         self._congested = False
@@ -101,7 +101,6 @@ class ClientConnection(Protocol):
         self._plain = is_plain(transport)
         self._secure = isinstance(transport, TLSMemoryBIOProtocol)
         self._sock = raw_socket(transport)
-        self._listen = listen_to(self._sock)
         if self._plain:
             transport.protocol = self  # and not the wrapper that Twisted's endpoints put between
         if self._secure:
@@ -136,7 +135,11 @@ class ClientConnection(Protocol):
 
     def has_ended(self) -> bool:
         """Whether an idle connection's end has arrived, though the reactor has not come to it yet."""
-        return self._closed or bool(self._listen(0))
+        if self._closed:
+            return True
+        if self._listen is None:  # most that carry a long stream are never asked
+            self._listen = listen_to(self._sock)
+        return bool(self._listen(0))
 
     def send(self, request: Request) -> "Deferred[IResponse]":
         """Send ``request``; the result is an :class:`Answer` when its head is complete.
