@@ -53,7 +53,6 @@ class Exchange:
         self._state = State.ADMITTING
         self._began = relay.clock.seconds()
         self._facts = facts = facts_of(stream, relay.server, relay.trusted)
-        self._server = facts.server  # that of the relay may be exchanged meanwhile
         self._bill: Bill | None = None
         self._headers: OutgoingHeaders | None = None
         self._released = self._settled = False
@@ -184,13 +183,13 @@ class Exchange:
 
     def _send(self) -> None:
         self._state = State.WAITING
-        stream, server = self._stream, self._server
+        stream, facts = self._stream, self._facts
         self._headers = headers = headers_of(stream, self._admission, self._id)
         headers.inform = self._inform
         self._body = body_of(stream, self._admission)
         if not isinstance(self._body, StreamedBody):
-            self._patience.for_answer(self._facts.way.route)
-        sending = server.client.request(stream.head.method, self._facts.url, headers=headers, data=self._body)
+            self._patience.for_answer(facts.way.route)
+        sending = facts.server.client.request(stream.head.method, facts.url, headers=headers, data=self._body)
         self._sending = sending
         sending.addCallbacks(self._got_answer, self._got_none)
 
@@ -202,7 +201,7 @@ class Exchange:
 
     def _inform(self, head: ResponseHead) -> None:
         if self._state is State.WAITING:
-            lines = answer_lines(head, self._id, self._server.upstream)
+            lines = answer_lines(head, self._id, self._facts.server.upstream)
             self._stream.inform(head.status, head.reason, lines)
 
     def _no_answer(self, reason: Failure) -> None:
@@ -226,7 +225,7 @@ class Exchange:
         if self._body is not None:
             self._body.forget()
         self._admission.release()
-        lines = answer_lines(head, self._id, self._server.upstream)
+        lines = answer_lines(head, self._id, self._facts.server.upstream)
         if self._bill is not None:
             lines += self._bill.lines
         if head.status == 101:
@@ -236,7 +235,7 @@ class Exchange:
             self._tunnel.begin(answer, head.reason, lines)
             return
         self._state = State.ANSWERING
-        self._passing = Passing(head, self._server.told, withholds=self._admission.withholds)
+        self._passing = Passing(head, self._facts.server.told, withholds=self._admission.withholds)
         self._record.streamed = self._passing.streamed
         length = None if self._passing.shortens else head.content_length
         stream.start_response(head.status, head.reason, lines, length=length, bodiless=head.bodiless)

@@ -38,10 +38,11 @@ class Reading:
 class Facts:
     """What a head tells, whatever the length of its body.
 
-    :ivar server: where the request goes, and ``trusted``: whose word counts; both may be exchanged later.
+    :ivar server: where the request goes, and ``trusted``: whose word counts; the relay's may be exchanged meanwhile.
     :ivar client: who is at the other end.
     :ivar way: where it is going; ``url``: the same with the query, for the client of ``server``.
     :ivar method: as text.
+    :ivar credential: what the caller showed; ``reading``: how the body is to be read.
     :ivar end_user: whom it names as its own user, if anybody.
     :ivar given_id: the caller's own id for it, if that will do.
     :ivar is_preflight: this is a CORS preflight, which vLLM answers without a key (its ``AuthenticationMiddleware``).
