@@ -46,6 +46,7 @@ class Upload:
 
     def _sent(self, _: None) -> None:
         self._body = None
+        self.unregisterProducer()
         if self._is_chunked:
             self._out(b"0\r\n\r\n")
 
