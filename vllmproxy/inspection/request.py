@@ -1,7 +1,7 @@
 """What a body asks for, as one value: model, stream, tokens, usage, end user. Nothing ambiguous passes for clear."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from mmap import mmap
 from typing import Final, Literal
 
@@ -148,7 +148,7 @@ def _options_of(body: bytes | mmap, document: Document) -> tuple[Document | None
         options = read_document(body[begin:end], _STREAM_OPTIONS)
     except Unreadable:  # it has too many members
         return None, "stream_options cannot be read"
-    return options, next((f"{name} is given twice" for name in sorted(options.repeated)), "")
+    return options, _twice(options.repeated)
 
 
 def _of_document(document: Document, options: Document | None, path: str, prompt_tokens: int, unclear: str) -> Asked:
@@ -170,7 +170,7 @@ def _of_document(document: Document, options: Document | None, path: str, prompt
         prompt_tokens=prompt_tokens,
         interval=(count_of(values["stream_interval"]) or 1) if "stream_interval" in values else 1,
         detached="background" in values and truth_of(values["background"]) is not False,
-        unclear=(_unclear(repeated) if repeated else "") or unclear,
+        unclear=(_twice(repeated & _COUNTED) if repeated else "") or unclear,
         usage=options is not None and truth_of(options.values.get("include_usage")) is True,
         end_user=None if _END_USERS.isdisjoint(values) else _end_user(values),
         document=document,
@@ -188,9 +188,9 @@ def _invoked(values: Mapping[str, object]) -> tuple[str, str]:
     return "/v1/chat/completions", ""
 
 
-def _unclear(repeated: set[str]) -> str:
-    twice = sorted(repeated & _COUNTED)
-    return f"{twice[0]} is given twice" if twice else ""
+def _twice(names: Collection[str]) -> str:
+    """Return what is wrong with ``names`` that are given more than once, of one of them; empty if there are none."""
+    return f"{min(names)} is given twice" if names else ""
 
 
 def _of_form(form: Form, path: str) -> Asked:
@@ -206,7 +206,7 @@ def _of_form(form: Form, path: str) -> Asked:
         stream=truth_of(form.value("stream")) is True,
         output_tokens=bound,
         prompt_tokens=_TOKENS_PER_OTHER,
-        unclear=next((f"{name} is given twice" for name in sorted(form.repeated - {"model", "user"})), ""),
+        unclear=_twice(form.repeated - {"model", "user"}),
         usage=truth_of(form.value("stream_include_usage")) is True,
         end_user=printable(form.value("user")),
         form=form,
