@@ -135,6 +135,9 @@ local function wait(name, window, limit, cost)
 end
 """
 
+#: A period that begins later is ahead of this clock: it follows on no other, and gives way to the one before.
+LATEST: Final = "local latest = now / 1000000 + 60\n"
+
 # Kind of rule → what it counts of an account, and what it holds there. ``held`` and ``held_tokens`` are of ``day``,
 # ``earlier`` and ``earlier_tokens`` of the day before.
 _ACCOUNT = """
@@ -142,8 +145,6 @@ local spent = {budget = 'spend', budget_tokens = 'tokens'}
 local holds = {budget = 'held', budget_tokens = 'held_tokens'}
 local held_earlier = {budget = 'earlier', budget_tokens = 'earlier_tokens'}
 local accounts, today, day_long = {}, math.floor(now / 86400000000), '86400000'
--- What begins later is ahead of this clock: no period follows on another with that, and it gives way to the one before.
-local latest = now / 1000000 + 60
 
 local function account_of(name, period)
   local account = accounts[name]
@@ -286,6 +287,7 @@ local kept, ahead = ARGV[6], tonumber(ARGV[7])
     + STEADY
     + _CLOCK
     + _WINDOW
+    + LATEST
     + _ACCOUNT
     + _ONE
     + """

@@ -7,7 +7,7 @@ with is said in :mod:`vllmproxy.store.scripts`.
 
 from typing import Final
 
-from vllmproxy.store.limits_lua import LET_GO
+from vllmproxy.store.limits_lua import LATEST, LET_GO
 from vllmproxy.store.scripts import PUNCTUAL
 
 #: What happened.
@@ -83,10 +83,8 @@ end
 local charged = {'spend', 'tokens'}
 """
     + LET_GO
+    + LATEST
     + """
--- What begins later is ahead of this clock: no period follows on another with that.
-local latest = now / 1000000 + 60
-
 local function charge(account, arg, days)
   local period = tonumber(ARGV[arg + 1])
   local fields = call('HMGET', account, 'period', 'spend', 'tokens')
