@@ -156,8 +156,7 @@ class KeyApi:
                 return Writes((after,), (old,), audit, heir)
             return Writes((after, kept), (), audit, heir)
 
-        await self._tell_usage()  # what is told later is the old key's
-        account = await self._store.read_account(old)  # before: afterwards nothing may fail, the key is shown only once
+        account = await self._spent_until_now(old)  # before: afterwards nothing may fail, the key is shown only once
         row = (await self._change([old, token], replace, made=token, param="new_key", alias=alias)).put[0]
         shown = row_of(row, call.time, account)
         return {"key": new, "token": token, "token_id": token, "duration": wanted.duration, **shown}
@@ -166,8 +165,7 @@ class KeyApi:
         """Set what a key has spent in the period of its budget; answer with its row, and what it was before."""
         name, spend = parse_reset(body)
         token = await self._token_of(name)
-        await self._tell_usage()  # what is told later is added to what is set
-        account = await self._store.read_account(token)
+        account = await self._spent_until_now(token)
 
         def reset(found: Found) -> Writes:
             return _spent(call, Writes(put=(call.find(found, token),)), account, spend)
@@ -216,9 +214,7 @@ class KeyApi:
 
     async def _patch(self, call: ManagementCall, name: KeyName, patch: KeyPatch) -> dict[str, Any]:
         token = await self._token_of(name)
-        if patch.spend is not None:
-            await self._tell_usage()
-        account = await self._store.read_account(token)
+        account = await (self._store.read_account if patch.spend is None else self._spent_until_now)(token)
 
         def change(found: Found) -> Writes:
             before = call.find(found, token, name.alias)
@@ -229,6 +225,12 @@ class KeyApi:
 
         writes = await self._change([token], change, alias=patch.fields.get("key_alias"))
         return {"token": token, **row_of(writes.put[0], call.time, _account_after(writes, token, account))}
+
+    async def _spent_until_now(self, token: str) -> Account:
+        """Return a key's account when it has all that was used until now: what is told later is added to what is set
+        next, or is the old key's."""
+        await self._tell_usage()
+        return await self._store.read_account(token)
 
     async def _token_of(self, name: KeyName) -> str:
         if name.token is not None:
