@@ -69,6 +69,13 @@ def _network(text: str) -> IPv4Network | IPv6Network:
     return network
 
 
+def _number(text: str, wanted: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not {wanted}") from None
+
+
 def _seconds(text: str) -> float:
     seconds = _seconds_or_zero(text)
     if seconds == 0:
@@ -77,10 +84,7 @@ def _seconds(text: str) -> float:
 
 
 def _seconds_or_zero(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a number of seconds; write it like 10 or 0.5") from None
+    seconds = _number(text, "a number of seconds; write it like 10 or 0.5")
     if not math.isfinite(seconds) or seconds < 0:
         raise ValueError(f"{text} is no length of time; give seconds as a number above 0")
     if 0 < seconds < SHORTEST:
@@ -132,10 +136,7 @@ def _workers(text: str) -> int:
 
 
 def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a number; write it like 0.5") from None
+    share = _number(text, "a number; write it like 0.5")
     if not 0 < share <= 1:
         raise ValueError(f"{text} is no share; give a number above 0 and up to 1")
     return share
