@@ -291,18 +291,18 @@ class Kernel:
         return self._known.pop(0) if len(self._known) > 1 else self._known[0]
 
 
-BEFORE = Delivery(acknowledged=100, segments=3)
+BEFORE = Delivery(acknowledged=100, sent=99)
 #: How it ended, what the kernel knows then and from then on, and whether that proves that nothing of it was seen.
 ENDS = {
-    "fin, nothing left": ("fin", Delivery(100, 3), True),
-    "fin, then our bytes were refused": ("fin", Delivery(100, 4, closed=True), True),
-    "fin, and never a word on our bytes": ("fin", Delivery(100, 4), False),
-    "fin, some confirmed": ("fin", Delivery(101, 4), False),
-    "fin, some confirmed, then refused": ("fin", Delivery(101, 5, closed=True), False),
+    "fin, nothing left": ("fin", Delivery(100, 99), True),
+    "fin, then our bytes were refused": ("fin", Delivery(100, 104, closed=True), True),
+    "fin, and never a word on our bytes": ("fin", Delivery(100, 104), False),
+    "fin, some confirmed": ("fin", Delivery(101, 104), False),
+    "fin, some confirmed, then refused": ("fin", Delivery(101, 104, closed=True), False),
     "fin, unknown": ("fin", None, False),
-    "rst, nothing left": ("rst", Delivery(100, 3, closed=True), True),
-    "rst, nothing confirmed": ("rst", Delivery(100, 4, closed=True), False),
-    "rst, some confirmed": ("rst", Delivery(101, 4, closed=True), False),
+    "rst, nothing left": ("rst", Delivery(100, 99, closed=True), True),
+    "rst, nothing confirmed": ("rst", Delivery(100, 104, closed=True), False),
+    "rst, some confirmed": ("rst", Delivery(101, 104, closed=True), False),
     "rst, unknown": ("rst", None, False),
 }
 
@@ -336,13 +336,13 @@ def test_only_what_was_provably_not_seen_is_asked_again(
     assert pending.whole == b"ok"
 
 
-@pytest.mark.parametrize(("word", "again"), [(Delivery(100, 4, closed=True), True), (Delivery(105, 4), False)])
+@pytest.mark.parametrize(("word", "again"), [(Delivery(100, 104, closed=True), True), (Delivery(105, 104), False)])
 def test_the_peers_word_on_what_was_sent_after_its_fin_is_awaited(
     word: Delivery, again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upstream = Upstream()
     answered(upstream, 1)
-    Kernel(monkeypatch, BEFORE, Delivery(100, 4), Delivery(100, 4), word)
+    Kernel(monkeypatch, BEFORE, Delivery(100, 104), Delivery(100, 104), word)
     pending = upstream.ask(b"POST")
     upstream.wires[0].close_from_peer()
     assert pending.error is None
@@ -355,7 +355,7 @@ def test_the_peers_word_on_what_was_sent_after_its_fin_is_awaited(
 def test_cancelling_while_the_peers_word_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     upstream = Upstream()
     answered(upstream, 1)
-    Kernel(monkeypatch, BEFORE, Delivery(100, 4))
+    Kernel(monkeypatch, BEFORE, Delivery(100, 104))
     pending = upstream.ask(b"POST")
     upstream.wires[0].close_from_peer()
     pending.asked.cancel()

@@ -1,12 +1,18 @@
-"""What is read of and written to real sockets below Twisted's transports."""
+"""What is read of real sockets below Twisted's transports, and what that tells of a request."""
 
 import socket
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from _asking import until
+from twisted.internet.task import Clock
 
-from vllmproxy.http1.sockets import delivery
+from vllmproxy.http1.fate import Fate, Verdict, fate_of
+from vllmproxy.http1.sockets import Delivery, delivery
+
+#: Of a new connection: Linux counts the SYN.
+_FIRST = Delivery(acknowledged=1, sent=0)
 
 
 @pytest.fixture
@@ -34,7 +40,7 @@ def test_a_byte_that_the_peers_kernel_took_counts(pair: tuple[socket.socket, soc
     until(lambda: acknowledged(ours) == before.acknowledged + 1000)
     after = delivery(ours)
     assert after is not None
-    assert after.segments > before.segments
+    assert after.sent > before.sent
 
 
 def test_none_counts_when_the_peer_had_closed_before(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -50,7 +56,7 @@ def test_none_counts_when_the_peer_had_closed_before(pair: tuple[socket.socket, 
     after = delivery(ours)
     assert after is not None
     assert after.acknowledged == before.acknowledged
-    assert after.segments > before.segments
+    assert after.sent > before.sent
 
 
 def _reset(sock: socket.socket) -> bool:
@@ -79,3 +85,48 @@ def test_nothing_is_known_of_other_sockets() -> None:
     closed = socket.socket()
     closed.close()
     assert delivery(closed) is None
+
+
+@pytest.mark.parametrize(
+    ("now", "orderly", "fate"),
+    [
+        (Delivery(501, 500), False, Fate.UNSEEN),
+        (Delivery(401, 450), False, Fate.UNSEEN),
+        (Delivery(501, 501), False, Fate.UNKNOWN),
+        (Delivery(501, 501), True, Fate.OPEN),
+        (Delivery(501, 600, closed=True), True, Fate.UNSEEN),
+        (Delivery(502, 600), True, Fate.UNKNOWN),
+        (Delivery(502, 600, closed=True), True, Fate.UNKNOWN),
+        (None, True, Fate.UNKNOWN),
+    ],
+)
+def test_what_was_given_before_a_request_is_none_of_it(now: Delivery | None, orderly: bool, fate: Fate) -> None:
+    assert fate_of(_FIRST, 500, now, orderly=orderly) is fate
+    assert fate_of(None, 500, now, orderly=orderly) is Fate.UNKNOWN
+
+
+def _wait_for_all_of(sock: socket.socket, given: int) -> None:
+    until(lambda: acknowledged(sock) == _FIRST.acknowledged + given)
+
+
+def test_requests_on_one_connection_are_told_apart(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    verdict = Verdict(Clock(), partial(delivery, ours))
+    verdict.open()
+    given = 0
+    for number in range(3):
+        verdict.begin(reused=number > 0, given=given)
+        assert verdict.pronounce() is (Fate.UNSEEN if number else Fate.UNKNOWN)
+        request = b"x" * 1000 * (number + 1)
+        ours.sendall(request)
+        given += len(request)
+        _wait_for_all_of(ours, given)
+        assert verdict.pronounce() is Fate.UNKNOWN
+    verdict.begin(reused=True, given=given)
+    theirs.recv(10_000)
+    theirs.close()
+    ours.sendall(b"too late")
+    until(lambda: _reset(ours))
+    judged: list[bool] = []
+    verdict.after_fin(lambda: judged.append(verdict.unseen), wanted=True)
+    assert judged == [True]

@@ -19,6 +19,9 @@ from twisted.internet.ssl import Certificate, PrivateCertificate, optionsForClie
 from vllmproxy.http1.sockets import delivery, queued_bytes, raw_socket
 from vllmproxy.plain import _LONG, _MOST, Turn, is_plain, write_now
 
+#: What a poll told of: two descriptors that can be read.
+TOLD = {1: 1, 2: 1}
+
 
 class Sink(Protocol):
     """Takes what comes."""
@@ -140,9 +143,10 @@ async def test_starttls_makes_a_plain_transport_plain_no_more() -> None:
 
 def test_outside_of_a_turn_all_is_written_at_once() -> None:
     turn, one = Turn(), Transport()
+    turn.begin({1: 1})
     turn.write(one, b"a")
     assert one.writes == [b"a"]
-    turn.begin()
+    turn.begin(dict(TOLD))
     turn.end()
     turn.write(one, b"b")
     assert one.writes == [b"a", b"b"]
@@ -150,7 +154,7 @@ def test_outside_of_a_turn_all_is_written_at_once() -> None:
 
 def test_in_a_turn_it_is_written_at_its_end_and_together() -> None:
     turn, one, other = Turn(), Transport(), Transport()
-    turn.begin()
+    turn.begin(dict(TOLD))
     turn.write(one, b"a")
     turn.write(other, b"x")
     turn.write(one, memoryview(b"b"))
@@ -163,7 +167,7 @@ def test_in_a_turn_it_is_written_at_its_end_and_together() -> None:
 
 def test_a_long_piece_is_written_at_once_behind_what_was_kept() -> None:
     turn, one, other = Turn(), Transport(), Transport()
-    turn.begin()
+    turn.begin(dict(TOLD))
     turn.write(other, b"x")
     turn.write(one, b"a")
     turn.write(one, b"b")
@@ -176,7 +180,7 @@ def test_a_long_piece_is_written_at_once_behind_what_was_kept() -> None:
 
 def test_no_more_than_some_wait_for_each_other() -> None:
     turn, many = Turn(), [Transport() for _ in range(_MOST + 1)]
-    turn.begin()
+    turn.begin(dict(TOLD))
     for number, each in enumerate(many):
         assert all(before.writes == [] for before in many[: min(number, _MOST)]) is (number < _MOST)
         turn.write(each, b"a")
@@ -188,7 +192,7 @@ def test_no_more_than_some_wait_for_each_other() -> None:
 def test_what_a_write_brings_about_keeps_the_order_of_each_connection() -> None:
     turn, one, other = Turn(), Transport(), Transport()
     one.sends = lambda: turn.write(other, b"y")
-    turn.begin()
+    turn.begin(dict(TOLD))
     turn.write(one, b"a")
     turn.write(other, b"x")
     turn.end()
@@ -203,7 +207,7 @@ async def test_what_is_kept_leaves_before_the_connections_end(end: str) -> None:
     await TCP4ClientEndpoint(reactor, "127.0.0.1", port.getHost().port).connect(factory(client))
     await until(lambda: server.transport is not None)
     turn = Turn()
-    turn.begin()
+    turn.begin(dict(TOLD))
     turn.write(client.transport, b"the last ")
     getattr(client.transport, end)()
     turn.write(client.transport, b"word")
@@ -228,7 +232,7 @@ async def test_what_is_written_behind_a_queue_leaves_before_the_end_that_waits_f
             transport.socket.send(bytes(65_536))
     transport.write(b"what is queued, ")
     turn = Turn()
-    turn.begin()
+    turn.begin(dict(TOLD))
     turn.write(transport, b"the end")
     getattr(transport, end)()
     server.transport.resumeProducing()  # type: ignore[union-attr]
@@ -247,7 +251,7 @@ async def test_what_is_kept_of_a_connection_that_is_aborted_is_dropped(is_gone: 
     await TCP4ClientEndpoint(reactor, "127.0.0.1", port.getHost().port).connect(factory(client))
     await until(lambda: server.transport is not None)
     turn, other = Turn(), Transport()
-    turn.begin()
+    turn.begin(dict(TOLD))
     turn.write(client.transport, b"nothing")
     turn.write(other, b"x")
     client.transport.abortConnection()  # type: ignore[union-attr]

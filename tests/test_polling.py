@@ -127,6 +127,19 @@ def test_one_that_another_has_ended_is_left_alone(reactor: EPollReactor) -> None
     assert sum(each.read for each in both) == 1
 
 
+def test_what_is_yet_to_be_acted_on_is_told(reactor: EPollReactor) -> None:
+    told: list[set[int]] = []
+    both = [Descriptor(lambda: told.append(set(turn.told))) for _ in range(2)]
+    for each in both:
+        reactor.addReader(each)
+        each.peer.send(b"x")
+    reactor.doIteration(1)
+    first, last = told
+    assert len(first) == 1
+    assert first < {each.fileno() for each in both}
+    assert last == set()
+
+
 def test_another_reactor_is_left_as_it_is() -> None:
     other = SelectReactor()
     before = other.doIteration

@@ -1,4 +1,4 @@
-"""Writing straight to the socket, where the bytes on it are the bytes that the peer reads."""
+"""Writing straight to the socket, where the bytes on it are the bytes that the peer reads; and what that waits for."""
 
 from typing import Any, Final
 
@@ -43,19 +43,22 @@ def write_now(transport: Any, data: bytes | memoryview) -> None:
 
 
 class Turn:
-    """Keeps what is written while several events are acted on, and writes it when they are.
+    """What one poll has told of. What is written while several events are acted on is kept, and written when they are.
 
     Each write by itself wakes its reader up, who is done and asleep again before the next; of writes in a row only the
     first does, and the code of the kernel that they share stays in the processor's cache.
     """
 
     def __init__(self) -> None:
+        #: Descriptors that the last poll told of and nobody has acted on yet, with their events.
+        self.told: dict[int, int] = {}
         self._keeps = False
         self._kept: dict[Any, list[bytes | memoryview]] = {}
 
-    def begin(self) -> None:
-        """Several events are about to be acted on."""
-        self._keeps = True
+    def begin(self, told: dict[int, int]) -> None:
+        """These events are about to be acted on, and taken out of ``told`` one after the other."""
+        self.told = told
+        self._keeps = len(told) > 1
 
     def end(self) -> None:
         """They are."""

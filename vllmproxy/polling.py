@@ -37,18 +37,18 @@ def poll(reactor: Any, timeout: float | None) -> None:
             if error.errno == errno.EINTR:
                 return
             raise
-        if len(events) > 1:
-            turn.begin()
+        told = dict(reversed(events))
+        turn.begin(told)
         try:
-            _act_on(reactor, selectables, events)
+            _act_on(reactor, selectables, told)
         finally:
-            if len(events) > 1:
-                turn.end()
+            turn.end()
         wait = _idle_for(reactor)
 
 
-def _act_on(reactor: Any, selectables: Any, events: list[tuple[int, int]]) -> None:
-    for fd, event in events:
+def _act_on(reactor: Any, selectables: Any, told: dict[int, int]) -> None:
+    while told:
+        fd, event = told.popitem()  # the last, and they stand there in reverse
         selectable = selectables.get(fd)
         if selectable is None:
             continue  # an event before this one ended it

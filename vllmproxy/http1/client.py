@@ -1,6 +1,6 @@
 """A connection to an upstream: one request at a time, its answer streamed with backpressure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from socket import socket
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,6 @@ from vllmproxy.http1.responses import ResponseReader
 from vllmproxy.http1.sockets import (
     delivery,
     is_closing,
-    listen_to,
     queued_bytes,
     raw_socket,
     remains,
@@ -71,11 +70,13 @@ class ClientConnection(Protocol):
         self._gone = gone
         self._plain = False
         self._sock: socket | None = None
-        self._listen: Callable[[int], Sequence[Any]] | None = None
+        self._descriptor = -1
         self._closed = False
         self._secure = False
         self._congested = False
-        self._requests = 0
+        self._used = False
+        #: Bytes that were given to a plain transport.
+        self._given = 0
         self._request: Request | None = None
         self._waiting: Deferred[IResponse] | None = None
         self._receiver: AnswerReceiver | None = None
@@ -101,8 +102,10 @@ class ClientConnection(Protocol):
         self._plain = is_plain(transport)
         self._secure = isinstance(transport, TLSMemoryBIOProtocol)
         self._sock = raw_socket(transport)
+        self._descriptor = -1 if self._sock is None else self._sock.fileno()
         if self._plain:
             transport.protocol = self  # and not the wrapper that Twisted's endpoints put between
+            self._verdict.open()
         if self._secure:
             # Not on the class: Twisted's endpoints wrap a plain connection's protocol, and their wrapper provides only
             # the last of the interfaces it looks for, so that half-close would be lost.
@@ -134,12 +137,9 @@ class ClientConnection(Protocol):
             shaking.callback(self)
 
     def has_ended(self) -> bool:
-        """Whether an idle connection's end has arrived, though the reactor has not come to it yet."""
-        if self._closed:
-            return True
-        if self._listen is None:  # most that carry a long stream are never asked
-            self._listen = listen_to(self._sock)
-        return bool(self._listen(0))
+        """Whether an idle connection's end, or something that nobody asked for, has arrived though the reactor has not
+        come to it yet, as far as the last poll told."""
+        return self._closed or self._descriptor in turn.told
 
     def send(self, request: Request) -> "Deferred[IResponse]":
         """Send ``request``; the result is an :class:`Answer` when its head is complete.
@@ -151,8 +151,8 @@ class ClientConnection(Protocol):
         self._request = request
         headers = request.headers
         self._reader.begin(request.method, upgrade=headers.upgrade, inform=headers.inform)
-        self._requests += 1
-        self._verdict.begin(reused=self._requests > 1)
+        self._verdict.begin(reused=self._used, given=self._given if self._plain else None)
+        self._used = True
         head = b"%s %s HTTP/1.1\r\n%s\r\n" % (request.method, request.target, headers.lines)
         if request.body is None:
             self.write(head)
@@ -168,6 +168,7 @@ class ClientConnection(Protocol):
         if self._closed:
             return
         if self._plain:
+            self._given += len(data)
             turn.write(self.transport, data)
         else:
             self.transport.write(bytes(data))  # type: ignore[union-attr]

@@ -24,9 +24,11 @@ class Fate(Enum):
     OPEN = "it is on its way; the peer's kernel has yet to take it or to refuse it"
 
 
-def fate_of(before: Delivery | None, now: Delivery | None, *, orderly: bool) -> Fate:
-    """Judge by the connection's counts when the request began and now.
+def fate_of(first: Delivery | None, given: int, now: Delivery | None, *, orderly: bool) -> Fate:
+    """Judge by the connection's counts.
 
+    :param first: at some time before the request.
+    :param given: bytes that were to be sent between that and the request.
     :param orderly: the peer closed with a FIN; ``False``: it reset, or nothing is known.
 
     Nothing left this machine, or after a FIN our segments were answered by a reset (the peer has closed entirely, and
@@ -35,11 +37,11 @@ def fate_of(before: Delivery | None, now: Delivery | None, *, orderly: bool) -> 
     Linux may delay a confirmation by 40 ms, and a peer that read the request and then reset looks the same as one that
     never got it.
     """
-    if before is None or now is None:
+    if first is None or now is None:
         return Fate.UNKNOWN
-    if now.segments == before.segments:
+    if now.sent <= first.sent + given:
         return Fate.UNSEEN
-    if now.acknowledged > before.acknowledged or not orderly:
+    if now.acknowledged > first.acknowledged + given or not orderly:
         return Fate.UNKNOWN
     return Fate.UNSEEN if now.closed else Fate.OPEN
 
@@ -54,20 +56,34 @@ class Verdict:
     def __init__(self, clock: IReactorTime, look: Callable[[], Delivery | None]) -> None:
         self._clock = clock
         self._look = look
-        self._before: Delivery | None = None
+        self._first: Delivery | None = None
+        self._given = 0
+        self._reused = False
         self._orderly = False
         self._call: IDelayedCall | None = None
         self.unseen = False
 
-    def begin(self, *, reused: bool) -> None:
-        """A request begins. On a new connection there is no doubt to be resolved: it is never sent again."""
+    def open(self) -> None:
+        """The connection is there, and what is given to it leaves as it is: counted from here, no request needs to ask
+        the kernel how far those before it came."""
+        self._first = self._look()
+
+    def begin(self, *, reused: bool, given: int | None) -> None:
+        """A request begins. On a new connection there is no doubt to be resolved: it is never sent again.
+
+        :param given: bytes that were given to the connection since it is open; ``None``: others leave (TLS).
+        """
         self.unseen = False
-        if reused:
-            self._before = self._look()
+        self._reused = reused
+        if given is not None:
+            self._given = given
+        elif reused:
+            self._first = self._look()
 
     def pronounce(self) -> Fate:
         """Judge by what is known now, while the socket is still there."""
-        fate = fate_of(self._before, self._look(), orderly=self._orderly)
+        first = self._first if self._reused else None
+        fate = fate_of(first, self._given, self._look(), orderly=self._orderly)
         self.unseen = fate is Fate.UNSEEN
         return fate
 
