@@ -165,6 +165,40 @@ def test_in_a_turn_it_is_written_at_its_end_and_together() -> None:
     assert (one.writes, other.writes) == ([b"ab"], [b"x"])
 
 
+def test_what_is_to_be_done_before_anything_leaves_is_done_once_for_all_of_it() -> None:
+    turn, one = Turn(), Transport()
+    seen: list[list[bytes]] = []
+    turn.before_writing(lambda: seen.append(list(one.writes)))
+    assert seen == [[]]
+    turn.begin(dict(TOLD))
+    turn.write(one, b"a")
+    turn.before_writing(lambda: seen.append(list(one.writes)))
+    turn.write(one, b"b")
+    assert len(seen) == 1
+    turn.end()
+    assert (seen[1:], one.writes) == ([[]], [b"ab"])
+    turn.begin(dict(TOLD))
+    turn.before_writing(lambda: seen.append(list(one.writes)))
+    turn.write(one, b"c" * _LONG)
+    assert seen[2:] == [[b"ab"]]
+    turn.before_writing(lambda: seen.append(list(one.writes)))
+    turn.end()
+    assert len(seen) == 4
+
+
+def test_what_a_write_brings_about_is_prepared_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    turn, one, other = Turn(), Transport(), Transport()
+    seen: list[list[bytes]] = []
+    turn.begin(dict(TOLD))
+    for _ in range(_MOST - 2):
+        turn.write(Transport(), b"x")
+    one.sends = lambda: turn.before_writing(lambda: seen.append(list(other.writes)))
+    turn.write(one, b"a")
+    turn.write(other, b"b")
+    assert (seen, other.writes) == ([[]], [b"b"])
+    turn.end()
+
+
 def test_a_long_piece_is_written_at_once_behind_what_was_kept() -> None:
     turn, one, other = Turn(), Transport(), Transport()
     turn.begin(dict(TOLD))

@@ -1,6 +1,7 @@
 """From the journal to the store: each event once, whatever fails, and nothing held in memory without bound."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,30 @@ def test_a_disk_that_fails_refuses_the_request(tmp_path: Path, monkeypatch: pyte
     desk.close()
 
 
+def test_what_is_over_in_one_turn_is_written_down_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    soon: list[Callable[[], None]] = []
+    desk = Desk(tmp_path, soon=soon.append)
+    entries = [desk.books.begin(EXPECTED) for _ in range(3)]
+    writes: list[bytes] = []
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: (writes.append(data), write(fd, data))[1])
+    for entry in entries:
+        entry.end(USED)
+    assert (len(soon), writes) == (1, [])
+    soon.pop()()
+    assert [data.count(b"\n") for data in writes] == [3]
+    monkeypatch.undo()
+    desk.books.begin(EXPECTED).end(USED)
+    desk.turn()  # what is brought to the store is written down first, though nothing has left yet
+    assert desk.store.total() == (4, 0, 4)
+    soon.pop()()
+    desk.kill()
+    again = Desk(tmp_path, desk.store)
+    again.turn()
+    assert desk.store.total() == (4, 0, 4)
+    again.close()
+
+
 def test_what_the_disk_did_not_take_is_written_down_later(tmp_path: Path, logged_errors: list[LogEvent]) -> None:
     desk = Desk(tmp_path)
     entries = [desk.books.begin(EXPECTED) for _ in range(3)]
@@ -284,9 +309,7 @@ def test_what_the_disk_did_not_take_is_written_down_later(tmp_path: Path, logged
     end, journal.end = journal.end, _full  # type: ignore[method-assign]
     for entry in entries:
         entry.end(USED)
-    assert [event["log_format"] for event in logged_errors] == [
-        "What a request used cannot be written down: {error}"
-    ] * 3
+    assert [event["log_format"] for event in logged_errors] == ["What requests used cannot be written down: {error}"]
     desk.turn()
     assert desk.store.total() == (0, 0, 0)
     journal.end = end  # type: ignore[method-assign]

@@ -27,7 +27,7 @@ def test_what_was_begun_and_ended_is_read_again_in_order(tmp_path: Path) -> None
     journal = Journal.create(tmp_path)
     for id in ("1", "2", "3"):
         journal.begin(id, WANTED)
-    assert [journal.end("2", USED).number, journal.end("1", WANTED).number] == [1, 2]
+    assert [each.number for each in journal.end([("2", USED), ("1", WANTED)])] == [1, 2]
     assert journal.open == {"3": WANTED}
     journal.close()
     (path,) = journals_in(tmp_path)
@@ -116,7 +116,7 @@ def test_one_that_was_emptied_tells_its_writer_and_no_events(tmp_path: Path) -> 
     journal = Journal.create(tmp_path)
     for number in range(3):
         journal.begin(str(number), WANTED)
-        journal.end(str(number), USED)
+        journal.end([(str(number), USED)])
     journal.close()
     left = adopted(journal.path)
     for _ in range(2):
@@ -136,7 +136,7 @@ def test_wherever_it_was_torn_what_is_whole_counts(tmp_path_factory: pytest.Temp
     for number in range(5):
         journal.begin(str(number), WANTED)
         begun = journal.size
-        journal.end(str(number), USED)
+        journal.end([(str(number), USED)])
         ends.append((begun, journal.size))
     cut = min(cut, journal.size)
     journal.close()
@@ -172,7 +172,7 @@ def test_what_is_written_by_a_newer_version_or_is_rubbish_is_passed_over(
     for line in damaged:
         os.write(journal._descriptor, line)
     journal.size = os.fstat(journal._descriptor).st_size
-    journal.end("1", USED)
+    journal.end([("1", USED)])
     journal.close()
     assert [each.event for each in adopted(journal.path).read(0, 1, 10)] == [USED]
     assert {event["log_format"] for event in logged_errors} == {"{path} has a line that cannot be read"}
@@ -191,7 +191,7 @@ def test_a_full_disk_is_an_error_and_spoils_no_line(tmp_path: Path, monkeypatch:
     monkeypatch.undo()
     assert journal.open == {}
     journal.begin("2", WANTED)
-    journal.end("2", USED)
+    journal.end([("2", USED)])
     journal.close()
     assert [each.event for each in adopted(journal.path).read(0, 1, 10)] == [USED]
 

@@ -1,5 +1,6 @@
 """Writing straight to the socket, where the bytes on it are the bytes that the peer reads; and what that waits for."""
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from twisted.internet import tcp, unix
@@ -54,6 +55,7 @@ class Turn:
         self.told: dict[int, int] = {}
         self._keeps = False
         self._kept: dict[Any, list[bytes | memoryview]] = {}
+        self._before: list[Callable[[], None]] = []
 
     def begin(self, told: dict[int, int]) -> None:
         """These events are about to be acted on, and taken out of ``told`` one after the other."""
@@ -63,13 +65,22 @@ class Turn:
     def end(self) -> None:
         """They are."""
         self._keeps = False
+        self._prepare()
         self._write_kept()
+
+    def before_writing(self, work: Callable[[], None]) -> None:
+        """Call ``work``, which raises nothing, before anything that is written from now on leaves."""
+        if self._keeps:
+            self._before.append(work)
+        else:
+            work()
 
     def write(self, transport: Any, data: bytes | memoryview) -> None:
         """Write to a plain transport, that is only written to in this way, as :func:`write_now` does, at the end of
         this turn at the latest."""
         kept = self._kept.get(transport)
         if not self._keeps or len(data) >= _LONG:
+            self._prepare()
             if kept is not None:
                 del self._kept[transport]
                 write_now(transport, b"".join(kept))
@@ -78,16 +89,22 @@ class Turn:
             kept.append(data)
         elif transport.dataBuffer or transport._tempDataBuffer:
             # It may be polled for writing, in this turn too: if it is to be closed behind what is queued, it would be.
+            self._prepare()
             write_now(transport, data)
         else:
             self._kept[transport] = [data]
             if len(self._kept) >= _MOST:
                 self._write_kept()
 
+    def _prepare(self) -> None:
+        while self._before:
+            self._before.pop()()
+
     def _write_kept(self) -> None:
         for transport in list(self._kept):
             kept = self._kept.pop(transport, None)
             if kept is not None and not transport._aborting:  # what was given up since must not reach the peer any more
+                self._prepare()  # that of the first, and what a write brings about
                 write_now(transport, kept[0] if len(kept) == 1 else b"".join(kept))
 
 

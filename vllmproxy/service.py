@@ -36,6 +36,7 @@ from vllmproxy.observers.metrics import MetricsObserver
 from vllmproxy.observers.occupancy import Occupancy, OccupancyCollector
 from vllmproxy.observers.record import RequestRecord
 from vllmproxy.openfiles import capacity, raise_open_files
+from vllmproxy.plain import turn
 from vllmproxy.polling import lighten
 from vllmproxy.relay.exchange import Exchange
 from vllmproxy.relay.headers import TrustedProxies
@@ -88,7 +89,7 @@ class Proxy:
         self.probe = Probe(server, reactor)
         # Where keys are forgotten with the process, so is what they used.
         journals = None if settings.store == "memory:" else settings.state_directory / "usage"
-        self.books = Bookkeeper(self.store, reactor, journals)
+        self.books = Bookkeeper(self.store, reactor, journals, soon=turn.before_writing)
         limiter = self.store.limiter(reactor)
         if settings.store_outage == "local":
             limiter = FallbackLimiter(limiter, MemoryLimiter(reactor), settings.local_share)

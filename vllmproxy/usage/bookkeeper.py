@@ -2,6 +2,7 @@
 
 import secrets
 from collections import deque
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -14,7 +15,7 @@ from twisted.python.failure import Failure
 
 from vllmproxy.store.interface import Store, StoreUnavailable
 from vllmproxy.usage.event import UsageEvent
-from vllmproxy.usage.journal import Journal, Numbered, journals_in
+from vllmproxy.usage.journal import Ended, Journal, Numbered, journals_in
 
 _log = Logger()
 
@@ -28,6 +29,13 @@ _MOST_PENDING: Final = 10_000
 #: Bytes of a journal after which another is begun, and of all of them together.
 _ROTATE: Final = 8 << 20
 MOST_BYTES: Final = 256 << 20
+
+
+Soon = Callable[[Callable[[], None]], None]
+
+
+def _at_once(work: Callable[[], None]) -> None:
+    work()
 
 
 class CannotWriteDown(Exception):
@@ -44,7 +52,7 @@ class _Pages(Protocol):
 
     def begin(self, id: str, expected: UsageEvent) -> None: ...
 
-    def end(self, id: str, event: UsageEvent) -> Numbered: ...
+    def end(self, ended: Sequence[Ended]) -> list[Numbered]: ...
 
     def read(self, offset: int, number: int, most: int) -> list[Numbered]: ...
 
@@ -69,10 +77,12 @@ class Unwritten:
     def begin(self, id: str, expected: UsageEvent) -> None:
         self.open[id] = expected
 
-    def end(self, id: str, event: UsageEvent) -> Numbered:
-        self.open.pop(id, None)
-        self.written += 1
-        return Numbered(self.written, event, 0)
+    def end(self, ended: Sequence[Ended]) -> list[Numbered]:
+        first = self.written + 1
+        self.written += len(ended)
+        for id, _ in ended:
+            self.open.pop(id, None)
+        return [Numbered(number, event, 0) for number, (_, event) in enumerate(ended, first)]
 
     def read(self, offset: int, number: int, most: int) -> list[Numbered]:
         return []
@@ -93,33 +103,42 @@ class Unwritten:
 class Book:
     """A journal and how far the store has come with it.
 
+    :param soon: see :class:`Bookkeeper`.
     :ivar added: the number of the last event that the store has.
     """
 
-    def __init__(self, journal: _Pages) -> None:
+    def __init__(self, journal: _Pages, soon: Soon) -> None:
         self.journal = journal
         self.added = 0
+        self._soon = soon
         self._offset = 0
         self._pending: deque[Numbered] = deque()
-        self._unwritten: list[tuple[str, UsageEvent]] = []
+        self._ended: list[Ended] = []
         self._synced = 0
 
     def end(self, id: str, event: UsageEvent) -> None:
-        """Write down what a request used, and keep it for the store if nothing before it was left out."""
-        numbered = self.journal.end(id, event)
+        """A request is over, and this is what it used. Where that cannot be written down yet, it is as soon as it can;
+        should the proxy be killed before that, it is counted as expected."""
+        self._ended.append((id, event))
+        if len(self._ended) == 1:
+            self._soon(self._try_to_write)
+
+    def _try_to_write(self) -> None:
+        try:
+            self.write()
+        except OSError as error:
+            _log.error("What requests used cannot be written down: {error}", error=str(error))
+
+    def write(self) -> None:
+        """Write down what requests that are over used, and keep it for the store if nothing before it was left out.
+        Raises ``OSError``: the disk takes no more."""
+        if not self._ended:
+            return
+        numbered = self.journal.end(self._ended)
+        self._ended = []
         last = self._pending[-1].number if self._pending else self.added
-        if numbered.number == last + 1 and len(self._pending) < _MOST_PENDING:
-            self._pending.append(numbered)
-
-    def end_later(self, id: str, event: UsageEvent) -> None:
-        """The disk took no more: try again with the next batch."""
-        self._unwritten.append((id, event))
-
-    def end_unwritten(self) -> None:
-        """Write down what could not be. Raises ``OSError``: the disk still takes no more."""
-        while self._unwritten:
-            self.end(*self._unwritten[-1])
-            self._unwritten.pop()
+        if numbered[0].number == last + 1:
+            self._pending += numbered[: max(_MOST_PENDING - len(self._pending), 0)]
 
     def batch(self) -> list[Numbered]:
         """Return what the store is to have next."""
@@ -156,13 +175,8 @@ class Entry:
         self._id = id
 
     def end(self, event: UsageEvent) -> None:
-        """It is over. Where that cannot be written down yet, it is as soon as it can; should the proxy be killed before
-        that, it is counted as expected."""
-        try:
-            self._book.end(self._id, event)
-        except OSError as error:
-            _log.error("What a request used cannot be written down: {error}", error=str(error))
-            self._book.end_later(self._id, event)
+        """It is over; see :meth:`Book.end`."""
+        self._book.end(self._id, event)
 
 
 class Bookkeeper:
@@ -170,13 +184,23 @@ class Bookkeeper:
 
     :param directory: where journals are kept; ``None``: nowhere, for a store that forgets.
     :param reactor: tells the time, and has threads for waiting on the disk.
+    :param soon: calls what it is given before anything that is written to a connection from now on leaves.
     """
 
-    def __init__(self, store: Store, reactor: Any, directory: Path | None, *, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(
+        self,
+        store: Store,
+        reactor: Any,
+        directory: Path | None,
+        *,
+        most_bytes: int = MOST_BYTES,
+        soon: Soon = _at_once,
+    ) -> None:
         self._store = store
         self._reactor = reactor
         self._directory = directory
         self._most_bytes = most_bytes
+        self._soon = soon
         self._books: list[Book] = []
         self._ids = 0
         self._turns = DeferredLock()
@@ -191,7 +215,7 @@ class Bookkeeper:
             for path in journals_in(self._directory):
                 left = Journal.adopt(path)
                 if left is not None:
-                    self._books.append(Book(left))
+                    self._books.append(Book(left, self._soon))
             if count := sum(book.journal.written for book in self._books):
                 _log.info("{count} requests of an earlier run are being counted", count=count)
         self._begin_journal()
@@ -199,7 +223,7 @@ class Bookkeeper:
 
     def _begin_journal(self) -> None:
         journal = Unwritten() if self._directory is None else Journal.create(self._directory)
-        self._books.append(Book(journal))
+        self._books.append(Book(journal, self._soon))
 
     @property
     def size(self) -> int:
@@ -260,7 +284,7 @@ class Bookkeeper:
         self._is_late = is_late
 
     async def _bring(self, book: Book) -> None:
-        book.end_unwritten()
+        book.write()
         if book.needs_sync():
             await self._sync(book)
         while batch := book.batch():

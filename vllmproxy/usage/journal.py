@@ -7,14 +7,15 @@ One line for each thing that happens, in the order in which it does::
     ["-", "ID", {…}]                        it is over: the next event
 
 Events are numbered 1, 2, 3 … by the order of their ``-`` lines, so that the same file gives the same numbers whoever
-reads it. A line is one ``write``: killing the process loses nothing, and a line that a power cut tore is passed over.
+reads it. Nothing of a request leaves before its lines are written, those of several requests by one ``write``: killing
+the process loses nothing, and a line that a power cut tore is passed over.
 """
 
 import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ from vllmproxy.usage.event import UsageEvent
 _log = Logger()
 
 _SUFFIX = ".journal"
+
+
+#: A request that is over, by what it was begun as, and what it used.
+Ended = tuple[str, UsageEvent]
 
 
 @define  # not frozen, as the event
@@ -102,12 +107,19 @@ class Journal:
         self._append(f'["+",{encode_basestring_ascii(id)},{expected.as_json()}]')
         self.open[id] = expected
 
-    def end(self, id: str, event: UsageEvent) -> Numbered:
-        """Write down what a request used. Raises ``OSError``: then it is counted as expected when this is adopted."""
-        self._append(f'["-",{encode_basestring_ascii(id)},{event.as_json()}]')
-        self.open.pop(id, None)
-        self.written += 1
-        return Numbered(self.written, event, self.size)
+    def end(self, ended: Sequence[Ended]) -> list[Numbered]:
+        """Write down what requests used. Raises ``OSError``: then they are counted as expected when this is adopted."""
+        lines = [f'["-",{encode_basestring_ascii(id)},{event.as_json()}]' for id, event in ended]
+        number, end = self.written, self.size
+        self._append("\n".join(lines))
+        numbered = []
+        for (id, event), line in zip(ended, lines, strict=True):
+            self.open.pop(id, None)
+            number += 1
+            end += len(line) + 1  # all of it is ASCII
+            numbered.append(Numbered(number, event, end))
+        self.written = number
+        return numbered
 
     def read(self, offset: int, number: int, most: int) -> list[Numbered]:
         """Return up to ``most`` events from the line at ``offset`` on, the first of which has the number ``number``."""
@@ -138,12 +150,12 @@ class Journal:
         self.path.unlink(missing_ok=True)
         self.close()
 
-    def _append(self, line: str) -> None:
-        text = line.encode("ascii") + b"\n"
+    def _append(self, lines: str) -> None:
+        text = lines.encode("ascii") + b"\n"
         written = os.write(self._descriptor, text)
         if written != len(text):  # a full disk took a part: the next line must not continue it
             os.ftruncate(self._descriptor, self.size)
-            raise OSError(f"{self.path} took only a part of a line: the disk is full")
+            raise OSError(f"{self.path} took only a part of what was written: the disk is full")
         self.size += written
 
     def _recover(self) -> bool:
@@ -159,8 +171,8 @@ class Journal:
             self.size = end
         if self.writer:
             os.ftruncate(self._descriptor, self.size)  # a torn last line
-            for id, expected in list(self.open.items()):
-                self.end(id, expected)
+            if self.open:
+                self.end(list(self.open.items()))
         return bool(self.writer)
 
     def _lines(self, offset: int) -> Iterator[tuple[Any, int]]:
