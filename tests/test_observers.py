@@ -1,5 +1,6 @@
 """The observer in memory, and the one that is several."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -53,6 +54,33 @@ def test_everyone_is_told_in_spite_of_one_that_raises(events: list[dict[str, Any
     for memory in (first, last):
         assert memory.in_flight == 1
         assert [kept.request_id for kept in memory.records] == ["a"]
+
+
+def test_records_wait_until_they_may_be_offered_and_each_observer_has_them_in_a_row() -> None:
+    soon: list[Callable[[], None]] = []
+    told: list[tuple[str, str]] = []
+
+    class Named:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def started(self) -> None:
+            told.append((self.name, ""))
+
+        def finished(self, record: RequestRecord) -> None:
+            told.append((self.name, record.request_id))
+
+    everyone = FanOut([Named("x"), Named("y")], soon=soon.append)
+    everyone.started()
+    assert told == [("x", ""), ("y", "")]
+    told.clear()
+    everyone.finished(record("a"))
+    everyone.finished(record("b"))
+    assert (told, len(soon)) == ([], 1)
+    soon.pop()()
+    assert told == [("x", "a"), ("x", "b"), ("y", "a"), ("y", "b")]
+    everyone.finished(record("c"))
+    assert len(soon) == 1
 
 
 def test_one_that_raises_is_logged_once_a_second_with_its_traceback(events: list[dict[str, Any]]) -> None:

@@ -17,7 +17,8 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.ssl import Certificate, PrivateCertificate, optionsForClientTLS, trustRootFromCertificates
 
 from vllmproxy.http1.sockets import delivery, queued_bytes, raw_socket
-from vllmproxy.plain import _LONG, _MOST, Turn, is_plain, write_now
+from vllmproxy.plain import is_plain, write_now
+from vllmproxy.turn import _LONG, _MOST, Turn
 
 #: What a poll told of: two descriptors that can be read.
 TOLD = {1: 1, 2: 1}

@@ -11,8 +11,8 @@ from twisted.internet.selectreactor import SelectReactor
 from twisted.logger import LogEvent
 from twisted.python.failure import Failure
 
-from vllmproxy.plain import turn
 from vllmproxy.polling import lighten
+from vllmproxy.turn import turn
 
 
 @pytest.fixture

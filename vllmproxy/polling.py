@@ -14,7 +14,7 @@ from typing import Any, Final
 from twisted.internet.epollreactor import EPollReactor
 from twisted.python import log
 
-from vllmproxy.plain import turn
+from vllmproxy.turn import turn
 
 _READABLE: Final = select.EPOLLIN
 

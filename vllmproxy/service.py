@@ -36,7 +36,6 @@ from vllmproxy.observers.metrics import MetricsObserver
 from vllmproxy.observers.occupancy import Occupancy, OccupancyCollector
 from vllmproxy.observers.record import RequestRecord
 from vllmproxy.openfiles import capacity, raise_open_files
-from vllmproxy.plain import turn
 from vllmproxy.polling import lighten
 from vllmproxy.relay.exchange import Exchange
 from vllmproxy.relay.headers import TrustedProxies
@@ -53,6 +52,7 @@ from vllmproxy.simulated import base_url, key_file, start_simulator, what_to_try
 from vllmproxy.store.interface import CannotOpenStore
 from vllmproxy.store.limits_memory import MemoryLimiter
 from vllmproxy.store.opening import make_store
+from vllmproxy.turn import turn
 from vllmproxy.upstreams.probe import Probe
 from vllmproxy.upstreams.server import Server, make_server
 from vllmproxy.usage.bookkeeper import Bookkeeper
@@ -79,7 +79,7 @@ class Proxy:
         self.store = make_store(settings.store, reactor=reactor, state_directory=settings.state_directory)
         self.access_log = _open_access_log(settings.access_log, reactor)
         self._metrics = MetricsObserver(known_routes=KNOWN_ROUTES)
-        self.observer = FanOut([self.access_log, self._metrics])
+        self.observer = FanOut([self.access_log, self._metrics], soon=turn.before_writing)
         master = MasterKey(settings.master_key.reveal()) if settings.master_key else None
         self.cache = KeyCache(reactor, ttl=settings.key_cache_ttl, max_stale=settings.key_max_stale)
         self.gate = Gate(self.store, self.cache, master, reactor)

@@ -39,7 +39,8 @@ from vllmproxy.http1.sockets import (
     reset_now,
 )
 from vllmproxy.http1.upload import Upload, in_one_chunk
-from vllmproxy.plain import is_plain, turn
+from vllmproxy.plain import is_plain
+from vllmproxy.turn import turn
 
 if TYPE_CHECKING:
     from vllmproxy.http1.agent import ConnectionDeadlines

@@ -23,7 +23,8 @@ from vllmproxy.http1.sockets import (
     reset_now,
 )
 from vllmproxy.http1.stream import Stream
-from vllmproxy.plain import is_plain, turn
+from vllmproxy.plain import is_plain
+from vllmproxy.turn import turn
 
 if TYPE_CHECKING:
     from vllmproxy.http1.factory import ServerFactory

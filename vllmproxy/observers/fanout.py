@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from twisted.logger import Logger
 
 from vllmproxy.observers.record import Observer, RequestRecord
+from vllmproxy.soon import Soon, at_once
 
 _log = Logger()
 
@@ -17,12 +18,17 @@ class FanOut:
 
     What it raised is logged with its traceback, for each observer once a second at most.
 
+    :param soon: when records are offered, one after the other to each.
     :param seconds: a monotonic clock.
     """
 
-    def __init__(self, observers: Iterable[Observer], seconds: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, observers: Iterable[Observer], *, soon: Soon = at_once, seconds: Callable[[], float] = time.monotonic
+    ) -> None:
         self._observers = tuple(observers)
+        self._soon = soon
         self._seconds = seconds
+        self._records: list[RequestRecord] = []
         self._quiet_until: dict[int, float] = {}
 
     def started(self) -> None:
@@ -35,11 +41,18 @@ class FanOut:
 
     def finished(self, record: RequestRecord) -> None:
         """Offer ``record`` to all of them."""
+        self._records.append(record)
+        if len(self._records) == 1:
+            self._soon(self._offer)
+
+    def _offer(self) -> None:
+        records, self._records = self._records, []
         for index, observer in enumerate(self._observers):
-            try:
-                observer.finished(record)
-            except Exception:  # as above
-                self._complain(index)
+            for record in records:
+                try:
+                    observer.finished(record)
+                except Exception:  # as above
+                    self._complain(index)
 
     def _complain(self, index: int) -> None:
         now = self._seconds()

@@ -2,7 +2,7 @@
 
 import secrets
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -13,6 +13,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from vllmproxy.soon import Soon, at_once
 from vllmproxy.store.interface import Store, StoreUnavailable
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.journal import Ended, Journal, Numbered, journals_in
@@ -29,13 +30,6 @@ _MOST_PENDING: Final = 10_000
 #: Bytes of a journal after which another is begun, and of all of them together.
 _ROTATE: Final = 8 << 20
 MOST_BYTES: Final = 256 << 20
-
-
-Soon = Callable[[Callable[[], None]], None]
-
-
-def _at_once(work: Callable[[], None]) -> None:
-    work()
 
 
 class CannotWriteDown(Exception):
@@ -184,7 +178,7 @@ class Bookkeeper:
 
     :param directory: where journals are kept; ``None``: nowhere, for a store that forgets.
     :param reactor: tells the time, and has threads for waiting on the disk.
-    :param soon: calls what it is given before anything that is written to a connection from now on leaves.
+    :param soon: when what is over is written down.
     """
 
     def __init__(
@@ -194,7 +188,7 @@ class Bookkeeper:
         directory: Path | None,
         *,
         most_bytes: int = MOST_BYTES,
-        soon: Soon = _at_once,
+        soon: Soon = at_once,
     ) -> None:
         self._store = store
         self._reactor = reactor
