@@ -7,7 +7,7 @@ from attrs import define
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllmproxy.limits.values import Ask, Rule
+from vllmproxy.limits.values import Rule
 from vllmproxy.limits.window import Window, bucket_width
 
 MINUTE = 60_000_000
@@ -221,5 +221,3 @@ def test_values_that_make_no_sense_are_refused() -> None:
             Rule(*rule)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one place"):
         Rule("max_parallel_requests", "", 5, 2)
-    with pytest.raises(ValueError, match="same limit"):
-        Ask("key", "id", (Rule("tokens", "m", 5, 2), Rule("tokens", "m", 6, 2)))

@@ -10,6 +10,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionRefusedError as Refused
 from twisted.logger import LogEvent, LogLevel, globalLogPublisher
 
+from vllmproxy.keys.key import VirtualKey
+from vllmproxy.relay.demand import Demand, rules_of
 from vllmproxy.usage.prices import Prices
 from vllmproxy.usage.sums import GROUPS, UsageQuery
 
@@ -395,6 +397,26 @@ def test_limits_of_one_model_by_either_name(name: str) -> None:
     status, told = error(house)
     assert status == 429
     assert f"for model {name}." in told["message"]
+
+
+@pytest.mark.parametrize(("asked", "model"), [("a", "a"), ("a", "m"), (None, None)])
+def test_no_two_rules_of_a_request_are_for_the_same_limit(asked: str | None, model: str | None) -> None:
+    each = {"a": 5, "m": 5}
+    key = VirtualKey(
+        token="t",
+        key_name="sk-...",
+        rpm_limit=5,
+        tpm_limit=5,
+        max_parallel_requests=5,
+        model_rpm_limit=each,
+        model_tpm_limit=each,
+        max_budget=5.0,
+        max_budget_tokens=5,
+    )
+    rules = rules_of(key, Demand(asked=asked, model=model, prompt_tokens=3, output_tokens=4, spend=2), 0.0)
+    limits = [(rule.kind, rule.scope) for rule in rules]
+    assert len(set(limits)) == len(limits) == 5 + 2 * len({asked, model} - {None})
+    assert {rule.cost for rule in rules if rule.kind in ("tokens", "budget_tokens")} == {7}
 
 
 def test_an_answer_that_failed_costs_no_tokens() -> None:

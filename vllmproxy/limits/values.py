@@ -1,6 +1,5 @@
 """What is asked of the limits and what they answer."""
 
-from operator import attrgetter
 from typing import Final, Literal
 
 from attrs import define, field, frozen
@@ -16,10 +15,6 @@ MAX_AMOUNT: Final = 2**40
 #: Seconds after which to try again when all places of ``max_parallel_requests`` are taken: nobody knows when one
 #: of those requests ends.
 BUSY_RETRY_AFTER: Final = 1.0
-
-
-#: What tells one limit of a key from another.
-_limit_of: Final = attrgetter("kind", "scope")
 
 
 class DuplicateRequest(Exception):
@@ -70,7 +65,7 @@ class Ask:
 
     :ivar key: the key's token (sha256 hex).
     :ivar request_id: names the request ever after; unique, and made by the proxy.
-    :ivar rules: at most one for each kind and scope.
+    :ivar rules: no two for the same limit, which is a kind and a scope.
     :ivar ahead: whether what was reserved before anybody asked will do, and more may be for the next.
     """
 
@@ -78,10 +73,6 @@ class Ask:
     request_id: str
     rules: tuple[Rule, ...]
     ahead: bool = True
-
-    def __attrs_post_init__(self) -> None:
-        if len(set(map(_limit_of, self.rules))) != len(self.rules):
-            raise ValueError("two rules of one ask are for the same limit")
 
 
 @define  # as above

@@ -46,11 +46,6 @@ class Demand:
     spend: int = 0
 
     @property
-    def tokens(self) -> int:
-        """All of them."""
-        return self.prompt_tokens + self.output_tokens
-
-    @property
     def names(self) -> tuple[str, ...]:
         """What a limit for its model may call that."""
         return tuple(dict.fromkeys(name for name in (self.asked, self.model) if name is not None))
@@ -87,16 +82,17 @@ def guessed_prompt(work: Work, body_bytes: int) -> int:
 def rules_of(key: VirtualKey, demand: Demand, now: float) -> tuple[Rule, ...]:
     """Return what ``demand`` takes of each of the key's limits at ``now`` (epoch seconds)."""
     rules = []
+    tokens = demand.prompt_tokens + demand.output_tokens
     if key.rpm_limit is not None:
         rules.append(_rule_of("requests", "", key.rpm_limit, 1))
     if key.tpm_limit is not None:
-        rules.append(_rule("tokens", "", key.tpm_limit, demand, demand.tokens))
+        rules.append(_rule("tokens", "", key.tpm_limit, demand, tokens))
     for name in demand.names if key.model_rpm_limit or key.model_tpm_limit else ():
         rpm, tpm = key.model_rpm_limit.get(name), key.model_tpm_limit.get(name)
         if rpm is not None:
             rules.append(_rule_of("requests", name, rpm, 1))
         if tpm is not None:
-            rules.append(_rule("tokens", name, tpm, demand, demand.tokens))
+            rules.append(_rule("tokens", name, tpm, demand, tokens))
     if key.max_parallel_requests is not None:
         rules.append(_rule_of("max_parallel_requests", "", key.max_parallel_requests, 1))
     budget = key.budget
@@ -107,7 +103,7 @@ def rules_of(key: VirtualKey, demand: Demand, now: float) -> tuple[Rule, ...]:
         limit = MAX_AMOUNT if budget.money is None else budget.money
         rules.append(_rule("budget", "", limit, demand, demand.spend, period=period))
     if budget.tokens is not None:
-        rules.append(_rule("budget_tokens", "", budget.tokens, demand, demand.tokens, period=period))
+        rules.append(_rule("budget_tokens", "", budget.tokens, demand, tokens, period=period))
     return tuple(rules)
 
 

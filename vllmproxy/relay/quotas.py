@@ -94,6 +94,9 @@ class Quotas:
         self._renewing = LoopingCall(self._renew)
         self._renewing.clock = clock
         self._clock = clock
+        #: What each request's id begins with, which no other process has; and how many there were.
+        self._id = fresh_id().decode("ascii")
+        self._count = 0
         #: Keys that are over their soft budget, and the period that this was told in.
         self._told: dict[str, int | None] = {}
 
@@ -107,7 +110,8 @@ class Quotas:
         if not rules:
             return None
         # What is ahead is held of a budget by nobody: it is not to be told as used.
-        ask = Ask(key.token, fresh_id().decode("ascii"), rules, key.budget.soft is None)
+        self._count += 1
+        ask = Ask(key.token, f"{self._id}{self._count}", rules, key.budget.soft is None)
         decision = self._limiter.reserve(ask)
         if isinstance(decision, Granted | Denied):
             return self._decided(decision, ask, key, demand)
