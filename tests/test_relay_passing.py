@@ -121,3 +121,18 @@ def test_each_event_of_a_long_stream_is_counted() -> None:
     passing.read()
     assert passing.usage is not None
     assert passing.usage.completion_tokens == 102
+
+
+@pytest.mark.parametrize(
+    ("content_type", "streamed"),
+    [
+        (b"text/event-stream", True),
+        (b"Text/Event-Stream ; charset=utf-8", True),
+        (b"text/event-streams", False),
+        (b"application/json", False),
+    ],
+)
+def test_what_is_read_as_events_is_recorded_as_streamed(content_type: bytes, streamed: bool) -> None:
+    head = ResponseHead(200, b"OK", [(b"content-type", content_type)], b"1.1")
+    passing = Passing(head, Told(), withholds=False)
+    assert (passing.streamed, passing.counts_events) == (streamed, streamed)

@@ -7,7 +7,7 @@ from attrs import define
 from vllmproxy.http1.message import ResponseHead, once
 from vllmproxy.upstreams.server import Told
 from vllmproxy.usage.alike import Alike
-from vllmproxy.usage.reader import UsageReader, reader_for
+from vllmproxy.usage.reader import UsageReader, is_event_stream, reader_for
 from vllmproxy.usage.sse import SseReader
 from vllmproxy.usage.tokens import Usage
 from vllmproxy.usage.withhold import Withholder
@@ -27,8 +27,8 @@ class _Kind:
 
 def _kind_of(head: ResponseHead) -> _Kind:
     content_type = head.get(b"content-type")
-    streamed = content_type is not None and content_type.startswith(b"text/event-stream")
-    return _Kind(streamed, reader_for(head.status, content_type, head.get(b"content-encoding"), head.get(b"metadata")))
+    reader = reader_for(head.status, content_type, head.get(b"content-encoding"), head.get(b"metadata"))
+    return _Kind(is_event_stream(content_type), reader)
 
 
 class Passing:

@@ -47,6 +47,15 @@ class HeadReader:
         return self._reader.finish()
 
 
+def is_event_stream(content_type: bytes | None) -> bool:
+    """Tell whether an answer with that Content-Type is a stream of events."""
+    return content_type is not None and _media_type_of(content_type) == b"text/event-stream"
+
+
+def _media_type_of(content_type: bytes) -> bytes:
+    return content_type.partition(b";")[0].strip().lower()
+
+
 def reader_for(
     status: int, content_type: bytes | None, content_encoding: bytes | None, metadata: bytes | None = None
 ) -> Callable[[], UsageReader] | None:
@@ -62,9 +71,9 @@ def reader_for(
         return None
     if content_encoding is not None and content_encoding.strip().lower() not in (b"", b"identity"):
         return None
-    media_type = content_type.partition(b";")[0].strip().lower()
-    if media_type == b"text/event-stream":
+    if is_event_stream(content_type):
         return SseReader
+    media_type = _media_type_of(content_type)
     if media_type == b"application/json" or media_type.endswith(b"+json"):
         return JsonReader
     if media_type == b"application/octet-stream" and metadata is not None:
