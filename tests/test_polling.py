@@ -1,12 +1,16 @@
 """The reactor's polling, on reactors of its own: what Twisted's does, and no more."""
 
 import socket
+import struct
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from _plain import Transport
 from twisted.internet.epollreactor import EPollReactor
-from twisted.internet.error import ConnectionDone
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.protocol import ClientFactory, Protocol, connectionDone
 from twisted.internet.selectreactor import SelectReactor
 from twisted.logger import LogEvent
 from twisted.python.failure import Failure
@@ -145,6 +149,76 @@ def test_another_reactor_is_left_as_it_is() -> None:
     before = other.doIteration
     lighten(other)
     assert other.doIteration == before
+
+
+class Told(Protocol):
+    """Keeps what it is told, in order."""
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+        self.fails = False
+
+    def connectionMade(self) -> None:
+        self.told.append("made")
+
+    def dataReceived(self, data: bytes) -> None:
+        self.told.append(data)
+        if self.fails:
+            raise KeyError("broken")
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.told.append(reason.type)
+
+
+@contextmanager
+def connected(reactor: EPollReactor, end: str) -> Iterator[tuple[Told, socket.socket]]:
+    """A protocol on the server's or the client's end of a TCP connection, and the socket at the other end."""
+    told, factory = Told(), ClientFactory()
+    factory.noisy = False
+    factory.buildProtocol = lambda _: told  # type: ignore[method-assign,assignment]
+    with ExitStack() as stack:
+        if end == "server":
+            port = reactor.listenTCP(0, factory, interface="127.0.0.1")
+            peer = stack.enter_context(socket.create_connection(("127.0.0.1", port.getHost().port)))
+        else:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            reactor.connectTCP("127.0.0.1", listener.getsockname()[1], factory)
+            reactor.runUntilCurrent()
+            peer = stack.enter_context(listener.accept()[0])
+            peer.send(b"at once")
+        turns(reactor, lambda: bool(told.told))
+        yield told, peer
+
+
+def turns(reactor: EPollReactor, condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        reactor.runUntilCurrent()
+        reactor.doIteration(0.01)
+
+
+@pytest.mark.parametrize("end", ["server", "client"])
+@pytest.mark.parametrize("how", ["fin", "reset", "broken"])
+def test_tcp_connections_are_read_as_by_twisted(
+    reactor: EPollReactor, end: str, how: str, logged_errors: list[LogEvent]
+) -> None:
+    with connected(reactor, end) as (told, peer):
+        peer.send(b"hello")
+        turns(reactor, lambda: b"hello" in b"".join(each for each in told.told if isinstance(each, bytes)))
+        if how == "fin":
+            peer.close()
+        elif how == "reset":
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            peer.close()
+        else:
+            told.fails = True
+            peer.send(b"more")
+        turns(reactor, lambda: isinstance(told.told[-1], type))
+    assert told.told[0] == "made"
+    assert told.told[-1] is {"fin": ConnectionDone, "reset": ConnectionLost, "broken": KeyError}[how]
+    assert len(logged_errors) == (how == "broken")
+    logged_errors.clear()
 
 
 class Running:
