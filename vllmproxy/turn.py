@@ -72,7 +72,8 @@ class Turn:
         for transport in list(self._kept):
             kept = self._kept.pop(transport, None)
             if kept is not None and not transport._aborting:  # what was given up since must not reach the peer any more
-                self._prepare()  # that of the first, and what a write brings about
+                if self._before:  # for the first, and for what a write brings about
+                    self._prepare()
                 write_now(transport, kept[0] if len(kept) == 1 else b"".join(kept))
 
 
