@@ -320,6 +320,70 @@ def test_what_the_disk_did_not_take_is_written_down_later(tmp_path: Path, logged
     logged_errors.clear()
 
 
+def test_what_is_over_after_the_disk_is_mended_is_written_down_though_the_store_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged_errors: list[LogEvent]
+) -> None:
+    monkeypatch.setattr(bookkeeper, "_ROTATE", 300)
+    desk = Desk(tmp_path)
+    desk.store.fault = "before"
+    for _ in range(5):  # several journals, of which the first waits for the store
+        desk.request()
+    entry = desk.books.begin(EXPECTED)
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", _full)
+        entry.end(USED)
+        desk.turn()
+    logged_errors.clear()
+    desk.request()
+    assert sum(path.read_text().count('["-"') for path in journals_in(tmp_path)) == 7
+    desk.store.fault = None
+    desk.turn()
+    assert desk.store.total() == (7, 0, 7)
+    desk.close()
+
+
+def test_a_disk_with_little_room_takes_what_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged_errors: list[LogEvent]
+) -> None:
+    soon: list[Callable[[], None]] = []
+    desk = Desk(tmp_path, soon=soon.append)
+    for entry in [desk.books.begin(EXPECTED) for _ in range(32)]:
+        entry.end(USED)
+    write, lines = os.write, 0
+
+    def write_some(fd: int, data: bytes) -> int:
+        nonlocal lines
+        if lines + data.count(b"\n") > 19:
+            raise OSError("no space left")
+        lines += data.count(b"\n")
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", write_some)
+    soon.pop()()
+    assert lines == 19
+    assert len(logged_errors) == 1
+    desk.turn()
+    assert desk.store.total() == (19, 0, 19)
+    monkeypatch.undo()
+    desk.turn()
+    assert desk.store.total() == (32, 0, 32)
+    desk.close()
+    logged_errors.clear()
+
+
+def test_what_is_over_when_all_is_closed_is_written_down(tmp_path: Path) -> None:
+    soon: list[Callable[[], None]] = []
+    desk = Desk(tmp_path, soon=soon.append)
+    desk.store.fault = "before"
+    desk.books.begin(EXPECTED).end(USED)
+    desk.close()
+    soon.pop()()
+    again = Desk(tmp_path)
+    again.turn()
+    assert again.store.total() == (1, 0, 1)
+    again.close()
+
+
 def _full(*_: Any) -> Any:
     raise OSError("no space left")
 

@@ -196,5 +196,25 @@ def test_a_full_disk_is_an_error_and_spoils_no_line(tmp_path: Path, monkeypatch:
     assert [each.event for each in adopted(journal.path).read(0, 1, 10)] == [USED]
 
 
+def test_what_could_not_be_cut_off_is_before_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal.create(tmp_path)
+    for id in ("1", "2"):
+        journal.begin(id, WANTED)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:-7]))
+    monkeypatch.setattr(os, "ftruncate", _broken)
+    for _ in range(2):
+        with pytest.raises(OSError, match="broken"):
+            journal.end([("1", USED), ("2", USED)])
+    monkeypatch.undo()
+    assert [each.number for each in journal.end([("1", USED), ("2", USED)])] == [1, 2]
+    journal.close()
+    assert [each.event for each in adopted(journal.path).read(0, 1, 10)] == [USED, USED]
+
+
+def _broken(*_: object) -> None:
+    raise OSError("broken")
+
+
 def test_nobody_else_may_read_it(tmp_path: Path) -> None:
     assert Journal.create(tmp_path).path.stat().st_mode & 0o777 == 0o600

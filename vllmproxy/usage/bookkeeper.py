@@ -108,28 +108,49 @@ class Book:
         self._offset = 0
         self._pending: deque[Numbered] = deque()
         self._ended: list[Ended] = []
+        self._is_due = False
+        self._complained = False
         self._synced = 0
 
     def end(self, id: str, event: UsageEvent) -> None:
-        """A request is over, and this is what it used. Where that cannot be written down yet, it is as soon as it can;
-        should the proxy be killed before that, it is counted as expected."""
+        """A request is over, and this is what it used. What cannot be written down yet is tried again with the next
+        that is over, and before each batch for the store; should the proxy be killed before, it is counted as
+        expected."""
         self._ended.append((id, event))
-        if len(self._ended) == 1:
-            self._soon(self._try_to_write)
-
-    def _try_to_write(self) -> None:
-        try:
-            self.write()
-        except OSError as error:
-            _log.error("What requests used cannot be written down: {error}", error=str(error))
+        if not self._is_due:
+            self._is_due = True
+            self._soon(self.write)
 
     def write(self) -> None:
-        """Write down what requests that are over used, and keep it for the store if nothing before it was left out.
-        Raises ``OSError``: the disk takes no more."""
+        """Write down what requests that are over used, as far as the disk takes it. The log is told once if it does
+        not."""
+        self._is_due = False
         if not self._ended:
             return
-        numbered = self.journal.end(self._ended)
-        self._ended = []
+        try:
+            self._write(len(self._ended))
+        except OSError as error:
+            if not self._complained:
+                _log.error("What requests used cannot be written down: {error}", error=str(error))
+            self._complained = True
+        else:
+            self._complained = False
+
+    def _write(self, count: int) -> None:
+        """Write down the first so many, or as many of them as the disk takes. Raises ``OSError``: not all."""
+        try:
+            numbered = self.journal.end(self._ended[:count])
+        except OSError:
+            if count == 1:
+                raise
+            self._write(count // 2)
+            self._write(count - count // 2)
+            return
+        del self._ended[:count]
+        self._keep(numbered)
+
+    def _keep(self, numbered: list[Numbered]) -> None:
+        """Keep them for the store, if nothing before them was left out."""
         last = self._pending[-1].number if self._pending else self.added
         if numbered[0].number == last + 1:
             self._pending += numbered[: max(_MOST_PENDING - len(self._pending), 0)]
@@ -267,6 +288,8 @@ class Bookkeeper:
     async def _flush(self) -> None:
         """Go through the books; one that cannot be brought to the store does not keep the others from it."""
         is_late = False
+        for book in self._books:
+            book.write()
         for book in list(self._books):
             bringing: Deferred[Any] = Deferred.fromCoroutine(self._bring(book))
             error = await bringing.addErrback(self._not_brought)
@@ -278,7 +301,6 @@ class Bookkeeper:
         self._is_late = is_late
 
     async def _bring(self, book: Book) -> None:
-        book.write()
         if book.needs_sync():
             await self._sync(book)
         while batch := book.batch():
@@ -322,4 +344,5 @@ class Bookkeeper:
             await removing.addErrback(self._not_brought)
         books, self._books = self._books, []
         for book in books:
+            book.write()  # of this turn, perhaps
             book.journal.close()

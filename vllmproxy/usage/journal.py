@@ -7,8 +7,8 @@ One line for each thing that happens, in the order in which it does::
     ["-", "ID", {…}]                        it is over: the next event
 
 Events are numbered 1, 2, 3 … by the order of their ``-`` lines, so that the same file gives the same numbers whoever
-reads it. Nothing of a request leaves before its lines are written, those of several requests by one ``write``: killing
-the process loses nothing, and a line that a power cut tore is passed over.
+reads it. A request is forwarded, and the end of its answer leaves, when its line is written, those of several that are
+over by one ``write``: killing the process loses nothing, and a line that a power cut tore is passed over.
 """
 
 import fcntl
@@ -61,6 +61,8 @@ class Journal:
         self.open: dict[str, UsageEvent] = {}
         #: Bytes of the first line.
         self._head = 0
+        #: The file ends in what was written by half, and could not be cut off.
+        self._torn = False
 
     @classmethod
     def create(cls, directory: Path) -> "Journal":
@@ -108,7 +110,8 @@ class Journal:
         self.open[id] = expected
 
     def end(self, ended: Sequence[Ended]) -> list[Numbered]:
-        """Write down what requests used. Raises ``OSError``: then they are counted as expected when this is adopted."""
+        """Write down what requests used, all or nothing. Raises ``OSError``: should it stay at that, they are counted
+        as expected when this is adopted."""
         lines = [f'["-",{encode_basestring_ascii(id)},{event.as_json()}]' for id, event in ended]
         number, end = self.written, self.size
         self._append("\n".join(lines))
@@ -144,6 +147,7 @@ class Journal:
     def close(self) -> None:
         """Let go of the file: whoever comes next may adopt it."""
         os.close(self._descriptor)
+        self._descriptor = -1  # the number may be another file's
 
     def remove(self) -> None:
         """Its writer is forgotten."""
@@ -152,11 +156,18 @@ class Journal:
 
     def _append(self, lines: str) -> None:
         text = lines.encode("ascii") + b"\n"
+        if self._torn:
+            self._cut()
         written = os.write(self._descriptor, text)
         if written != len(text):  # a full disk took a part: the next line must not continue it
-            os.ftruncate(self._descriptor, self.size)
+            self._torn = True
+            self._cut()
             raise OSError(f"{self.path} took only a part of what was written: the disk is full")
         self.size += written
+
+    def _cut(self) -> None:
+        os.ftruncate(self._descriptor, self.size)
+        self._torn = False
 
     def _recover(self) -> bool:
         """Read all of it; end what has begun. False where nobody can have written it."""
