@@ -291,6 +291,7 @@ class Kernel:
         return self._known.pop(0) if len(self._known) > 1 else self._known[0]
 
 
+NEW = Delivery(acknowledged=1, sent=0)
 BEFORE = Delivery(acknowledged=100, sent=99)
 #: How it ended, what the kernel knows then and from then on, and whether that proves that nothing of it was seen.
 ENDS = {
@@ -314,8 +315,8 @@ def test_only_what_was_provably_not_seen_is_asked_again(
 ) -> None:
     how, after, safe = ENDS[name]
     upstream, body = Upstream(), Body(5, replayable)
+    Kernel(monkeypatch, NEW, BEFORE, after)
     answered(upstream, 1)
-    Kernel(monkeypatch, BEFORE, after)
     pending = upstream.ask(b"POST", body)
     body.consumer.write(b"hello")
     (upstream.wires[0].close_from_peer if how == "fin" else upstream.wires[0].reset_from_peer)()
@@ -336,13 +337,24 @@ def test_only_what_was_provably_not_seen_is_asked_again(
     assert pending.whole == b"ok"
 
 
+def test_a_kernel_that_counts_nothing_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    upstream = Upstream()
+    Kernel(monkeypatch, NEW)
+    answered(upstream, 1)
+    pending = upstream.ask(b"POST")
+    upstream.wires[0].close_from_peer()
+    upstream.settle()
+    assert pending.error is AnswerLost
+    assert len(upstream.wires) == 1
+
+
 @pytest.mark.parametrize(("word", "again"), [(Delivery(100, 104, closed=True), True), (Delivery(105, 104), False)])
 def test_the_peers_word_on_what_was_sent_after_its_fin_is_awaited(
     word: Delivery, again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upstream = Upstream()
+    Kernel(monkeypatch, NEW, BEFORE, Delivery(100, 104), Delivery(100, 104), word)
     answered(upstream, 1)
-    Kernel(monkeypatch, BEFORE, Delivery(100, 104), Delivery(100, 104), word)
     pending = upstream.ask(b"POST")
     upstream.wires[0].close_from_peer()
     assert pending.error is None
@@ -354,8 +366,8 @@ def test_the_peers_word_on_what_was_sent_after_its_fin_is_awaited(
 
 def test_cancelling_while_the_peers_word_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     upstream = Upstream()
+    Kernel(monkeypatch, NEW, BEFORE, Delivery(100, 104))
     answered(upstream, 1)
-    Kernel(monkeypatch, BEFORE, Delivery(100, 104))
     pending = upstream.ask(b"POST")
     upstream.wires[0].close_from_peer()
     pending.asked.cancel()
@@ -368,8 +380,8 @@ def test_cancelling_while_the_peers_word_is_awaited(monkeypatch: pytest.MonkeyPa
 
 def test_it_is_asked_again_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
     upstream = Upstream()
+    Kernel(monkeypatch, NEW, NEW, NEW, BEFORE)
     answered(upstream, 3)
-    Kernel(monkeypatch, BEFORE)
     pending = upstream.ask(b"POST")
     upstream.wires[2].close_from_peer()
     assert len(upstream.wires) == 4  # a new one, though idle ones are there: they may be as dead
@@ -382,8 +394,8 @@ def test_it_is_asked_again_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("part", [b"H", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n"])
 def test_an_answer_that_began_is_never_asked_for_again(part: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     upstream = Upstream()
+    Kernel(monkeypatch, NEW, BEFORE)  # even if the kernel said that nothing was sent
     answered(upstream, 1)
-    Kernel(monkeypatch, BEFORE)  # even if the kernel said that nothing was sent
     pending = upstream.ask(b"POST")
     upstream.wires[0].receive(part)
     upstream.wires[0].close_from_peer()
@@ -393,8 +405,8 @@ def test_an_answer_that_began_is_never_asked_for_again(part: bytes, monkeypatch:
 
 def test_cancelling_a_retry(monkeypatch: pytest.MonkeyPatch) -> None:
     upstream = Upstream()
+    Kernel(monkeypatch, NEW, BEFORE)
     answered(upstream, 1)
-    Kernel(monkeypatch, BEFORE)
     pending = upstream.ask(b"POST")
     upstream.endpoint.hold = True
     upstream.wires[0].close_from_peer()
@@ -405,8 +417,8 @@ def test_cancelling_a_retry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_retry_that_cannot_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     upstream = Upstream()
+    Kernel(monkeypatch, NEW, BEFORE)
     answered(upstream, 1)
-    Kernel(monkeypatch, BEFORE)
     pending = upstream.ask(b"POST")
     upstream.endpoint.refuse = Refused()
     upstream.wires[0].close_from_peer()

@@ -97,12 +97,10 @@ def test_nothing_is_known_of_other_sockets() -> None:
         (Delivery(501, 600, closed=True), True, Fate.UNSEEN),
         (Delivery(502, 600), True, Fate.UNKNOWN),
         (Delivery(502, 600, closed=True), True, Fate.UNKNOWN),
-        (None, True, Fate.UNKNOWN),
     ],
 )
-def test_what_was_given_before_a_request_is_none_of_it(now: Delivery | None, orderly: bool, fate: Fate) -> None:
+def test_what_was_given_before_a_request_is_none_of_it(now: Delivery, orderly: bool, fate: Fate) -> None:
     assert fate_of(_FIRST, 500, now, orderly=orderly) is fate
-    assert fate_of(None, 500, now, orderly=orderly) is Fate.UNKNOWN
 
 
 def _wait_for_all_of(sock: socket.socket, given: int) -> None:

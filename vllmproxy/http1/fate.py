@@ -24,21 +24,19 @@ class Fate(Enum):
     OPEN = "it is on its way; the peer's kernel has yet to take it or to refuse it"
 
 
-def fate_of(first: Delivery | None, given: int, now: Delivery | None, *, orderly: bool) -> Fate:
+def fate_of(first: Delivery, given: int, now: Delivery, *, orderly: bool) -> Fate:
     """Judge by the connection's counts.
 
-    :param first: at some time before the request.
+    :param first: when it was made, or when the request began.
     :param given: bytes that were to be sent between that and the request.
     :param orderly: the peer closed with a FIN; ``False``: it reset, or nothing is known.
 
-    Nothing left this machine, or after a FIN our segments were answered by a reset (the peer has closed entirely, and
-    a FIN confirms all that came before it): unseen. A confirmed byte: not. After a FIN alone the peer may still read
-    (half-close), so its kernel's word on our segments has to be waited for. A reset without a FIN proves nothing:
-    Linux may delay a confirmation by 40 ms, and a peer that read the request and then reset looks the same as one that
-    never got it.
+    No byte behind those left this machine, or after a FIN our segments were answered by a reset (the peer has closed
+    entirely, and a FIN confirms all that came before it): unseen. A confirmed byte: not. After a FIN alone the peer may
+    still read (half-close), so its kernel's word on our segments has to be waited for. A reset without a FIN proves
+    nothing: Linux may delay a confirmation by 40 ms, and a peer that read the request and then reset looks the same as
+    one that never got it.
     """
-    if first is None or now is None:
-        return Fate.UNKNOWN
     if now.sent <= first.sent + given:
         return Fate.UNSEEN
     if now.acknowledged > first.acknowledged + given or not orderly:
@@ -56,6 +54,7 @@ class Verdict:
     def __init__(self, clock: IReactorTime, look: Callable[[], Delivery | None]) -> None:
         self._clock = clock
         self._look = look
+        self._opened: Delivery | None = None
         self._first: Delivery | None = None
         self._given = 0
         self._reused = False
@@ -64,14 +63,14 @@ class Verdict:
         self.unseen = False
 
     def open(self) -> None:
-        """The connection is there, and what is given to it leaves as it is: counted from here, no request needs to ask
-        the kernel how far those before it came."""
-        self._first = self._look()
+        """The connection is there."""
+        self._opened = self._first = self._look()
 
     def begin(self, *, reused: bool, given: int | None) -> None:
         """A request begins. On a new connection there is no doubt to be resolved: it is never sent again.
 
-        :param given: bytes that were given to the connection since it is open; ``None``: others leave (TLS).
+        :param given: bytes that were given to the connection since it is open, so that the kernel need not be asked how
+            far those before this request came; ``None``: others leave than were given (TLS).
         """
         self.unseen = False
         self._reused = reused
@@ -82,10 +81,16 @@ class Verdict:
 
     def pronounce(self) -> Fate:
         """Judge by what is known now, while the socket is still there."""
-        first = self._first if self._reused else None
-        fate = fate_of(first, self._given, self._look(), orderly=self._orderly)
+        fate = self._fate(self._first, self._look())
         self.unseen = fate is Fate.UNSEEN
         return fate
+
+    def _fate(self, first: Delivery | None, now: Delivery | None) -> Fate:
+        if not self._reused or self._opened is None or first is None or now is None:
+            return Fate.UNKNOWN
+        if now.acknowledged <= self._opened.acknowledged:  # a request before this one was answered: nobody counts
+            return Fate.UNKNOWN
+        return fate_of(first, self._given, now, orderly=self._orderly)
 
     def after_fin(self, judged: Callable[[], None], *, wanted: bool) -> None:
         """Call ``judged`` once it is known whether the peer's kernel takes what was sent, or patience ends.

@@ -4,7 +4,7 @@ import select
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from fcntl import ioctl
 from termios import TIOCOUTQ
@@ -49,9 +49,9 @@ def raw_socket(transport: Any) -> socket.socket | None:
 
 @frozen
 class Delivery:
-    """What is known of how far our bytes came on one TCP connection.
+    """What is known of how far our bytes came on one TCP connection. Only differences mean anything.
 
-    :ivar acknowledged: bytes that the peer's kernel has confirmed.
+    :ivar acknowledged: bytes that the peer's kernel has confirmed; the SYN and our FIN count as one each.
     :ivar sent: bytes that have left, those that were sent again included.
     :ivar closed: the connection is over in both directions (``TCP_CLOSE``), as after a reset.
     """
@@ -75,13 +75,14 @@ def delivery(sock: socket.socket | None) -> Delivery | None:
     return Delivery(acknowledged, sent, state == _TCP_CLOSE)
 
 
-def has_news(sock: socket.socket | None) -> bool:
-    """Return whether something waits to be read on a connection: more of a request, or its end."""
+def listen_to(sock: socket.socket | None) -> Callable[[int], Sequence[Any]]:
+    """Return what, called with 0, has anything to tell where something waits to be read on a connection that should be
+    silent: its end, or bytes nobody asked for."""
     if sock is None:
-        return False
+        return lambda _: ()
     ear = select.poll()
     ear.register(sock, select.POLLIN)
-    return bool(ear.poll(0))
+    return ear.poll
 
 
 def remains(transport: Any) -> Iterator[bytes]:
