@@ -81,6 +81,10 @@ def test_records_wait_until_they_may_be_offered_and_each_observer_has_them_in_a_
     assert told == [("x", "a"), ("x", "b"), ("y", "a"), ("y", "b")]
     everyone.finished(record("c"))
     assert len(soon) == 1
+    everyone.flush()  # the process ends
+    assert told[4:] == [("x", "c"), ("y", "c")]
+    soon.pop()()
+    assert len(told) == 6
 
 
 def test_one_that_raises_is_logged_once_a_second_with_its_traceback(events: list[dict[str, Any]]) -> None:

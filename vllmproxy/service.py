@@ -225,6 +225,7 @@ class Proxy:
         await self.relay.close()
         await self.books.close()
         self.hangups.close()
+        self.observer.flush()
         self.access_log.close()
         await self.store.close()
 

@@ -43,9 +43,10 @@ class FanOut:
         """Offer ``record`` to all of them."""
         self._records.append(record)
         if len(self._records) == 1:
-            self._soon(self._offer)
+            self._soon(self.flush)
 
-    def _offer(self) -> None:
+    def flush(self) -> None:
+        """Offer what was to be offered soon."""
         records, self._records = self._records, []
         for index, observer in enumerate(self._observers):
             for record in records:
