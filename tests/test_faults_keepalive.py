@@ -19,6 +19,9 @@ GET = request(b"GET", b"/vllm/v1/models")
 BODY = b'{"model":"qwen2.5-7b-instruct","prompt":"hi","max_tokens":1}'
 
 
+_LONG = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
+
+
 def post(identity: str, body: bytes = BODY) -> bytes:
     """Return a POST that can be told from every other."""
     return request(b"POST", b"/vllm/v1/completions", b"X-Request-Id: " + identity.encode(), body=body)
@@ -155,6 +158,37 @@ def test_an_end_that_nobody_saw_before_the_request_is_invisible(
             edge.kept.reset()
         assert len(edge.executed) == len(posts)
         assert set(edge.executed.values()) == {1}
+
+
+@pytest.mark.parametrize("behind", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison"])
+def test_what_is_right_behind_an_answer_is_seen_by_the_request_that_waits_for_it(
+    upstream: Upstream, scripted_proxy: Twistd, behind: bytes
+) -> None:
+    """The answer, which fills one read, and what comes behind it, an end or bytes that nobody asked for, are here when
+    the proxy looks: the next request goes elsewhere, though its body is piped and could not be sent twice."""
+    edge, asked, ready, came = Edge(), threading.Event(), threading.Event(), threading.Event()
+    long = 65_536 - len(_LONG % 65_000)
+
+    def script(wire: Wire) -> None:
+        edge.take(wire)
+        asked.set()
+        assert ready.wait(PATIENCE)
+        wire.send(_LONG % long + b"x" * long + behind)
+        if not behind:
+            wire.close()
+        came.set()
+
+    posts = post("before-it"), post("behind-it", b"x" * 200_000)
+    with upstream.playing(script), connect(scripted_proxy) as client:
+        client.send(posts[0] + posts[1][:10_000])
+        assert asked.wait(PATIENCE)
+        with asleep(scripted_proxy):
+            ready.set()
+            assert came.wait(PATIENCE)
+        client.send(posts[1][10_000:])
+        answers = [client.message() for _ in posts]
+    assert [(answer.status, len(answer.body)) for answer in answers] == [(200, long)] * 2
+    assert dict(edge.executed) == {b"before-it": 1, b"behind-it": 1}
 
 
 @pytest.mark.parametrize("before", [1, 30])

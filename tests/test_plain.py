@@ -15,6 +15,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, UNIXClientEndpoint, wrapClientTLS
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.ssl import Certificate, PrivateCertificate, optionsForClientTLS, trustRootFromCertificates
+from twisted.logger import LogEvent
 
 from vllmproxy.http1.sockets import delivery, queued_bytes, raw_socket
 from vllmproxy.plain import is_plain, write_now
@@ -144,7 +145,6 @@ async def test_starttls_makes_a_plain_transport_plain_no_more() -> None:
 
 def test_outside_of_a_turn_all_is_written_at_once() -> None:
     turn, one = Turn(), Transport()
-    turn.begin({1: 1})
     turn.write(one, b"a")
     assert one.writes == [b"a"]
     turn.begin(dict(TOLD))
@@ -198,6 +198,17 @@ def test_what_a_write_brings_about_is_prepared_before_the_next(monkeypatch: pyte
     turn.write(other, b"b")
     assert (seen, other.writes) == ([[]], [b"b"])
     turn.end()
+
+
+def test_what_fails_before_a_write_keeps_none_from_leaving(logged_errors: list[LogEvent]) -> None:
+    turn, one = Turn(), Transport()
+    turn.begin(dict(TOLD))
+    turn.write(one, b"a")
+    turn.before_writing(lambda: 1 // 0)
+    turn.end()
+    assert one.writes == [b"a"]
+    assert len(logged_errors) == 1
+    logged_errors.clear()
 
 
 def test_a_long_piece_is_written_at_once_behind_what_was_kept() -> None:

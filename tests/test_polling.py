@@ -144,6 +144,31 @@ def test_what_is_yet_to_be_acted_on_is_told(reactor: EPollReactor) -> None:
     assert last == set()
 
 
+def test_each_poll_has_a_number(reactor: EPollReactor) -> None:
+    numbers: list[int] = []
+    one = Descriptor(lambda: numbers.append(turn.number))
+    reactor.addReader(one)
+    for _ in range(2):
+        one.peer.send(b"x")
+        reactor.doIteration(1)
+    assert numbers[0] < numbers[1]
+
+
+def test_what_is_to_be_done_before_anything_leaves_is_done_before_twisteds_own_queues(reactor: EPollReactor) -> None:
+    done: list[str] = []
+    first, last = Descriptor(), Descriptor()
+    for each in (first, last):
+        each.doRead = lambda: turn.before_writing(lambda: done.append("prepared"))  # type: ignore[method-assign]
+        each.doWrite = lambda: done.append("left")  # type: ignore[method-assign]
+        reactor.addReader(each)
+        each.peer.send(b"x")
+    reactor.addWriter(first)
+    reactor.addWriter(last)
+    reactor.doIteration(1)
+    assert done.count("left") == 2
+    assert done.index("prepared") < len(done) - 1 - done[::-1].index("left")
+
+
 def test_another_reactor_is_left_as_it_is() -> None:
     other = SelectReactor()
     before = other.doIteration

@@ -3,8 +3,7 @@
 For each descriptor that can be read or written the reactor makes a logging context of the transport's ``logPrefix()``,
 for log lines of the old kind that would otherwise have none, and asks for the descriptor's number to see whether it is
 closed. That is 6 µs an event, as much as a quarter of what a streamed token costs. Loggers name themselves, and who is
-closed is not polled any more. What a TCP connection brings, it hands to the protocol in two calls more than are needed.
-Between two polls it looks through what is due in eight calls, where one does.
+closed is not polled any more. Between two polls it looks through what is due in eight calls, where one does.
 """
 
 import errno
@@ -12,16 +11,12 @@ import select
 from functools import partial
 from typing import Any, Final
 
-from twisted.internet import tcp
 from twisted.internet.epollreactor import EPollReactor
-from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python import log
 
 from vllmproxy.turn import turn
 
 _READABLE: Final = select.EPOLLIN
-#: Whose ``doRead`` is that of :class:`twisted.internet.tcp.Connection` once they are connected, under TLS too.
-_TCP: Final = frozenset([tcp.Server, tcp.Client])
 
 
 def lighten(reactor: Any) -> None:
@@ -42,28 +37,36 @@ def poll(reactor: Any, timeout: float | None) -> None:
             if error.errno == errno.EINTR:
                 return
             raise
-        told = dict(reversed(events))
-        turn.begin(told)
-        try:
-            _act_on(reactor, selectables, told)
-        finally:
-            turn.end()
+        turn.number += 1
+        if len(events) > 1:
+            _act_on_all(reactor, selectables, dict(reversed(events)))
+        else:
+            for fd, event in events:
+                _act_on(reactor, selectables, fd, event)
         wait = _idle_for(reactor)
 
 
-def _act_on(reactor: Any, selectables: Any, told: dict[int, int]) -> None:
-    while told:
-        fd, event = told.popitem()  # the last, and they stand there in reverse
-        selectable = selectables.get(fd)
-        if selectable is None:
-            continue  # an event before this one ended it
-        try:
-            if event == _READABLE:
-                _read(reactor, selectable)
-            else:
-                reactor._doReadOrWrite(selectable, fd, event)
-        except Exception:  # nothing is awaited; what raises when it is told of its end must not hold up the others
-            log.err()
+def _act_on_all(reactor: Any, selectables: Any, told: dict[int, int]) -> None:
+    turn.begin(told)
+    try:
+        while told:
+            _act_on(reactor, selectables, *told.popitem())  # the last, and they stand there in reverse
+    finally:
+        turn.end()
+
+
+def _act_on(reactor: Any, selectables: Any, fd: int, event: int) -> None:
+    selectable = selectables.get(fd)
+    if selectable is None:
+        return  # an event before this one ended it
+    try:
+        if event == _READABLE:
+            _read(reactor, selectable)
+        else:
+            turn.prepare()  # Twisted's own queue may leave
+            reactor._doReadOrWrite(selectable, fd, event)
+    except Exception:  # nothing is awaited; what raises when it is told of its end must not hold up the others
+        log.err()
 
 
 def _idle_for(reactor: Any) -> float | None:
@@ -77,23 +80,9 @@ def _idle_for(reactor: Any) -> float | None:
 
 
 def _read(reactor: Any, selectable: Any) -> None:
-    """Do what ``_doReadOrWrite`` does for what can be read, and of TCP's transports what their ``doRead`` does."""
-    why: BaseException | None = None
+    """Do what ``_doReadOrWrite`` does for what can be read."""
     try:
-        if type(selectable) not in _TCP or not selectable.connected:
-            why = selectable.doRead()
-        else:
-            try:
-                data = selectable.socket.recv(selectable.bufferSize)
-            except BlockingIOError:
-                return
-            except OSError:
-                why = CONNECTION_LOST
-            else:
-                if data:
-                    selectable.protocol.dataReceived(data)
-                else:
-                    why = CONNECTION_DONE
+        why = selectable.doRead()
     except BaseException as error:  # as there: it is logged, and what raised it is disconnected
         why = error
         log.err()

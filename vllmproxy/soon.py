@@ -6,7 +6,8 @@ step that is taken for several requests in a row costs half as much.
 
 from collections.abc import Callable
 
-#: Calls what it is given before anything that is written to a connection from now on leaves.
+#: Calls what it is given, which writes to no connection, before anything that clients or vLLM are sent from now on
+#: leaves: see :meth:`vllmproxy.turn.Turn.before_writing`.
 Soon = Callable[[Callable[[], None]], None]
 
 

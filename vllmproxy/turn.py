@@ -3,7 +3,11 @@
 from collections.abc import Callable
 from typing import Any, Final
 
+from twisted.logger import Logger
+
 from vllmproxy.plain import write_now
+
+_log = Logger()
 
 #: Bytes from which on a piece is not kept for the end of a turn: who sends it is to hear whether the peer takes it.
 _LONG: Final = 16_384
@@ -19,25 +23,28 @@ class Turn:
     """
 
     def __init__(self) -> None:
-        #: Descriptors that the last poll told of and nobody has acted on yet, with their events.
+        #: How many polls there were; always 0 where the reactor is not :mod:`vllmproxy.polling`'s.
+        self.number = 0
+        #: Descriptors that the last poll told of and nobody has begun to act on, with their events.
         self.told: dict[int, int] = {}
         self._keeps = False
         self._kept: dict[Any, list[bytes | memoryview]] = {}
         self._before: list[Callable[[], None]] = []
 
     def begin(self, told: dict[int, int]) -> None:
-        """These events are about to be acted on, and taken out of ``told`` one after the other."""
+        """These several events are about to be acted on, and taken out of ``told`` one after the other."""
         self.told = told
-        self._keeps = len(told) > 1
+        self._keeps = True
 
     def end(self) -> None:
         """They are."""
         self._keeps = False
-        self._prepare()
+        self.prepare()
         self._write_kept()
 
     def before_writing(self, work: Callable[[], None]) -> None:
-        """Call ``work``, which raises nothing, before anything that is written from now on leaves."""
+        """Call ``work``, which writes to no connection, before anything leaves that is given to :meth:`write` or to a
+        transport from now on; of several works in any order."""
         if self._keeps:
             self._before.append(work)
         else:
@@ -46,34 +53,37 @@ class Turn:
     def write(self, transport: Any, data: bytes | memoryview) -> None:
         """Write to a plain transport, that is only written to in this way, as :func:`write_now` does, at the end of
         this turn at the latest."""
-        kept = self._kept.get(transport)
         if not self._keeps or len(data) >= _LONG:
-            self._prepare()
+            self.prepare()
+            kept = self._kept.pop(transport, None)
             if kept is not None:
-                del self._kept[transport]
                 write_now(transport, b"".join(kept))
             write_now(transport, data)
-        elif kept is not None:
+        elif (kept := self._kept.get(transport)) is not None:
             kept.append(data)
         elif transport.dataBuffer or transport._tempDataBuffer:
             # It may be polled for writing, in this turn too: if it is to be closed behind what is queued, it would be.
-            self._prepare()
+            self.prepare()
             write_now(transport, data)
         else:
             self._kept[transport] = [data]
             if len(self._kept) >= _MOST:
                 self._write_kept()
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Something may leave now: do what is to be done before."""
         while self._before:
-            self._before.pop()()
+            try:
+                self._before.pop()()
+            except Exception:  # nothing is awaited; what is kept for others is not to wait for that
+                _log.failure("What was to be done before writing failed")
 
     def _write_kept(self) -> None:
         for transport in list(self._kept):
             kept = self._kept.pop(transport, None)
             if kept is not None and not transport._aborting:  # what was given up since must not reach the peer any more
                 if self._before:  # for the first, and for what a write brings about
-                    self._prepare()
+                    self.prepare()
                 write_now(transport, kept[0] if len(kept) == 1 else b"".join(kept))
 
 

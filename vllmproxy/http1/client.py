@@ -1,6 +1,6 @@
 """A connection to an upstream: one request at a time, its answer streamed with backpressure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from socket import socket
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from vllmproxy.http1.responses import ResponseReader
 from vllmproxy.http1.sockets import (
     delivery,
     is_closing,
+    listen_to,
     queued_bytes,
     raw_socket,
     remains,
@@ -72,6 +73,8 @@ class ClientConnection(Protocol):
         self._plain = False
         self._sock: socket | None = None
         self._descriptor = -1
+        self._listen: Callable[[int], Sequence[Any]] | None = None
+        self._heard = 0
         self._closed = False
         self._secure = False
         self._congested = False
@@ -106,7 +109,7 @@ class ClientConnection(Protocol):
         self._descriptor = -1 if self._sock is None else self._sock.fileno()
         if self._plain:
             transport.protocol = self  # and not the wrapper that Twisted's endpoints put between
-            self._verdict.open()
+        self._verdict.open()
         if self._secure:
             # Not on the class: Twisted's endpoints wrap a plain connection's protocol, and their wrapper provides only
             # the last of the interfaces it looks for, so that half-close would be lost.
@@ -139,8 +142,14 @@ class ClientConnection(Protocol):
 
     def has_ended(self) -> bool:
         """Whether an idle connection's end, or something that nobody asked for, has arrived though the reactor has not
-        come to it yet, as far as the last poll told."""
-        return self._closed or self._descriptor in turn.told
+        come to it yet: as far as the last poll told, and behind what was read since, which that does not tell."""
+        if self._closed or self._descriptor in turn.told:
+            return True
+        if self._heard != turn.number:
+            return False
+        if self._listen is None:  # most that carry a long stream are never asked
+            self._listen = listen_to(self._sock)
+        return bool(self._listen(0))
 
     def send(self, request: Request) -> "Deferred[IResponse]":
         """Send ``request``; the result is an :class:`Answer` when its head is complete.
@@ -286,6 +295,7 @@ class ClientConnection(Protocol):
     def dataReceived(self, data: bytes) -> None:
         if self._closed:
             return
+        self._heard = turn.number
         reader = self._reader
         if self._request is None:
             self.abort()  # nobody asked (RFC 9112 §9.2); the next request must not take this for its answer

@@ -14,8 +14,8 @@ from vllmproxy.http1.message import RequestHead, WireError
 from vllmproxy.http1.pipeline import Pipeline
 from vllmproxy.http1.sockets import (
     hang_up,
-    has_news,
     is_closing,
+    listen_to,
     queued_bytes,
     raw_socket,
     read_long,
@@ -243,7 +243,7 @@ class ServerChannel(Protocol):
             return
         if not self._used:
             self.factory.unused_deadlines.set(self)
-        elif not has_news(raw_socket(self.transport)):
+        elif not listen_to(raw_socket(self.transport))(0):
             self.lose()
 
     def unused_late(self) -> None:
