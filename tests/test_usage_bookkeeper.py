@@ -371,16 +371,21 @@ def test_a_disk_with_little_room_takes_what_it_can(
     logged_errors.clear()
 
 
-def test_what_is_over_when_all_is_closed_is_written_down(tmp_path: Path) -> None:
+def test_what_is_over_when_all_is_closed_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bookkeeper, "_ROTATE", 300)
     soon: list[Callable[[], None]] = []
     desk = Desk(tmp_path, soon=soon.append)
     desk.store.fault = "before"
-    desk.books.begin(EXPECTED).end(USED)
+    entries = [desk.books.begin(EXPECTED) for _ in range(10)]
+    assert len(journals_in(tmp_path)) > 1  # the first keeps the others waiting
+    for entry in entries:
+        entry.end(USED)
     desk.close()
-    soon.pop()()
+    while soon:
+        soon.pop()()
     again = Desk(tmp_path)
     again.turn()
-    assert again.store.total() == (1, 0, 1)
+    assert again.store.total() == (10, 0, 10)
     again.close()
 
 

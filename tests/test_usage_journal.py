@@ -208,6 +208,7 @@ def test_what_could_not_be_cut_off_is_before_anything_else(tmp_path: Path, monke
             journal.end([("1", USED), ("2", USED)])
     monkeypatch.undo()
     assert [each.number for each in journal.end([("1", USED), ("2", USED)])] == [1, 2]
+    assert journal.path.read_text().count('["-"') == 2
     journal.close()
     assert [each.event for each in adopted(journal.path).read(0, 1, 10)] == [USED, USED]
 
