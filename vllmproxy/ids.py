@@ -13,5 +13,5 @@ def fresh_id() -> bytes:
     """Return a new request id: 32 hexadecimal digits."""
     if not _pool:
         digits = urandom(16 * _AT_ONCE).hex().encode()
-        _pool.extend(digits[start : start + 32] for start in range(0, len(digits), 32))
+        _pool.extend([digits[start : start + 32] for start in range(0, len(digits), 32)])
     return _pool.pop()
