@@ -137,7 +137,8 @@ class Book:
             self._complained = False
 
     def _write(self, count: int) -> None:
-        """Write down the first so many, or as many of them as the disk takes. Raises ``OSError``: not all."""
+        """Write down the first so many, or as many of them as the disk takes, and keep them for the store if nothing
+        before them was left out. Raises ``OSError``: not all."""
         try:
             numbered = self.journal.end(self._ended[:count])
         except OSError:
@@ -147,10 +148,6 @@ class Book:
             self._write(count - count // 2)
             return
         del self._ended[:count]
-        self._keep(numbered)
-
-    def _keep(self, numbered: list[Numbered]) -> None:
-        """Keep them for the store, if nothing before them was left out."""
         last = self._pending[-1].number if self._pending else self.added
         if numbered[0].number == last + 1:
             self._pending += numbered[: max(_MOST_PENDING - len(self._pending), 0)]

@@ -181,7 +181,7 @@ class Journal:
                 self.open[line[1]] = _begun(line)  # type: ignore[assignment]  # not None, as was just seen
             self.size = end
         if self.writer:
-            os.ftruncate(self._descriptor, self.size)  # a torn last line
+            self._cut()  # a torn last line
             if self.open:
                 self.end(list(self.open.items()))
         return bool(self.writer)

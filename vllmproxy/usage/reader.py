@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from vllmproxy.usage.jsonbody import JsonReader
 from vllmproxy.usage.sse import SseReader
@@ -11,6 +11,9 @@ from vllmproxy.usage.tokens import Usage
 #: How the tokens of a stream are known whose client did not ask vLLM for them; ``auto``: exactly where a limit or a
 #: budget of the key needs them.
 UsageMode = Literal["auto", "exact", "passive"]
+
+
+_EVENT_STREAM: Final = b"text/event-stream"
 
 
 class UsageReader(Protocol):
@@ -49,7 +52,7 @@ class HeadReader:
 
 def is_event_stream(content_type: bytes | None) -> bool:
     """Tell whether an answer with that Content-Type is a stream of events."""
-    return content_type is not None and _media_type_of(content_type) == b"text/event-stream"
+    return content_type is not None and _media_type_of(content_type) == _EVENT_STREAM
 
 
 def _media_type_of(content_type: bytes) -> bytes:
@@ -71,9 +74,9 @@ def reader_for(
         return None
     if content_encoding is not None and content_encoding.strip().lower() not in (b"", b"identity"):
         return None
-    if is_event_stream(content_type):
-        return SseReader
     media_type = _media_type_of(content_type)
+    if media_type == _EVENT_STREAM:
+        return SseReader
     if media_type == b"application/json" or media_type.endswith(b"+json"):
         return JsonReader
     if media_type == b"application/octet-stream" and metadata is not None:
