@@ -248,6 +248,45 @@ def test_a_request_read_after_a_half_close_is_not_sent_again(upstream: Upstream,
     assert not twice, f"{len(twice)} of 30 executed twice"
 
 
+def test_a_request_behind_an_upload_that_nobody_read_is_not_sent_again(
+    upstream: Upstream, scripted_proxy: Twistd
+) -> None:
+    """The upstream answered the upload all the same. When its FIN comes, the next request is behind that in our
+    kernel: none of it has left, and all of it may yet, for the upstream reads on."""
+    executed: Counter[bytes] = Counter()
+    uploaded, asked = threading.Event(), threading.Event()
+
+    def script(wire: Wire) -> None:
+        wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        first = wire.some(1500)
+        if b"upload" in first:
+            assert uploaded.wait(PATIENCE)
+        wire.send(OK)
+        if b"upload" in first:
+            assert asked.wait(PATIENCE)
+            wire.half_close()
+        with suppress(Ended):
+            while more := wire.some(262_144):
+                first = first[-100:] + more
+        executed.update([b"behind"] * first.lower().count(b"id: behind"))
+
+    for _ in range(10):
+        executed.clear()
+        uploaded.clear()
+        asked.clear()
+        with upstream.playing(script), connect(scripted_proxy) as uploading, connect(scripted_proxy) as client:
+            uploading.send(post("upload", b"x" * 400_000))
+            time.sleep(0.1)  # the kernel takes all of it
+            uploaded.set()
+            assert uploading.message().status == 200
+            client.send(post("behind"))
+            time.sleep(0.1)  # so does it of this one; were it not so, another connection is used, and nothing wrong
+            asked.set()
+            assert client.message().status in (200, 502)
+            time.sleep(0.1)  # what the kernel still sends arrives
+        assert executed[b"behind"] <= 1
+
+
 @pytest.mark.parametrize("end", ["fin", "reset"])
 def test_a_request_whose_work_took_a_while_is_not_sent_again(
     upstream: Upstream, scripted_proxy: Twistd, end: str

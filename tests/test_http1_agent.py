@@ -293,9 +293,12 @@ class Kernel:
 
 NEW = Delivery(acknowledged=1, sent=0)
 BEFORE = Delivery(acknowledged=100, sent=99)
+#: The peer's kernel answered what was sent with a reset.
+REFUSED = Delivery(acknowledged=100, sent=104, closed=True)
 #: How it ended, what the kernel knows then and from then on, and whether that proves that nothing of it was seen.
 ENDS = {
-    "fin, nothing left": ("fin", Delivery(100, 99), True),
+    "fin, nothing left yet": ("fin", Delivery(100, 99), False),  # the kernel may send it while the peer reads on
+    "fin, nothing left, and refused": ("fin", Delivery(100, 99, closed=True), True),
     "fin, then our bytes were refused": ("fin", Delivery(100, 104, closed=True), True),
     "fin, and never a word on our bytes": ("fin", Delivery(100, 104), False),
     "fin, some confirmed": ("fin", Delivery(101, 104), False),
@@ -304,6 +307,7 @@ ENDS = {
     "rst, nothing left": ("rst", Delivery(100, 99, closed=True), True),
     "rst, nothing confirmed": ("rst", Delivery(100, 104, closed=True), False),
     "rst, some confirmed": ("rst", Delivery(101, 104, closed=True), False),
+    "lost, though the kernel goes on": ("rst", Delivery(100, 99), False),  # a FIN under TLS
     "rst, unknown": ("rst", None, False),
 }
 
@@ -380,7 +384,7 @@ def test_cancelling_while_the_peers_word_is_awaited(monkeypatch: pytest.MonkeyPa
 
 def test_it_is_asked_again_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
     upstream = Upstream()
-    Kernel(monkeypatch, NEW, NEW, NEW, BEFORE)
+    Kernel(monkeypatch, NEW, NEW, NEW, REFUSED)
     answered(upstream, 3)
     pending = upstream.ask(b"POST")
     upstream.wires[2].close_from_peer()
@@ -394,7 +398,7 @@ def test_it_is_asked_again_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("part", [b"H", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n"])
 def test_an_answer_that_began_is_never_asked_for_again(part: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     upstream = Upstream()
-    Kernel(monkeypatch, NEW, BEFORE)  # even if the kernel said that nothing was sent
+    Kernel(monkeypatch, NEW, REFUSED)  # even if the kernel says so
     answered(upstream, 1)
     pending = upstream.ask(b"POST")
     upstream.wires[0].receive(part)
@@ -405,7 +409,7 @@ def test_an_answer_that_began_is_never_asked_for_again(part: bytes, monkeypatch:
 
 def test_cancelling_a_retry(monkeypatch: pytest.MonkeyPatch) -> None:
     upstream = Upstream()
-    Kernel(monkeypatch, NEW, BEFORE)
+    Kernel(monkeypatch, NEW, REFUSED)
     answered(upstream, 1)
     pending = upstream.ask(b"POST")
     upstream.endpoint.hold = True
@@ -417,7 +421,7 @@ def test_cancelling_a_retry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_retry_that_cannot_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     upstream = Upstream()
-    Kernel(monkeypatch, NEW, BEFORE)
+    Kernel(monkeypatch, NEW, REFUSED)
     answered(upstream, 1)
     pending = upstream.ask(b"POST")
     upstream.endpoint.refuse = Refused()

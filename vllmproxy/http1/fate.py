@@ -31,17 +31,18 @@ def fate_of(first: Delivery, given: int, now: Delivery, *, orderly: bool) -> Fat
     :param given: bytes that were to be sent between that and the request.
     :param orderly: the peer closed with a FIN; ``False``: it reset, or nothing is known.
 
-    No byte behind those left this machine, or after a FIN our segments were answered by a reset (the peer has closed
-    entirely, and a FIN confirms all that came before it): unseen. A confirmed byte: not. After a FIN alone the peer may
-    still read (half-close), so its kernel's word on our segments has to be waited for. A reset without a FIN proves
-    nothing: Linux may delay a confirmation by 40 ms, and a peer that read the request and then reset looks the same as
-    one that never got it.
+    Nothing is certain while the kernel may still send what it was given: it may hold the request behind bytes that the
+    peer did not take yet. When it has closed the connection, and no byte behind those left this machine, or after a FIN
+    our segments were answered by a reset (the peer has closed entirely, and a FIN confirms all that came before it):
+    unseen. A confirmed byte: not. After a FIN alone the peer may still read (half-close), so its kernel's word has to
+    be waited for. A reset without a FIN proves nothing: Linux may delay a confirmation by 40 ms, and a peer that read
+    the request and then reset looks the same as one that never got it.
     """
-    if now.sent <= first.sent + given:
-        return Fate.UNSEEN
-    if now.acknowledged > first.acknowledged + given or not orderly:
+    if now.acknowledged > first.acknowledged + given:
         return Fate.UNKNOWN
-    return Fate.UNSEEN if now.closed else Fate.OPEN
+    if not now.closed:
+        return Fate.OPEN if orderly else Fate.UNKNOWN
+    return Fate.UNSEEN if orderly or now.sent <= first.sent + given else Fate.UNKNOWN
 
 
 class Verdict:
