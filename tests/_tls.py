@@ -64,8 +64,10 @@ class TLSPeer:
     async def handshake(self) -> None:
         await self._run(self._tls.do_handshake)
 
-    async def send(self, data: bytes) -> None:
-        self._tls.write(data)
+    async def send(self, *records: bytes) -> None:
+        """Send them in one go."""
+        for data in records:
+            self._tls.write(data)
         await self._flush()
 
     async def receive(self) -> bytes:

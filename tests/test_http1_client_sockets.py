@@ -18,7 +18,9 @@ from twisted.internet.task import deferLater
 from vllmproxy.http1.agent import UpstreamAgent
 from vllmproxy.http1.answer import AnswerLost, OutgoingHeaders
 from vllmproxy.http1.sockets import raw_socket
+from vllmproxy.turn import turn
 
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 CLOSING = b"HTTP/1.1 200 OK\r\n\r\n"
 SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 REFUSAL = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno"
@@ -148,3 +150,21 @@ async def test_an_upstream_hears_at_once_that_its_request_is_taken_back() -> Non
         with pytest.raises(ConnectionResetError):
             server.sock.recv(1)
         assert server.agent.is_idle
+
+
+@pytest.mark.parametrize(("ago", "seen"), [(-60.0, False), (0.0, True)])
+@pytest_twisted.ensureDeferred
+async def test_a_polls_word_on_an_idle_connection_holds_for_a_moment(
+    ago: float, seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn in which much is to be done may be long."""
+    async with upstream() as server:
+        pending = await server.ask()
+        server.sock.sendall(OK)
+        await until(lambda: pending.whole == b"ok")
+        (connection,) = server.agent._idle
+        server.sock.sendall(b"nobody asked for this")
+        assert select.select([raw_socket(connection.transport)], [], [], 20)[0]
+        monkeypatch.setattr(turn, "number", turn.number + 1)
+        monkeypatch.setattr(turn, "holds_until", time.monotonic() - ago)
+        assert connection.has_ended() is seen

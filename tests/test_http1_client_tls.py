@@ -17,6 +17,7 @@ from vllmproxy.http1.agent import UpstreamAgent
 from vllmproxy.http1.answer import AnswerLost, OutgoingHeaders
 from vllmproxy.http1.bodies import WholeBody
 
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 
 
@@ -112,6 +113,36 @@ async def test_a_body_in_pieces_arrives(authority: Authority) -> None:
         while not had.endswith(b"end"):
             had += await upstream.peer.receive()
         assert had.endswith(data[65_536:] + b"end")
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_is_read_together_with_an_answer_is_not_the_next_answer(authority: Authority) -> None:
+    """TLS hands on one record after the other, and the next request may be made at the end of the first."""
+    async with upstream_of(authority) as upstream:
+        pending = await upstream.ask()
+        (connection,) = upstream.agent._busy
+        behind: list[Pending] = []
+
+        def ask_again() -> None:
+            behind.append(Pending(upstream.agent.request(b"GET", ORIGIN + b"/", OutgoingHeaders(b"host: vllm\r\n"))))
+
+        pending.receiver.answer_finished = ask_again  # type: ignore[method-assign]
+        await upstream.peer.send(OK, OK)
+        await until(upstream._asked)
+        assert behind[0].answer is None
+        await until(lambda: connection not in upstream.agent._busy)
+        assert connection not in upstream.agent._idle
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_connection_is_used_again(authority: Authority) -> None:
+    async with upstream_of(authority) as upstream:
+        pending = await upstream.ask()
+        (connection,) = upstream.agent._busy
+        await upstream.peer.send(OK)
+        await until(lambda: pending.whole == b"ok" and connection in upstream.agent._idle)
+        Pending(upstream.agent.request(b"GET", ORIGIN + b"/", OutgoingHeaders(b"host: vllm\r\n")))
+        assert (await upstream.peer.receive()).startswith(b"GET")
 
 
 @pytest.mark.parametrize("how", ENDS)

@@ -37,7 +37,7 @@ def poll(reactor: Any, timeout: float | None) -> None:
             if error.errno == errno.EINTR:
                 return
             raise
-        turn.number += 1
+        turn.polled()
         if len(events) > 1:
             _act_on_all(reactor, selectables, dict(reversed(events)))
         else:

@@ -1,6 +1,7 @@
 """One poll of the reactor: what it has told of, and what waits until that has been acted on."""
 
 from collections.abc import Callable
+from time import monotonic
 from typing import Any, Final
 
 from twisted.logger import Logger
@@ -13,6 +14,8 @@ _log = Logger()
 _LONG: Final = 16_384
 #: Connections that may have something kept: a reader should not wait for many others' requests to be acted on.
 _MOST: Final = 32
+#: Seconds for which a poll's word holds: what arrives later is asked for. A turn may take many times as long.
+_HOLDS: Final = 0.002
 
 
 class Turn:
@@ -25,11 +28,18 @@ class Turn:
     def __init__(self) -> None:
         #: How many polls there were; always 0 where the reactor is not :mod:`vllmproxy.polling`'s.
         self.number = 0
+        #: Until when what the last one told of a connection is taken for how it is, in ``time.monotonic()``.
+        self.holds_until = 0.0
         #: Descriptors that the last poll told of and nobody has begun to act on, with their events.
         self.told: dict[int, int] = {}
         self._keeps = False
         self._kept: dict[Any, list[bytes | memoryview]] = {}
         self._before: list[Callable[[], None]] = []
+
+    def polled(self) -> None:
+        """A poll has returned."""
+        self.number += 1
+        self.holds_until = monotonic() + _HOLDS
 
     def begin(self, told: dict[int, int]) -> None:
         """These several events are about to be acted on, and taken out of ``told`` one after the other."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from socket import socket
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred, fail
@@ -63,6 +64,7 @@ class ClientConnection(Protocol):
         clock: IReactorTime,
         deadlines: "ConnectionDeadlines",
     ) -> None:
+        self._clock = clock
         self._deadlines = deadlines
         self._queued = 0
         self._broken: Failure | None = None
@@ -142,10 +144,10 @@ class ClientConnection(Protocol):
 
     def has_ended(self) -> bool:
         """Whether an idle connection's end, or something that nobody asked for, has arrived though the reactor has not
-        come to it yet: as far as the last poll told, and behind what was read since, which that does not tell."""
+        come to it yet. What the last poll told holds for a moment, but for what is behind something read since."""
         if self._closed or self._descriptor in turn.told:
             return True
-        if self._heard != turn.number:
+        if self._heard != turn.number and monotonic() < turn.holds_until:
             return False
         if self._listen is None:  # most that carry a long stream are never asked
             self._listen = listen_to(self._sock)
@@ -338,7 +340,13 @@ class ClientConnection(Protocol):
         self._request = self._upload = None
         if self._reader.extra or self._closed or not self._reader.reusable:
             self.abort()
+        elif self._secure:
+            self._clock.callLater(0, self._free)  # TLS may be about to hand on more of what it has read
         else:
+            self._released(self)
+
+    def _free(self) -> None:
+        if not self._closed:
             self._released(self)
 
     def fail(self, reason: Failure) -> None:
