@@ -15,6 +15,7 @@ from twisted.internet.task import deferLater
 
 from vllmproxy.http1.server import HOLD
 from vllmproxy.http1.sockets import LONG_READ, raw_socket
+from vllmproxy.turn import turn
 
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
 CLOSING = b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
@@ -233,3 +234,36 @@ async def test_a_tunnels_last_words_before_a_reset_arrive() -> None:
         assert receiver.body == b"last words"
         assert receiver.events == ["client_gone"]
         assert not receiver.reasons[0].check(ConnectionDone)
+
+
+@pytest.mark.parametrize("size", [2, 200_000])
+@pytest_twisted.ensureDeferred
+async def test_an_answer_that_is_on_its_way_outlives_its_connections_place(size: int) -> None:
+    """A new connection may come in the turn of the reactor in which the answer ended: it is kept until that is over, or
+    in the kernel. Its client is told by a FIN, not by a reset, which would take it back."""
+    async with site() as server:
+        sock = server.connect(receive_buffer=16_384)
+        stream = await server.ask(sock, GET)
+        (channel,) = server.factory.channels
+        turn.begin({})
+        stream.respond(200, b"OK", b"", b"x" * size)
+        channel.evict()
+        turn.end()
+        received = b""
+        while data := await some(sock):
+            received += data
+        assert received.endswith(b"\r\n\r\n" + b"x" * size)
+        sock.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_does_not_read_an_answer_loses_it_with_the_place() -> None:
+    """What the kernel does not take would hold the connection for as long as its client likes."""
+    async with site() as server:
+        sock = server.connect(receive_buffer=16_384)
+        stream = await server.ask(sock, GET)
+        (channel,) = server.factory.channels
+        stream.respond(200, b"OK", b"", b"x" * 50_000_000)
+        channel.evict()
+        assert not server.factory.channels
+        sock.close()

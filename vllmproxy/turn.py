@@ -64,10 +64,8 @@ class Turn:
         """Write to a plain transport, that is only written to in this way, as :func:`write_now` does, at the end of
         this turn at the latest."""
         if not self._keeps or len(data) >= _LONG:
+            self.flush(transport)
             self.prepare()
-            kept = self._kept.pop(transport, None)
-            if kept is not None:
-                write_now(transport, b"".join(kept))
             write_now(transport, data)
         elif (kept := self._kept.get(transport)) is not None:
             kept.append(data)
@@ -79,6 +77,13 @@ class Turn:
             self._kept[transport] = [data]
             if len(self._kept) >= _MOST:
                 self._write_kept()
+
+    def flush(self, transport: Any) -> None:
+        """Write what is kept for one connection."""
+        kept = self._kept.pop(transport, None)
+        if kept is not None:
+            self.prepare()
+            write_now(transport, b"".join(kept))
 
     def prepare(self) -> None:
         """Something may leave now: do what is to be done before."""

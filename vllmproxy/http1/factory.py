@@ -35,7 +35,7 @@ class ServerFactory(Factory):
     :param max_connections: 0 for any number, as for ``per_client``: how many one client may have.
     :param client_of: what a peer is counted as; empty for one that may have any number.
     :ivar client_of: the same; it may be exchanged.
-    :ivar connections: those that are open, but for those that are being reset.
+    :ivar connections: those that are open, but for those that lost their place.
     :ivar refused: how many were not let in, by why; ``evicted``: how many lost their place to a new one.
     """
 

@@ -15,6 +15,7 @@ from vllmproxy.http1.pipeline import Pipeline
 from vllmproxy.http1.sockets import (
     hang_up,
     is_closing,
+    is_queueing,
     listen_to,
     queued_bytes,
     raw_socket,
@@ -433,10 +434,15 @@ class ServerChannel(Protocol):
             hang_up(self.transport)  # no reset: what has left may not have been read yet
 
     def evict(self) -> None:
-        """Make room for another connection."""
+        """Make room for another connection. An idle one's last answer may be on its way: it is not to be lost, if
+        nothing but the kernel has to send it."""
+        if self._plain:
+            turn.flush(self.transport)
+        if self._used and self._is_idle() and not is_queueing(self.transport):
+            self.lose()
         if self._is_closing_tls:
             hang_up(self.transport)
-        else:
+        elif self._mode != "closed":
             self.reset()
 
     @property

@@ -111,6 +111,12 @@ def queued_bytes(transport: Any) -> int:
     return kernel + len(descriptor.dataBuffer) - descriptor.offset + descriptor._tempDataLen
 
 
+def is_queueing(transport: Any) -> bool:
+    """Whether bytes wait in this process for the kernel to take them."""
+    descriptor = _descriptor(transport)
+    return descriptor is not None and bool(descriptor.dataBuffer or descriptor._tempDataLen)
+
+
 def is_closing(transport: Any) -> bool:
     """Whether the connection under a transport is being closed. Where that is not our doing, it is TLS's: the peer's
     close_notify came, or a record that is none.
