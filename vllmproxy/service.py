@@ -108,8 +108,7 @@ class Proxy:
             settings.max_held_bodies,
             line=Line(_places(settings, most)),
         )
-        if settings.cut_revoked:
-            self.gate.watch(Revocation(self.gate, self.relay).changed)
+        self.gate.watch(Revocation(self.gate, self.relay, cuts=settings.cut_revoked).changed)
         api = self.make_api(settings)
         self.api = ApiBranch(
             reactor,

@@ -350,6 +350,11 @@ class Exchange:
 
     # the end
 
+    @property
+    def is_forwarded(self) -> bool:
+        """Whether vLLM has the request, or is getting it."""
+        return self._state not in (State.ADMITTING, State.HOLDING, State.QUEUED)
+
     def _revoked(self) -> None:
         self._cancel()
         self._explain(AuthError(_REVOKED), "refused")

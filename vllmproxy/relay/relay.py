@@ -104,10 +104,11 @@ class Relay:
         """Return the keys that have requests under way."""
         return list(self._running)
 
-    def revoke(self, token: str) -> None:
-        """End what that key has under way."""
+    def revoke(self, token: str, *, forwarded: bool) -> None:
+        """End what that key has under way. ``forwarded``: also what vLLM has."""
         for exchange in list(self._running.get(token, ())):
-            exchange.feed(Event.REVOKED)
+            if forwarded or not exchange.is_forwarded:
+                exchange.feed(Event.REVOKED)
 
     def open_bill(self, admission: Admission, reservation: Reservation | None, time: float) -> Bill:
         """Begin the bill of a request that is about to be forwarded. Raises :class:`StoreDown`."""

@@ -1,4 +1,4 @@
-"""``--cut-revoked``: what a key has under way ends with the key."""
+"""What a key has under way when it is deleted or blocked."""
 
 from functools import partial
 
@@ -14,11 +14,15 @@ _log = Logger()
 
 
 class Revocation:
-    """Told of every key that has changed, asks whether it is still good, and ends its requests if not."""
+    """Told of every key that has changed, asks whether it is still good, and ends its requests if not.
 
-    def __init__(self, gate: Gate, relay: Relay) -> None:
+    :param cuts: those, too, that have been forwarded (``--cut-revoked``).
+    """
+
+    def __init__(self, gate: Gate, relay: Relay, *, cuts: bool) -> None:
         self._gate = gate
         self._relay = relay
+        self._cuts = cuts
 
     def changed(self, token: str | None) -> None:
         """See :meth:`vllmproxy.keys.gate.Gate.watch`."""
@@ -33,7 +37,7 @@ class Revocation:
         except ExpiredKey:  # nobody takes that away: what began in time may end
             return
         except AuthError:  # it is not: blocked, or known to be gone
-            self._relay.revoke(token)
+            self._relay.revoke(token, forwarded=self._cuts)
             return
         if isinstance(caller, Deferred):
             caller.addErrback(partial(self._not_admitted, token))
@@ -42,6 +46,6 @@ class Revocation:
         if reason.check(ExpiredKey):
             return
         if reason.check(AuthError):
-            self._relay.revoke(token)
+            self._relay.revoke(token, forwarded=self._cuts)
         elif reason.check(StoreDown) is None:  # while the store is away, nobody knows
             _log.failure("Looking a changed key up failed", reason)
