@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent
@@ -13,9 +15,9 @@ from twisted.logger import LogEvent
 from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.memory import MemoryStore
 from vllmproxy.usage import bookkeeper
-from vllmproxy.usage.bookkeeper import FLUSH_SECONDS, TELL_SECONDS, Bookkeeper, CannotWriteDown
+from vllmproxy.usage.bookkeeper import FLUSH_SECONDS, TELL_SECONDS, Bookkeeper, CannotWriteDown, Entry
 from vllmproxy.usage.event import UsageEvent
-from vllmproxy.usage.journal import journals_in
+from vllmproxy.usage.journal import Journal, journals_in
 from vllmproxy.usage.sums import UsageQuery
 
 EXPECTED = UsageEvent(time=1.0, key="k", prompt_tokens=1000, quality="estimated")
@@ -246,18 +248,141 @@ def test_a_long_journal_is_followed_by_another(tmp_path: Path, monkeypatch: pyte
     desk.close()
 
 
+def test_requests_that_go_on_for_long_keep_no_more_than_what_they_are_expected_to_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in each journal would keep all of it; together they would fill the directory."""
+    monkeypatch.setattr(bookkeeper, "_ROTATE", 2000)
+    monkeypatch.setattr(bookkeeper, "_SHORTEN", 500)
+    desk = Desk(tmp_path, most_bytes=20_000)
+    long: list[Entry] = []
+    for number in range(1000):
+        if len(long) < len(journals_in(tmp_path)):
+            long.append(desk.books.begin(EXPECTED))
+        desk.request()
+        if number % 5 == 0:
+            desk.turn()
+    desk.turn()
+    assert len(long) > 40
+    assert sum(path.stat().st_size for path in journals_in(tmp_path)) == desk.books.size < 20_000
+    for entry in long[::2]:
+        entry.end(USED)
+    desk.turn()
+    done = len(long[::2])
+    assert desk.store.total() == (1000 + done, 0, 1000 + done)
+    desk.kill()
+    again = Desk(tmp_path, desk.store)
+    again.turn()
+    left = len(long) - done
+    assert desk.store.total() == (1000 + done + left, left, 1000 + done + 1000 * left)
+    again.close()
+    assert journals_in(tmp_path) == []
+
+
+def test_what_is_over_while_a_journal_is_made_shorter_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the draft and its taking the place, the disk is waited for."""
+    monkeypatch.setattr(bookkeeper, "_ROTATE", 2000)
+    monkeypatch.setattr(bookkeeper, "_SHORTEN", 500)
+    desk = Desk(tmp_path)
+    first, other = desk.books.begin(EXPECTED), desk.books.begin(EXPECTED)
+    sync = Journal.sync
+
+    def end_and_sync(journal: Journal) -> None:
+        if journal.before:
+            first.end(USED)
+        sync(journal)
+
+    for _ in range(30):
+        desk.request()
+    monkeypatch.setattr(Journal, "sync", end_and_sync)
+    desk.turn()
+    monkeypatch.undo()
+    desk.turn()
+    assert desk.store.total() == (31, 0, 31)
+    other.end(USED)
+    desk.turn()
+    assert desk.store.total() == (32, 0, 32)
+    desk.close()
+
+
+@pytest.mark.parametrize("what", ["open", "fdatasync", "rename", "pread"])
+def test_a_journal_that_cannot_be_made_shorter_stays_as_it_is(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bookkeeper, "_ROTATE", 2000)
+    desk = Desk(tmp_path)
+    long = desk.books.begin(EXPECTED)
+    for _ in range(30):
+        desk.request()
+    desk.turn()
+    monkeypatch.setattr(bookkeeper, "_SHORTEN", 500)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, what, _full)
+        desk.turn()
+    assert not list(tmp_path.glob("*.begun"))
+    desk.turn()
+    assert desk.books.size < 2000 + 500
+    long.end(USED)
+    desk.turn()
+    assert desk.store.total() == (31, 0, 31)
+    desk.close()
+
+
+Step = tuple[str, int]
+STEPS = st.sampled_from(["begin", "begin", "begin", "end", "end", "turn", "turn", "away", "back", "kill"])
+
+
+@given(st.lists(st.tuples(STEPS, st.integers(0, 30)), max_size=120))
+def test_whatever_happens_each_request_counts_once(tmp_path_factory: pytest.TempPathFactory, steps: list[Step]) -> None:
+    """Journals are followed by others, made shorter, killed and taken over."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bookkeeper, "_ROTATE", 500)
+        patch.setattr(bookkeeper, "_SHORTEN", 200)
+        directory = tmp_path_factory.mktemp("journals")
+        desk, begun, killed, under_way = Desk(directory), 0, 0, list[Entry]()
+        for step, number in steps:
+            if step == "begin":
+                under_way.append(desk.books.begin(EXPECTED))
+                begun += 1
+            elif step == "end" and under_way:
+                under_way.pop(number % len(under_way)).end(USED)
+            elif step == "turn":
+                desk.turn()
+            elif step in ("away", "back"):
+                desk.store.fault = ("before", "after")[number % 2] if step == "away" else None
+            elif step == "kill":
+                killed += len(under_way)
+                under_way.clear()
+                desk.kill()
+                desk = Desk(directory, desk.store)
+        for entry in under_way:
+            entry.end(USED)
+        desk.store.fault = None
+        desk.turn()
+        desk.turn()
+        assert desk.store.total() == (begun, killed, begun + 999 * killed)
+        desk.close()
+        assert journals_in(directory) == []
+
+
 def test_a_full_journal_takes_no_more_until_the_store_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bookkeeper, "_ROTATE", 500)
     desk = Desk(tmp_path, most_bytes=3000)
     desk.store.fault = "before"
     begun = 0
-    while desk.books.size < 3000:
-        desk.request()
-        begun += 1
+
+    def fill() -> None:
+        nonlocal begun
+        while begun < 100:
+            desk.request()
+            begun += 1
+
     with pytest.raises(CannotWriteDown):
-        desk.request()
-    assert 10 < begun < 100
-    assert desk.books.size < 3000 + 1000
+        fill()
+    assert begun > 10
+    assert 3000 < desk.books.size < 3000 + 1000
     desk.store.fault = None
     desk.turn()
     desk.request()
@@ -335,6 +460,7 @@ def test_what_is_over_after_the_disk_is_mended_is_written_down_though_the_store_
         desk.turn()
     logged_errors.clear()
     desk.request()
+    desk.turn()
     assert sum(path.read_text().count('["-"') for path in journals_in(tmp_path)) == 7
     desk.store.fault = None
     desk.turn()
@@ -387,6 +513,30 @@ def test_what_is_over_when_all_is_closed_is_written_down(tmp_path: Path, monkeyp
     again.turn()
     assert again.store.total() == (10, 0, 10)
     again.close()
+
+
+def test_a_full_disk_is_not_asked_again_by_each_request_that_is_over(
+    tmp_path: Path, logged_errors: list[LogEvent]
+) -> None:
+    desk = Desk(tmp_path)
+    entries = [desk.books.begin(EXPECTED) for _ in range(1000)]
+    journal, asked = desk.books._books[0].journal, list[int]()
+
+    def refuse(ended: Sequence[Any]) -> Any:
+        asked.append(len(ended))
+        raise OSError("full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal, "end", refuse)
+        for entry in entries:
+            entry.end(USED)
+        assert asked == [1]
+        desk.turn()
+        assert sum(asked) < 2 * 1000 + 2
+    desk.turn()
+    assert desk.store.total() == (1000, 0, 1000)
+    desk.close()
+    logged_errors.clear()
 
 
 def _full(*_: Any) -> Any:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from twisted.logger import LogEvent
 
 from vllmproxy.usage.event import UsageEvent
-from vllmproxy.usage.journal import Journal, journals_in
+from vllmproxy.usage.journal import Journal, Numbered, journals_in
 
 WANTED = UsageEvent(time=1.0, key="k", prompt_tokens=9, completion_tokens=100, held=5, quality="estimated")
 UNREAD = UsageEvent(time=1.0, key="k", quality="unknown")
@@ -166,6 +166,8 @@ def test_what_is_written_by_a_newer_version_or_is_rubbish_is_passed_over(
         b'["-","x",{"time":1,"key":"k","spend":-1}]\n',
         b'["-","x",{"time":1,"key":"k","spend":true}]\n',
         b'["-","x",{"time":1,"key":5}]\n',
+        b'["-","x",5]\n',
+        b'["+","x",null]\n',
         b'["-","x",{"time":1,"key":"k","quality":"good"}]\n',
         b"[" * 100_000 + b"\n",
     )
@@ -206,6 +208,7 @@ def test_what_could_not_be_cut_off_is_before_anything_else(tmp_path: Path, monke
     for _ in range(2):
         with pytest.raises(OSError, match="broken"):
             journal.end([("1", USED), ("2", USED)])
+    assert journal.read(0, 1, 10) == []  # the first of them is there whole
     monkeypatch.undo()
     assert [each.number for each in journal.end([("1", USED), ("2", USED)])] == [1, 2]
     assert journal.path.read_text().count('["-"') == 2
@@ -215,6 +218,26 @@ def test_what_could_not_be_cut_off_is_before_anything_else(tmp_path: Path, monke
 
 def _broken(*_: object) -> None:
     raise OSError("broken")
+
+
+def test_one_that_was_made_shorter_leaves_out_what_the_store_has_and_numbers_on(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path)
+    for id in ("1", "2", "3", "4"):
+        journal.begin(id, WANTED)
+    journal.end([("1", USED), ("2", USED)])
+    since, draft = journal.size, journal.shortened()
+    (behind,) = journal.end([("3", USED)])
+    journal.give_way(draft, since)
+    assert journals_in(tmp_path) == [journal.path]
+    assert (journal.size, journal.written, journal.open) == (journal.path.stat().st_size, 3, {"4": WANTED})
+    assert journal.read(journal.least, 3, 10) == [Numbered(3, USED, journal.size)]
+    assert behind.end - journal.size == since - journal.least
+    assert [each.number for each in journal.end([("4", USED)])] == [4]
+    assert Journal.adopt(journal.path) is None  # it is in use still
+    journal.close()
+    left = adopted(journal.path)
+    assert (left.writer, left.before, left.written) == (journal.writer, 2, 4)
+    assert [(each.number, each.event) for each in left.read(0, 3, 10)] == [(3, USED), (4, USED)]
 
 
 def test_nobody_else_may_read_it(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from attrs import frozen
 from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.task import LoopingCall
 from twisted.internet.threads import deferToThreadPool
@@ -30,6 +31,8 @@ _MOST_PENDING: Final = 10_000
 #: Bytes of a journal after which another is begun, and of all of them together.
 _ROTATE: Final = 8 << 20
 MOST_BYTES: Final = 256 << 20
+#: Bytes of a former journal that the store has, from which on it is worth while to leave them out.
+_SHORTEN: Final = 1 << 20
 
 
 class CannotWriteDown(Exception):
@@ -40,8 +43,10 @@ class _Pages(Protocol):
     """What a book needs of a journal."""
 
     writer: str
-    size: int
+    before: int
     written: int
+    size: int
+    least: int
     open: dict[str, UsageEvent]
 
     def begin(self, id: str, expected: UsageEvent) -> None: ...
@@ -54,6 +59,10 @@ class _Pages(Protocol):
 
     def empty(self) -> None: ...
 
+    def shortened(self) -> "Journal": ...
+
+    def give_way(self, draft: "Journal", since: int) -> None: ...
+
     def close(self) -> None: ...
 
     def remove(self) -> None: ...
@@ -64,8 +73,8 @@ class Unwritten:
 
     def __init__(self) -> None:
         self.writer = secrets.token_hex(8)
-        self.size = 0
-        self.written = 0
+        self.before = self.written = 0
+        self.size = self.least = 0
         self.open: dict[str, UsageEvent] = {}
 
     def begin(self, id: str, expected: UsageEvent) -> None:
@@ -87,6 +96,12 @@ class Unwritten:
     def empty(self) -> None:
         """There is no file."""
 
+    def shortened(self) -> Journal:
+        raise AssertionError("there is nothing to be left out")
+
+    def give_way(self, draft: Journal, since: int) -> None:
+        raise AssertionError("there is no draft")
+
     def close(self) -> None:
         """There is no file."""
 
@@ -103,7 +118,7 @@ class Book:
 
     def __init__(self, journal: _Pages, soon: Soon) -> None:
         self.journal = journal
-        self.added = 0
+        self.added = journal.before
         self._soon = soon
         self._offset = 0
         self._pending: deque[Numbered] = deque()
@@ -113,11 +128,10 @@ class Book:
         self._synced = 0
 
     def end(self, id: str, event: UsageEvent) -> None:
-        """A request is over, and this is what it used. What cannot be written down yet is tried again with the next
-        that is over, and before each batch for the store; should the proxy be killed before, it is counted as
-        expected."""
+        """A request is over, and this is what it used. What cannot be written down yet is tried again before each batch
+        for the store; should the proxy be killed before, it is counted as expected."""
         self._ended.append((id, event))
-        if not self._is_due:
+        if not (self._is_due or self._complained):
             self._is_due = True
             self._soon(self.write)
 
@@ -137,8 +151,8 @@ class Book:
             self._complained = False
 
     def _write(self, count: int) -> None:
-        """Write down the first so many, or as many of them as the disk takes, and keep them for the store if nothing
-        before them was left out. Raises ``OSError``: not all."""
+        """Write down the first so many, or those before the first that the disk refuses, and keep them for the store if
+        nothing before them was left out. Raises ``OSError``: not all."""
         try:
             numbered = self.journal.end(self._ended[:count])
         except OSError:
@@ -171,10 +185,36 @@ class Book:
         synced, self._synced = self._synced, self.journal.size
         return self._synced > synced
 
+    def draft(self) -> "Draft | None":
+        """Return what is to take the journal's place, where requests that go on keep much in it that the store has."""
+        journal = self.journal
+        if self.added < journal.written or journal.size - journal.least < _SHORTEN:
+            return None
+        return Draft(journal.shortened(), journal.size)
+
+    def take(self, draft: "Draft") -> None:
+        """Be shorter. Raises ``OSError``: it is not."""
+        self.journal.give_way(draft.journal, draft.since)
+        self._offset = draft.journal.least
+        for each in self._pending:
+            each.end += draft.journal.least - draft.since
+        self._synced = 0
+
     @property
     def is_done(self) -> bool:
         """Whether nothing of it is left to be done."""
         return self.added == self.journal.written and not self.journal.open
+
+
+@frozen
+class Draft:
+    """A journal that is to take another's place.
+
+    :ivar since: how many bytes the other had when this was begun; what is behind them comes with it.
+    """
+
+    journal: Journal
+    since: int
 
 
 class Entry:
@@ -299,25 +339,41 @@ class Bookkeeper:
 
     async def _bring(self, book: Book) -> None:
         if book.needs_sync():
-            await self._sync(book)
+            await self._sync(book.journal)
         while batch := book.batch():
             await self._store.add_usage(book.journal.writer, batch[0].number, [each.event for each in batch])
             book.has(batch)
-        if book.is_done and book is not self._books[-1]:
+        if book is self._books[-1]:
+            return
+        if book.is_done:
             await self._remove(book)
+        else:
+            await self._shorten(book)
+
+    async def _shorten(self, book: Book) -> None:
+        """Have a request that goes on for long keep no more on the disk than what it is expected to use."""
+        draft = None
+        try:
+            draft = book.draft()
+            if draft is not None:
+                await self._sync(draft.journal)
+                book.take(draft)
+        except OSError:  # it stays as long as it is, and is tried again; a full disk is told of by those who must write
+            if draft is not None:
+                draft.journal.discard()
 
     async def _remove(self, book: Book) -> None:
         """First its events, which must not come again once the store has forgotten that it has them; and last the file,
         which has this done again until it succeeds."""
         book.journal.empty()
         if self._directory is not None:
-            await self._sync(book)
+            await self._sync(book.journal)
         await self._store.forget_writer(book.journal.writer)
         self._books.remove(book)
         book.journal.remove()
 
-    def _sync(self, book: Book) -> Deferred[None]:
-        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), book.journal.sync)
+    def _sync(self, journal: _Pages) -> Deferred[None]:
+        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), journal.sync)
 
     def _not_brought(self, reason: Failure) -> BaseException:
         """Say so once, and hand on why."""

@@ -2,20 +2,21 @@
 
 One line for each thing that happens, in the order in which it does::
 
-    {"writer": "8f3c…"}                     the first line: what its events are numbered under
+    {"writer": "8f3c…", "before": 0}        the first line: what its events are numbered under; how many are left out
     ["+", "ID", {…}]                        a request begins; what it is counted as should the proxy be killed
     ["-", "ID", {…}]                        it is over: the next event
 
-Events are numbered 1, 2, 3 … by the order of their ``-`` lines, so that the same file gives the same numbers whoever
-reads it. A request is forwarded, and the end of its answer leaves, when its line is written, those of several that are
-over by one ``write``: killing the process loses nothing, and a line that a power cut tore is passed over.
+Events are numbered 1, 2, 3 … by the order of their ``-`` lines, behind those that are left out because the store has
+them, so that the same file gives the same numbers whoever reads it. A request is forwarded, and the end of its answer
+leaves, when its line is written, those of several that are over by one ``write``: killing the process loses nothing,
+and a line that a power cut tore is passed over.
 """
 
 import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from vllmproxy.usage.event import UsageEvent
 _log = Logger()
 
 _SUFFIX = ".journal"
+_DRAFT = ".begun"
 
 
 #: A request that is over, by what it was begun as, and what it used.
@@ -47,8 +49,8 @@ class Journal:
     """One file, open for appending, and locked against every other process.
 
     :ivar writer: what the store knows its events under.
-    :ivar size: bytes.
-    :ivar written: how many events it holds.
+    :ivar before: how many events are left out of it, the first ones; ``written``: how many there are with those.
+    :ivar size: bytes; ``least``: those that it began with.
     :ivar open: the requests that have begun and are not over.
     """
 
@@ -56,8 +58,8 @@ class Journal:
         self.path = path
         self._descriptor = descriptor
         self.writer = ""
-        self.size = 0
-        self.written = 0
+        self.before = self.written = 0
+        self.size = self.least = 0
         self.open: dict[str, UsageEvent] = {}
         #: Bytes of the first line.
         self._head = 0
@@ -68,21 +70,55 @@ class Journal:
     def create(cls, directory: Path) -> "Journal":
         """Begin a new one. Raises ``OSError``."""
         name = secrets.token_hex(8)
-        path = directory / f"{name}{_SUFFIX}"
-        begun = path.with_suffix(".begun")  # nobody may adopt it before it is locked
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-        journal = cls(path, os.open(begun, flags, 0o600))
+        journal = cls._draft(directory / f"{name}{_SUFFIX}", name, 0, {})
         try:
-            fcntl.flock(journal._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            journal.writer = name
-            journal._append(f'{{"writer":"{name}"}}')
-            journal._head = journal.size
-            begun.rename(path)
+            journal._publish()
         except OSError:
-            begun.unlink(missing_ok=True)
-            journal.close()
+            journal.discard()
             raise
         return journal
+
+    @classmethod
+    def _draft(cls, path: Path, writer: str, before: int, open: Mapping[str, UsageEvent]) -> "Journal":
+        """Begin one that nobody may adopt before it is published. Raises ``OSError``."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+        journal = cls(path, os.open(path.with_suffix(_DRAFT), flags, 0o600))
+        try:
+            fcntl.flock(journal._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            journal.writer = writer
+            journal.before = journal.written = before
+            journal._append(f'{{"writer":"{writer}","before":{before}}}')
+            journal._head = journal.size
+            for id, expected in open.items():
+                journal.begin(id, expected)
+        except OSError:
+            journal.discard()
+            raise
+        journal.least = journal.size
+        return journal
+
+    def _publish(self) -> None:
+        self.path.with_suffix(_DRAFT).rename(self.path)
+
+    def discard(self) -> None:
+        """Give up a draft."""
+        self.path.with_suffix(_DRAFT).unlink(missing_ok=True)
+        self.close()
+
+    def shortened(self) -> "Journal":
+        """Begin a draft of the same that leaves out the events so far, which the store has. Raises ``OSError``."""
+        return self._draft(self.path, self.writer, self.written, self.open)
+
+    def give_way(self, draft: "Journal", since: int) -> None:
+        """Be ``draft``, with all that was written behind the first ``since`` bytes. Raises ``OSError``: this is as it
+        was."""
+        behind = os.pread(self._descriptor, self.size - since, since).decode("ascii")
+        if behind:
+            draft._append(behind.removesuffix("\n"))
+        draft._publish()
+        self.close()
+        self._descriptor, self._head, self._torn = draft._descriptor, draft._head, False
+        self.before, self.size, self.least = draft.before, draft.size, draft.least
 
     @classmethod
     def adopt(cls, path: Path) -> "Journal | None":
@@ -128,6 +164,8 @@ class Journal:
         """Return up to ``most`` events from the line at ``offset`` on, the first of which has the number ``number``."""
         found: list[Numbered] = []
         for line, end in self._lines(offset):
+            if end > self.size:  # it was refused, and could not be cut off yet
+                break
             event = _event_of(line)
             if event is not None:
                 found.append(Numbered(number + len(found), event, end))
@@ -174,6 +212,7 @@ class Journal:
         for line, end in self._lines(0):
             if isinstance(line, dict) and not self.writer:
                 self.writer, self._head = str(line.get("writer", "")), end
+                self.before = self.written = _count_of(line.get("before"))
             elif _event_of(line) is not None:
                 self.open.pop(line[1], None)
                 self.written += 1
@@ -182,6 +221,7 @@ class Journal:
             self.size = end
         if self.writer:
             self._cut()  # a torn last line
+            self.least = self.size
             if self.open:
                 self.end(list(self.open.items()))
         return bool(self.writer)
@@ -236,5 +276,9 @@ def _said(line: Any, mark: str) -> UsageEvent | None:
         return None
     try:
         return UsageEvent.of_json(line[2])
-    except TypeError:
+    except (AttributeError, TypeError):
         return None
+
+
+def _count_of(value: Any) -> int:
+    return value if isinstance(value, int) else 0
