@@ -30,7 +30,7 @@ def test_every_setting_is_documented() -> None:
 
 
 def test_the_metrics_that_are_documented_are_those_that_there_are() -> None:
-    occupancy = OccupancyCollector(lambda: Occupancy(connections=0, evicted=0, requests=0, waiting=0))
+    occupancy = OccupancyCollector(lambda: Occupancy(connections=0, evicted=0, requests=0, waiting=0, journal=0))
     families = [*MetricsObserver(CollectorRegistry()).collect(), *occupancy.collect()]
     of_the_parent = {"vllmproxy_workers", "vllmproxy_worker_restarts_total"}
     text = (ROOT / "docs" / "metrics.rst").read_text()

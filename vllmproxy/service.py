@@ -147,6 +147,7 @@ class Proxy:
             factory.evicted,
             line.places.taken,
             line.places.waiting,
+            self.books.size,
             factory.refused,
             line.refused,
         )

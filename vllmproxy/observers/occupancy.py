@@ -22,6 +22,7 @@ class Occupancy:
     """What is taken of the places, at one moment.
 
     :ivar requests: under way under ``/vllm``, and ``waiting`` for that.
+    :ivar journal: bytes of usage that is written down and that the store has not got, or that is of requests under way.
     :ivar refused_connections: since the start, by why; ``refused_requests`` as well.
     :ivar evicted: connections without a whole request that lost their place to a new one.
     """
@@ -30,6 +31,7 @@ class Occupancy:
     evicted: int
     requests: int
     waiting: int
+    journal: int
     refused_connections: Mapping[str, int] = field(factory=dict)
     refused_requests: Mapping[str, int] = field(factory=dict)
 
@@ -50,6 +52,9 @@ class OccupancyCollector(Collector):
             "vllmproxy_evicted_connections",
             "Connections without a whole request that lost their place to a new one",
             now.evicted,
+        )
+        yield GaugeMetricFamily(
+            "vllmproxy_usage_journal_bytes", "Usage that the store has not got, or of requests under way", now.journal
         )
         refused = CounterMetricFamily(
             "vllmproxy_turned_away", "Connections and requests that a setting turned away", labels=["setting"]
