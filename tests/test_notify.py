@@ -58,7 +58,7 @@ def test_ready_reloading_stopping(manager: Manager) -> None:
     assert manager.heard() == ["READY=1", "STOPPING=1"]
 
 
-@pytest.mark.parametrize("pid", [None, os.getpid()])
+@pytest.mark.parametrize("pid", [None, os.getpid()], ids=["nobody in particular", "this process"])
 def test_the_watchdog_is_fed_by_the_reactor_at_half_of_its_time(manager: Manager, pid: int | None) -> None:
     clock = Clock()
     environ = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "10000000"}
