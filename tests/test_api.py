@@ -160,6 +160,17 @@ async def test_delete_takes_effect_at_once(house: House) -> None:
     assert (await house.make(key_alias="two"))["key_alias"] == "two"
 
 
+@pytest.mark.parametrize("named", ["key", "token"])
+@pytest_twisted.ensureDeferred
+async def test_delete_tells_a_key_from_an_alias_that_is_spelt_like_it(house: House, named: str) -> None:
+    made = await house.make()
+    other = await house.make(key_alias=made[named])
+    answer = await house.ask("POST", "/key/delete", {"keys": [made[named]], "key_aliases": [made[named]]})
+    assert (answer.status, answer.json) == (200, {"deleted_keys": [made[named]] * 2})
+    for each in (made, other):
+        assert (await house.ask("GET", "/key/info", key=each["key"])).status == 401
+
+
 @pytest_twisted.ensureDeferred
 async def test_delete_says_what_it_did_not_find(house: House) -> None:
     made = await house.make(key_alias="here")

@@ -192,9 +192,10 @@ class KeyApi:
         Names of nothing are answered in ``not_found`` (ours), or with 404 when nothing at all was deleted.
         """
         wanted = parse_delete(body)
-        tokens = {key: token_of(key) for key in wanted.keys}
+        named: list[tuple[str, str | None]] = [(key, token_of(key)) for key in wanted.keys]
         aliased = await self._store.find_aliases(wanted.aliases) if wanted.aliases else {}
-        by_alias = {token: alias for alias, token in aliased.items() if token not in tokens.values()}
+        by_key = {token for _, token in named}
+        by_alias = {token: alias for alias, token in aliased.items() if token not in by_key}
 
         def remove(found: Found) -> Writes:
             # An alias may have moved to another key since it was looked up.
@@ -203,13 +204,12 @@ class KeyApi:
                 call.check(key)
             return Writes(remove=tuple(key.token for key in gone), audit=tuple(call.changed(key, None) for key in gone))
 
-        tokens |= aliased
-        removed = (await self._change(sorted(set(tokens.values())), remove)).remove
-        names = (*wanted.keys, *wanted.aliases)
-        gone = [name for name in names if tokens.get(name) in removed]
+        named += [(alias, aliased.get(alias)) for alias in wanted.aliases]
+        removed = (await self._change(sorted({token for _, token in named if token}), remove)).remove
+        gone = [name for name, token in named if token in removed]
         if not gone:
             raise NotFound(f"{KEY_NOT_FOUND}: nothing was deleted.", param="keys" if wanted.keys else "key_aliases")
-        missing = [name for name in names if tokens.get(name) not in removed]
+        missing = [name for name, token in named if token not in removed]
         return {"deleted_keys": gone, **({"not_found": missing} if missing else {})}
 
     async def _patch(self, call: ManagementCall, name: KeyName, patch: KeyPatch) -> dict[str, Any]:
