@@ -18,6 +18,8 @@ from vllmproxy.workers.task import CHANNEL, LISTENERS, LOADS, Task
 
 #: What systemd says to one process only (sd_notify(3), sd_listen_fds(3)).
 _OURS: Final = ("NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_")
+#: Those that have one: most real-time signals have none.
+_SIGNAL_NAMES: Final = {int(each): each.name for each in signal.Signals}
 
 
 @frozen
@@ -103,7 +105,7 @@ class WorkerProcess(ProcessProtocol):
         if value.signal is None:
             self._ending = Ending(value.exitCode, f"with status {value.exitCode}")
         else:
-            self._ending = Ending(None, f"by {signal.Signals(value.signal).name}")
+            self._ending = Ending(None, f"by {_SIGNAL_NAMES.get(value.signal, f'signal {value.signal}')}")
         if not self.channel.connected:
             self._heard_all()
 
