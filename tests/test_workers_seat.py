@@ -236,3 +236,15 @@ def test_one_that_dies_while_it_stops_is_not_started_again(house: House) -> None
     assert deaf == [None]
     assert house.seat.state is State.OVER
     assert not house.clock.getDelayedCalls()
+
+
+def test_a_stop_before_it_is_told_that_it_could_not_be_started() -> None:
+    house = House()
+    house.fault = OSError(12, "Cannot allocate memory")
+    house.seat.start()
+    deaf: list[Any] = []
+    house.seat.stop().addCallback(deaf.append)
+    assert deaf == [None]
+    house.clock.advance(0)
+    assert house.seat.state is State.OVER
+    assert not house.clock.getDelayedCalls()

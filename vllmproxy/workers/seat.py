@@ -198,8 +198,8 @@ class Seat:
 
     def _stop(self) -> None:
         self.state = State.STOPPING
-        assert self.channel is not None
-        self.deaf = self.channel.ask("stop").addErrback(lambda failure: failure.trap(ChannelLost) and None)
+        if self.channel is not None:  # or it could not be started, and is about to hear that
+            self.deaf = self.channel.ask("stop").addErrback(lambda failure: failure.trap(ChannelLost) and None)
 
     def _stop_waiting(self) -> None:
         self.state = State.OVER
