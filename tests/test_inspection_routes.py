@@ -1,7 +1,8 @@
 import pytest
 
-from vllmproxy.inspection.routes import bounds_of, needed_of, streams_usage, takes_model, writes_nothing
+from vllmproxy.inspection.routes import bounds_of, needed_of, streams_usage, takes_model
 from vllmproxy.keys.routes import KNOWN_ROUTES, group_of
+from vllmproxy.relay.demand import work_of
 
 
 @pytest.mark.parametrize(
@@ -45,8 +46,9 @@ def test_streams_usage() -> None:
     assert not needed_of("/v1/responses")
 
 
-def test_a_route_is_bounded_or_writes_nothing_or_is_not_known() -> None:
-    paths = [path.decode() for path in KNOWN_ROUTES if group_of(path) == "inference"]
-    assert [path for path in paths if bounds_of(path) and writes_nothing(path)] == []
-    unknown = {path for path in paths if not bounds_of(path) and not writes_nothing(path)}
-    assert unknown == {"/generative_scoring", "/invocations", "/v1/realtime"}
+def test_a_route_that_writes_has_bounds_or_takes_others() -> None:
+    paths = {path.decode() for path in KNOWN_ROUTES if group_of(path) == "inference"}
+    writing = {path for path in paths if work_of(path) == "writes"}
+    bounded = {path for path in paths if bounds_of(path)}
+    assert writing - bounded == {"/invocations", "/v1/realtime"}
+    assert bounded <= writing

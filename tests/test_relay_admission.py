@@ -365,6 +365,13 @@ def test_a_request_that_asks_for_more_than_the_limit_is_told_so() -> None:
     assert post(house, {"model": "m", "messages": MESSAGES}) != b""  # without a bound of its own it may
 
 
+@pytest.mark.parametrize("route", ["v1/embeddings", "v1/score", "generative_scoring"])
+def test_a_route_that_makes_no_tokens_needs_no_bound(route: str) -> None:
+    house = house_of(tpm_limit=10)
+    assert post(house, {"model": "m", "input": "x" * 100}, f"/vllm/{route}") == b""
+    assert error(house)[0] == 429
+
+
 def test_a_request_without_a_bound_takes_what_is_left() -> None:
     """Our guess is no reason to refuse it: as long as anything is left, it may have that."""
     for fields in ({"max_budget_tokens": 500}, {"tpm_limit": 500}):

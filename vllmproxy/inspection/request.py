@@ -12,7 +12,7 @@ from vllmproxy.inspection.attachments import Attachment, attachments_in, read_ar
 from vllmproxy.inspection.document import Document, TooMuch, Unreadable, read_document
 from vllmproxy.inspection.form import Form, is_form, read_form
 from vllmproxy.inspection.lax import MOST, count_of, truth_of
-from vllmproxy.inspection.routes import bounds_of, writes_nothing
+from vllmproxy.inspection.routes import bounds_of
 
 #: How sure the model is: vLLM takes its own; it is ``Asked.model``; two readers could differ, or vLLM refuses it.
 Surety = Literal["absent", "named", "ambiguous"]
@@ -249,8 +249,6 @@ def _prompts(value: object) -> int:
 
 
 def _output(values: Mapping[str, object], path: str, answers: int) -> int | None:
-    if writes_nothing(path):
-        return 0
     if path == "/inference/v1/generate":
         bound = _sampling(values).get("max_tokens")
     else:

@@ -14,31 +14,6 @@ _STREAMS: Final = {
     "/invocations": frozenset({"messages", "prompt", "prompt_embeds"}),  # is either, by what is in it
 }
 
-#: Routes whose answers hold nothing that was generated.
-_NO_OUTPUT: Final = frozenset(
-    {
-        "/classify",
-        "/cohere/v2/embed",
-        "/detokenize",
-        "/pooling",
-        "/rerank",
-        "/score",
-        "/tokenize",
-        "/v1/chat/completions/derender",
-        "/v1/chat/completions/render",
-        "/v1/completions/derender",
-        "/v1/completions/render",
-        "/v1/embeddings",
-        "/v1/messages/count_tokens",
-        "/v1/messages/render",
-        "/v1/rerank",
-        "/v1/responses/render",
-        "/v1/score",
-        "/v2/embed",
-        "/v2/rerank",
-    }
-)
-
 #: The fields that bound the output of one answer; the first that is given and not null counts.
 _BOUNDS: Final = {
     "/cohere/v2/chat": ("max_tokens",),
@@ -83,8 +58,3 @@ def needed_of(path: str) -> frozenset[str]:
 def bounds_of(path: str) -> tuple[str, ...]:
     """Return the fields that bound the output on this route, the one that vLLM prefers first; none if not known."""
     return _BOUNDS.get(path, ())
-
-
-def writes_nothing(path: str) -> bool:
-    """Tell whether this route generates nothing, so that no output is to be reserved."""
-    return path in _NO_OUTPUT

@@ -137,7 +137,7 @@ class Admission:
             model=model,
             prompt_tokens=prompt,
             output_tokens=output,
-            is_bounded=asked.output_tokens is not None,
+            is_bounded=self.way.work != "writes" or asked.output_tokens is not None,
             interval=asked.interval,
             is_detached=asked.detached,
             spend=self._price(key, model, prompt, output),

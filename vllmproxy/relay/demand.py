@@ -30,7 +30,7 @@ class Demand:
 
     :ivar asked: the model as the client named it, ``None`` where it named none.
     :ivar model: what vLLM calls it.
-    :ivar is_bounded: the client said itself how many output tokens it wants at most.
+    :ivar is_bounded: how many output tokens there are at most is known: the client said it, or the route makes none.
     :ivar interval: tokens that one event of a stream may hold.
     :ivar is_detached: what is begun goes on when its client has left.
     :ivar spend: what the tokens cost, in micro-units of money; 0 where there are no prices.
