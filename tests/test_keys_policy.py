@@ -112,6 +112,32 @@ def test_an_entry_may_name_the_path_with_the_upstreams_base() -> None:
     assert not opens(policy, CHAT)
 
 
+@pytest.mark.parametrize(
+    ("entry", "path", "base", "expected"),
+    [
+        ("/v1/chat/completions", b"/chat/completions", b"/gpu1/v1", True),
+        ("/v1/*", b"/chat/completions", b"/gpu1/v1/", True),
+        ("/v1/models", b"/models", b"/a/b/v1", True),
+        ("/chat/completions", b"/chat/completions", b"/gpu1/v1", True),
+        ("/v1/chat/completions", b"/completions", b"/gpu1/v1", False),
+        # What is known without all of the base is that, whatever it would be with a part of it.
+        ("/v1/*", b"/metrics", b"/gpu1/v1", False),
+        ("/v1/*", b"/tokenize", b"/gpu1/v1", False),
+        ("/v1/*", b"/sleep", b"/gpu1/v1", False),
+        ("/v1/sleep", b"/sleep", b"/gpu1/v1", False),
+        ("/sleep", b"/unheard-of", b"/gpu1/sleep", False),
+        ("/plugin", b"/unheard-of", b"/gpu1/plugin", False),
+        ("/plugin/unheard-of", b"/unheard-of", b"/gpu1/plugin", False),
+        ("/plugin", b"/plugin", b"/gpu1/plugin", True),
+    ],
+)
+def test_behind_a_longer_base_a_route_is_what_it_is_judged_to_be(
+    entry: str, path: bytes, base: bytes, expected: bool
+) -> None:
+    forwarded = base.rstrip(b"/") + path
+    assert routes(entry).opens(group_for(forwarded, base), forwarded, base) is expected
+
+
 def test_only_the_master_key_gives_what_only_it_may() -> None:
     for entry, path in (("admin", b"/sleep"), ("/sleep", b"/sleep"), ("/plugin", b"/plugin")):
         assert opens(routes(entry), path)

@@ -5,7 +5,7 @@ from typing import Final
 
 from attrs import frozen
 
-from vllmproxy.keys.routes import Group, group_of, only_prefixes, plain_path
+from vllmproxy.keys.routes import Group, group_of, only_prefixes, plain_path, reading_of
 
 #: LiteLLM's kinds of keys, and the groups of vLLM's routes that each opens.
 KEY_TYPES: Final[dict[str, frozenset[Group]]] = {
@@ -99,13 +99,17 @@ class Policy:
 
         :param group: what :func:`~vllmproxy.keys.routes.group_for` says of ``path`` and ``base``.
         :param path: the forwarded path, raw. ``None``: only what is open whatever the path.
-        :param base: the path of the upstream's URL, with and without which ``path`` is compared.
+        :param base: the path of the upstream's URL, with and without which ``path`` is compared; one of inference and
+            info is compared as it is judged, too.
         """
         if group in self.groups:
             return True
         if path is None or not self.routes or group not in self.within:
             return False
-        return any(self._covers(reading, group) for reading in _readings(path, base))
+        readings = {plain_path(path), plain_path(path.removeprefix(base.rstrip(b"/")))}
+        if group in ("inference", "info"):
+            readings.add(reading_of(path, base))
+        return any(self._covers(reading, group) for reading in readings if reading is not None)
 
     def _covers(self, path: str, group: Group) -> bool:
         """An entry opens admin and unknown routes only if it names such a one, not by reaching over it."""
@@ -174,12 +178,3 @@ def _forwarded(route: Route) -> Route:
         return route
     text = route.text.removeprefix("/vllm")
     return Route(text, route.wildcard, _group_named(text, route.wildcard))
-
-
-def _readings(path: bytes, base: bytes) -> list[str]:
-    """Return ``path`` decoded, whole and without ``base``; nothing where two readers could differ."""
-    found = [plain_path(path)]
-    cut = base.rstrip(b"/")
-    if cut and path.startswith(cut + b"/"):
-        found.append(plain_path(path[len(cut) :]))
-    return [text for text in found if text is not None]
