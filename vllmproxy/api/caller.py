@@ -1,12 +1,11 @@
 """Who sent an API request."""
 
-from ipaddress import ip_address
-
-from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.web.iweb import IRequest
 from zope.interface import Interface
 
+from vllmproxy import exposure
 from vllmproxy.errors import Forbidden
 from vllmproxy.keys.credentials import CREDENTIAL_HEADERS, read_credential
 from vllmproxy.keys.gate import Caller, Gate
@@ -67,12 +66,9 @@ def manages(caller: Caller, endpoint: str) -> bool:
 
 
 def is_local(request: IRequest) -> bool:
-    """Tell whether ``request`` comes from this very machine over loopback, and not through another proxy, which any of
-    the forwarding headers would say."""
+    """Tell whether ``request`` comes from this very machine over loopback, and not through another proxy: any of the
+    forwarding headers would say so, and behind a UNIX socket there is one as a rule."""
     if any(request.requestHeaders.hasHeader(name) for name in FORWARDED):
         return False
     peer = request.getClientAddress()
-    if not isinstance(peer, IPv4Address | IPv6Address):
-        return False
-    address = ip_address(peer.host.partition("%")[0])
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    return not isinstance(peer, UNIXAddress) and exposure.is_local(peer)
