@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vllmproxy.usage.jsonbody import LONGEST_WHOLE, TAIL
 from vllmproxy.usage.reader import UsageReader, reader_for
-from vllmproxy.usage.sse import LONGEST_LINE
+from vllmproxy.usage.sse import LONGEST_LINE, SseReader
 from vllmproxy.usage.tokens import Usage
 
 JSON, SSE = b"application/json", b"text/event-stream; charset=utf-8"
@@ -46,7 +46,7 @@ def test_streams(stream: bytes, expected: Result) -> None:
 
 
 def test_a_report_of_usage_is_not_counted() -> None:
-    found = reader(SSE)
+    found = SseReader()
     found.feed(events(chunk("a", usage=tokens(1, 1)), chunk(None, usage=tokens(1, 1)), "[DONE]"))
     assert found.counted == 1
 

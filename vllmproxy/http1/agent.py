@@ -100,7 +100,6 @@ class UpstreamAgent:
         self._factory = _ConnectionFactory(self._build)
         self._name = origin.decode("ascii")
         self._reachable = True
-        self.retries = 0
 
     def request(  # type: ignore[override]  # header lines come as they go on the wire
         self,
@@ -195,7 +194,6 @@ class UpstreamAgent:
         request.headers.sent = False
         if not is_replayable(request.body):
             return reason
-        self.retries += 1
         return self._send_on_new(request)
 
     def _build(self) -> ClientConnection:

@@ -59,8 +59,7 @@ class Asked:
     :ivar model: ``None`` unless ``surety`` is ``"named"``.
     :ivar reason: why the model is ambiguous, as half a sentence for the caller: ``the model is given twice``.
     :ivar stream: the answer will be a stream of events.
-    :ivar answers: how many will be written: ``n`` for each prompt.
-    :ivar output_tokens: the most that all of them together may come to, at most ``MOST``; ``None`` if the body does
+    :ivar output_tokens: the most that all answers together may come to, at most ``MOST``; ``None`` if the body does
         not say. vLLM cuts it down to what the model's context leaves, or refuses.
     :ivar prompt_tokens: about as many as the prompt will have: one for four bytes of text, and for what else is in it a
         thousand a piece.
@@ -79,7 +78,6 @@ class Asked:
     surety: Surety = "absent"
     reason: str = ""
     stream: bool = False
-    answers: int = 1
     output_tokens: int | None = None
     prompt_tokens: int = 0
     interval: int = 1
@@ -157,7 +155,6 @@ def _of_document(document: Document, options: Document | None, path: str, prompt
         path, which = _invoked(values)
         unclear = unclear or which
     model, surety, reason = _model_of(values.get("model"), "model" in repeated)
-    answers = _answers(values, path)
     # The others' values may be as large as the body.
     document.values = {"stream_options": values.get("stream_options")}
     return Asked(
@@ -165,8 +162,7 @@ def _of_document(document: Document, options: Document | None, path: str, prompt
         surety=surety,
         reason=reason,
         stream="stream" in values and truth_of(values["stream"]) is True,
-        answers=answers,
-        output_tokens=_output(values, path, answers),
+        output_tokens=_output(values, path),
         prompt_tokens=prompt_tokens,
         interval=(count_of(values["stream_interval"]) or 1) if "stream_interval" in values else 1,
         detached="background" in values and truth_of(values["background"]) is not False,
@@ -248,7 +244,7 @@ def _prompts(value: object) -> int:
     return int(isinstance(value, str) and value != "")
 
 
-def _output(values: Mapping[str, object], path: str, answers: int) -> int | None:
+def _output(values: Mapping[str, object], path: str) -> int | None:
     if path == "/inference/v1/generate":
         bound = _sampling(values).get("max_tokens")
     else:
@@ -260,7 +256,7 @@ def _output(values: Mapping[str, object], path: str, answers: int) -> int | None
         if said is None and path == "/v1/completions":
             said = _COMPLETION_TOKENS
         bound = count_of(said)
-    return None if bound is None else min(bound * answers, MOST)
+    return None if bound is None else min(bound * _answers(values, path), MOST)
 
 
 def _sampling(values: Mapping[str, object]) -> dict[str, int]:

@@ -25,11 +25,7 @@ class JsonReader:
 
     Decoding a megabyte of embeddings would hold the reactor up for 10 ms, so a body over ``TAIL`` bytes is
     decoded whole only if its two ends do not tell.
-
-    :ivar counted: always 0: an answer in one piece has no events.
     """
-
-    counted = 0
 
     def __init__(self) -> None:
         self._body = bytearray()

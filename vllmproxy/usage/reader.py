@@ -22,10 +22,6 @@ class UsageReader(Protocol):
     The pieces may be of any length: how a body was split makes no difference. What is kept of it is bounded.
     """
 
-    @property
-    def counted(self) -> int:
-        """How many events so far carried a delta."""
-
     def feed(self, data: bytes) -> None:
         """Take the next piece of the body, after any transfer coding."""
 
@@ -36,8 +32,6 @@ class UsageReader(Protocol):
 class HeadReader:
     """Usage that stands in an answer's head: of embeddings as bytes, in ``metadata`` (vLLM's
     ``build_pooling_bytes_streaming_response``)."""
-
-    counted = 0
 
     def __init__(self, metadata: bytes) -> None:
         self._reader = JsonReader()
