@@ -253,7 +253,7 @@ class Gatekeeper:
             raise self.error
         return self.caller
 
-    def check_route(self, caller: Caller, group: Group, path: bytes | None = None, base: bytes = b"") -> None:
+    def check_route(self, caller: Caller, group: Group, path: bytes, base: bytes) -> None:
         if self.route_error is not None:
             raise self.route_error
 

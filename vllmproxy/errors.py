@@ -168,7 +168,7 @@ class Internal(ApiError):
     type = "internal_server_error"
 
 
-def error_body(status: int, type: str, param: str, message: str, *, anthropic: bool = False) -> bytes:
+def error_body(status: int, type: str, param: str, message: str, *, anthropic: bool) -> bytes:
     """Return the JSON body of an error answer, in LiteLLM's shape or in Anthropic's."""
     if anthropic:
         inner = {"type": _ANTHROPIC_TYPES.get(status, "api_error"), "message": message}

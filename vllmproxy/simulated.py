@@ -85,7 +85,7 @@ vllmproxy answers on {base}, with a simulated vLLM behind it. Try, {terminal}:
 """
 
 
-def base_url(address: Any, description: str = "tcp:") -> str:
+def base_url(address: Any, description: str) -> str:
     """Return the URL of a listening address, for a person on this machine.
 
     :param description: the endpoint that it came of.

@@ -23,7 +23,7 @@ class HealthApi:
         version: str,
         is_well: Callable[[], Awaitable[bool]],
         is_stopping: Callable[[], bool],
-        workers: Callable[[], tuple[int, int]] | None = None,
+        workers: Callable[[], tuple[int, int]] | None,
     ) -> None:
         self._store = store
         self._version = version

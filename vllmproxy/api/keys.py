@@ -46,9 +46,7 @@ class KeyApi:
     :param priced: there are prices, so that budgets of money can be kept.
     """
 
-    def __init__(
-        self, gate: Gate, store: Store, clock: IReactorTime, tell_usage: TellUsage, *, priced: bool = False
-    ) -> None:
+    def __init__(self, gate: Gate, store: Store, clock: IReactorTime, tell_usage: TellUsage, *, priced: bool) -> None:
         self._priced = priced
         self._tell_usage = tell_usage
         self._gate = gate

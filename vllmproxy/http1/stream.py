@@ -126,10 +126,10 @@ class Stream:
 
     # the answer
 
-    def set_producer(self, producer: Producer | None) -> None:
-        """Name what is to be paused while the client does not read, ``None`` for nothing."""
+    def set_producer(self, producer: Producer) -> None:
+        """Name what is to be paused while the client does not read."""
         self.producer = producer
-        if producer is not None and self.channel.congested:
+        if self.channel.congested:
             producer.pauseProducing()
 
     def inform(self, status: int, reason: bytes, lines: bytes) -> None:

@@ -105,11 +105,11 @@ class Gate:
             return self._admit(key)
         return self._look_up(token)
 
-    def check_route(self, caller: Caller, group: Group, path: bytes | None = None, base: bytes = b"") -> None:
+    def check_route(self, caller: Caller, group: Group, path: bytes, base: bytes) -> None:
         """Return if ``caller`` may call this route of vLLM, else raise :class:`Forbidden`.
 
         :param group: what :func:`~vllmproxy.keys.routes.group_for` says of ``path`` and ``base``.
-        :param path: the forwarded path, raw, without the query. Left out, nothing opens that depends on it.
+        :param path: the forwarded path, raw, without the query.
         :param base: the path of the upstream's URL.
         """
         if caller.is_master:

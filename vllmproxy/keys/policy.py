@@ -94,17 +94,17 @@ class Policy:
     reads: frozenset[str] = frozenset()
     key_routes: tuple[Route, ...] = ()
 
-    def opens(self, group: Group, path: bytes | None, base: bytes = b"") -> bool:
+    def opens(self, group: Group, path: bytes, base: bytes) -> bool:
         """Tell whether a route of vLLM is open.
 
         :param group: what :func:`~vllmproxy.keys.routes.group_for` says of ``path`` and ``base``.
-        :param path: the forwarded path, raw. ``None``: only what is open whatever the path.
+        :param path: the forwarded path, raw.
         :param base: the path of the upstream's URL, with and without which ``path`` is compared; one of inference and
             info is compared as it is judged, too.
         """
         if group in self.groups:
             return True
-        if path is None or not self.routes or group not in self.within:
+        if not self.routes or group not in self.within:
             return False
         readings = {plain_path(path), plain_path(path.removeprefix(base.rstrip(b"/")))}
         if group in ("inference", "info"):
