@@ -21,12 +21,11 @@ from vllmproxy.keys.credentials import Credential
 from vllmproxy.keys.gate import ANONYMOUS, Caller
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.keys.routes import Group
-from vllmproxy.observers.memory import MemoryObserver
 from vllmproxy.relay.headers import TrustedProxies
 from vllmproxy.relay.quotas import Quotas
 from vllmproxy.relay.relay import Relay
 from vllmproxy.store.memory import MemoryStore
-from vllmproxy.testing import MemoryEndpoint, MemoryTransport, RecordingReceiver
+from vllmproxy.testing import MemoryEndpoint, MemoryObserver, MemoryTransport, RecordingReceiver
 from vllmproxy.upstreams.server import Server
 from vllmproxy.upstreams.upstream import Upstream as Address
 from vllmproxy.usage.bookkeeper import Bookkeeper

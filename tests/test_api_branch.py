@@ -15,10 +15,9 @@ from vllmproxy.http1.factory import ServerFactory
 from vllmproxy.keys.cache import KeyCache
 from vllmproxy.keys.gate import Gate
 from vllmproxy.keys.masterkey import MasterKey
-from vllmproxy.observers.memory import MemoryObserver
 from vllmproxy.relay.headers import TrustedProxies
 from vllmproxy.store.memory import MemoryStore
-from vllmproxy.testing import MemoryTransport
+from vllmproxy.testing import MemoryObserver, MemoryTransport
 
 MASTER = "sk-canary-of-the-master-key"
 KEY = b"Authorization: Bearer %s\r\n" % MASTER.encode()

@@ -1,4 +1,4 @@
-"""The observer in memory, and the one that is several."""
+"""The observer that is several."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,8 @@ from twisted.logger import Logger
 
 from vllmproxy.observers import fanout
 from vllmproxy.observers.fanout import FanOut
-from vllmproxy.observers.memory import MemoryObserver
 from vllmproxy.observers.record import Observer, RequestRecord
+from vllmproxy.testing import MemoryObserver
 
 
 def record(request_id: str) -> RequestRecord:
@@ -32,16 +32,6 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     monkeypatch.setattr(fanout, "_log", Logger(observer=found.append))
     return found
-
-
-def test_memory_keeps_the_newest_and_counts_those_in_flight() -> None:
-    memory = MemoryObserver(maxlen=2)
-    for _ in range(4):
-        memory.started()
-    for name in "abc":
-        memory.finished(record(name))
-    assert [kept.request_id for kept in memory.records] == ["b", "c"]
-    assert memory.in_flight == 1
 
 
 def test_everyone_is_told_in_spite_of_one_that_raises(events: list[dict[str, Any]]) -> None:

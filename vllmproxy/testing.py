@@ -1,4 +1,5 @@
-"""Test doubles for whoever tests the proxy or extends it: connections in memory that behave as Twisted's TCP does."""
+"""Test doubles for whoever tests the proxy or extends it: connections in memory that behave as Twisted's TCP does, and
+an observer that keeps what it is told."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from vllmproxy.http1.message import WireError
+from vllmproxy.observers.record import RequestRecord
 
 
 @implementer(ITransport, IConsumer, IPushProducer)
@@ -261,3 +263,24 @@ class RecordingReceiver:
     def answer_failed(self, reason: Failure) -> None:
         self.events.append("answer_failed")
         self.reasons.append(reason)
+
+
+class MemoryObserver:
+    """Keeps every record.
+
+    :ivar records: the finished requests, oldest first.
+    :ivar in_flight: how many requests are started and not finished.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[RequestRecord] = []
+        self.in_flight = 0
+
+    def started(self) -> None:
+        """Take note of one more request."""
+        self.in_flight += 1
+
+    def finished(self, record: RequestRecord) -> None:
+        """Keep ``record``."""
+        self.in_flight -= 1
+        self.records.append(record)
