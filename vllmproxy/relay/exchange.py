@@ -324,7 +324,7 @@ class Exchange:
             self._left()
         else:
             answer.connection.abort()
-            self._relay.soon(self._left)
+            self._relay.next_turn(self._left)
 
     def _left(self) -> None:
         if self._relay.is_ending:

@@ -59,7 +59,7 @@ class Relay:
     _held_by: dict[str | None, int] = field(factory=dict)
     _running: dict[str, set[Exchange]] = field(factory=dict)
     _former: list[Server] = field(factory=list)
-    _soon: list[Callable[[], None]] = field(factory=list)
+    _next_turn: list[Callable[[], None]] = field(factory=list)
 
     def __attrs_post_init__(self) -> None:
         self.waits = Waits(self.clock, self.timeouts)
@@ -126,14 +126,14 @@ class Relay:
         """Give back all of a reservation whose request was never forwarded."""
         self.quotas.settle(reservation, forwarded=False)
 
-    def soon(self, act: Callable[[], None]) -> None:
+    def next_turn(self, act: Callable[[], None]) -> None:
         """Act in the next turn of the reactor: when many clients leave in one, vLLM hears of all of them first."""
-        if not self._soon:
+        if not self._next_turn:
             self.clock.callLater(0, self._act)
-        self._soon.append(act)
+        self._next_turn.append(act)
 
     def _act(self) -> None:
-        acts, self._soon = self._soon, []
+        acts, self._next_turn = self._next_turn, []
         for act in acts:
             try:
                 act()
