@@ -621,7 +621,7 @@ def test_what_was_never_sent_costs_nothing(why: str) -> None:
     if why == "left":
         house.client.reset_from_peer()
     else:
-        house.relay.revoke("ab" * 32)
+        house.relay.revoke("ab" * 32, forwarded=True)
     house.turn()
     assert not house.wires
     assert read_sums(house) == []
@@ -816,7 +816,7 @@ def test_what_runs_is_cut_when_its_key_is_revoked() -> None:
     house = house_of(tpm_limit=10**6)
     post(house, {"model": "m", "stream": True, "messages": MESSAGES})
     stream(house, delta("a"), end=False)
-    house.relay.revoke("ab" * 32)
+    house.relay.revoke("ab" * 32, forwarded=True)
     house.turn()
     assert house.client.lost
     assert house.wires[0].lost
@@ -827,7 +827,7 @@ def test_what_runs_is_cut_when_its_key_is_revoked() -> None:
 def test_what_waits_is_told_that_its_key_is_revoked() -> None:
     house = house_of()
     post(house, {"model": "m"})
-    house.relay.revoke("ab" * 32)
+    house.relay.revoke("ab" * 32, forwarded=True)
     house.turn()
     assert error(house)[0] == 401
     assert house.wires[0].lost

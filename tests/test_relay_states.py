@@ -147,7 +147,7 @@ class Play:
 
     def do_revoke(self) -> None:
         for token in self.house.relay.running():
-            self.house.relay.revoke(token)
+            self.house.relay.revoke(token, forwarded=True)
 
     def do_refuse(self) -> None:
         self.house.gate.hold = False
