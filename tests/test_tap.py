@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from twisted.python.usage import UsageError
+from twisted.scripts.twistd import ServerOptions
 
 from vllmproxy import __version__
 from vllmproxy.settings import Secret
@@ -129,6 +130,21 @@ def test_twistd_says_a_mistake_in_one_line_and_ends_with_1(
     assert says in result.stderr
     assert "hunter2" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_daemon_has_no_standard_output_for_its_access_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twisted.python.failure.startDebugMode", lambda: None)
+    file = tmp_path / "c.toml"
+    file.write_text('access-log = "-"\n')
+    for options in ((), ("--access-log", "-"), ("--config", str(file))):
+        with pytest.raises(SystemExit) as caught:
+            ServerOptions().parseOptions(["vllmproxy", "--upstream", URL, *options])
+        assert str(caught.value).startswith("vllmproxy: --access-log: a daemon has no standard output")
+        assert "--access-log FILE" in str(caught.value)
+        assert "--nodaemon" in str(caught.value)
+        for stays in ("--nodaemon", "--debug"):
+            ServerOptions().parseOptions([stays, "vllmproxy", "--upstream", URL, *options])
+    ServerOptions().parseOptions(["vllmproxy", "--upstream", URL, "--access-log", "access.jsonl"])
 
 
 def test_twistd_help_explains_every_option(tmp_path: Path) -> None:

@@ -114,7 +114,12 @@ _ROWS = (
         ("VLLMPROXY_MASTER_KEY", "LITELLM_MASTER_KEY"),
         credential="master-key",
     ),
-    Row("access-log", TEXT, "FILE for one JSON line per request; - is standard output.", default="-"),
+    Row(
+        "access-log",
+        TEXT,
+        "FILE for one JSON line per request; - is standard output, which a daemon has not.",
+        default="-",
+    ),
     Row("open", FLAG, "Let anybody in who can reach it, on any address, when there is no master key."),
     Row("simulate", FLAG, "Start a simulated vLLM beside the proxy, to try it without a GPU."),
     Row(

@@ -63,6 +63,15 @@ class Options(UsageOptions):
             self.said, self.settings = self.read()
         except SettingsError as error:
             raise UsageError(str(error)) from None
+        if self.settings.access_log == "-" and self._becomes_a_daemon():
+            raise UsageError(
+                "--access-log: a daemon has no standard output, and every line would be lost; give --access-log FILE "
+                "(/dev/null for none), or run twistd with --nodaemon"
+            )
+
+    def _becomes_a_daemon(self) -> bool:
+        twistd = self.parent
+        return twistd is not None and not (twistd["nodaemon"] or twistd["debug"])
 
     def load(self) -> Settings:
         """Make settings out of these options, and the environment and the files of now. Raises ``SettingsError``."""
