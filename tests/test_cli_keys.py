@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from _asking import ask, make_key
-from _cli import Ended, in_terminal, key_file, vllmproxy, without_styles
+from _cli import Asked, Ended, Said, fake_server, in_terminal, key_file, vllmproxy, without_styles
 from _service import MASTER_KEY, Twistd, start_proxy
 from rich.cells import cell_len
 
@@ -63,6 +63,36 @@ def test_the_life_of_a_key(proxy: Twistd) -> None:
     gone = done(vllmproxy("keys", "delete", "cli-life", token(key), url=url))
     assert gone.out == f"'cli-life' is deleted.\n{token(key)[:16]}... is deleted.\n"
     assert not works(proxy, key)
+
+
+def test_a_key_that_is_rotated_with_grace_is_named_with_its_end(proxy: Twistd) -> None:
+    old = make_key(proxy, key_alias="cli-grace", duration="30m")["key"]
+    out = done(vllmproxy("keys", "rotate", "cli-grace", "--grace", "2h", url=proxy.url)).out
+    row = done(vllmproxy("keys", "show", token(old), "--json", url=proxy.url)).json
+    end = row["expires"][:19].replace("T", " ")  # the 30 minutes: grace prolongs nothing
+    (said,) = [line for line in out.splitlines() if line.startswith("The old key")]
+    assert said == f"The old key, sk-...{old[-4:]}, works until {end} UTC. What ends it before:"
+    assert f"  vllmproxy keys delete {token(old)}\n" in out
+    done(vllmproxy("keys", "delete", "cli-grace", url=proxy.url))
+    assert works(proxy, old)
+    done(vllmproxy("keys", "delete", token(old), url=proxy.url))
+    assert not works(proxy, old)
+
+
+def test_a_new_key_is_shown_though_the_old_one_cannot_be_asked_for() -> None:
+    def answer(asked: Asked) -> Said:
+        return Said({"key": "sk-the-new-one"}) if asked.method == "POST" else Said({"error": {"message": "no"}}, 503)
+
+    with fake_server(answer) as server:
+        out = done(vllmproxy("keys", "rotate", "0" * 64, "--grace", "2h", url=server.url)).out
+    assert out.startswith("sk-the-new-one\n")
+    assert "The old key goes on working for the time of --grace. What ends it before:" in out
+    assert out.endswith(f"  vllmproxy keys delete {'0' * 64}\n")
+
+
+def test_a_key_that_is_rotated_without_grace_is_not_named(proxy: Twistd) -> None:
+    make_key(proxy, key_alias="cli-no-grace")
+    assert "old key" not in done(vllmproxy("keys", "rotate", "cli-no-grace", url=proxy.url)).out
 
 
 def test_a_new_key_is_shown_with_its_row(proxy: Twistd) -> None:

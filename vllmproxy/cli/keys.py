@@ -16,7 +16,7 @@ from vllmproxy.cli.names import KeyName, parse_name
 from vllmproxy.cli.output import write, write_json
 from vllmproxy.cli.place import read_key
 from vllmproxy.cli.tables import pairs
-from vllmproxy.cli.text import complain, plain, status_of
+from vllmproxy.cli.text import complain, field_text, plain, status_of
 
 Row = dict[str, Any]
 _PAGE: Final = "100"
@@ -30,10 +30,14 @@ def create(client: Client, options: Namespace) -> int:
 
 def rotate(client: Client, options: Namespace) -> int:
     """Put a new key in the place of one."""
-    body: Row = {"key": _token(client, parse_name(options.name)), **_custom_key(options, "new_key")}
+    old = _token(client, parse_name(options.name))
+    body: Row = {"key": old, **_custom_key(options, "new_key")}
     if options.grace:
         body["grace_period"] = options.grace
-    return _show_new(client, client.post("/key/regenerate", body), options)
+    status = _show_new(client, client.post("/key/regenerate", body), options)
+    if options.grace and not options.json and not options.quiet:
+        write(f"\nThe old key{_works_until(client, old)}. What ends it before:\n  vllmproxy keys delete {old}\n")
+    return status
 
 
 def list_keys(client: Client, options: Namespace) -> int:
@@ -61,14 +65,7 @@ def list_keys(client: Client, options: Namespace) -> int:
 def show(client: Client, options: Namespace) -> int:
     """Show a key."""
     name = parse_name(options.name)
-    if name.token is None:
-        row = _find(client, name)
-    else:
-        info = client.get("/key/info", {"key": name.token}).get("info")
-        if not isinstance(info, dict):
-            raise client.misunderstood()
-        row = {"token": name.token, **info}
-    return _show_row(row, options)
+    return _show_row(_find(client, name) if name.token is None else _info(client, name.token), options)
 
 
 def update(client: Client, options: Namespace) -> int:
@@ -149,6 +146,23 @@ def _rows(client: Client, query: Mapping[str, str | None]) -> Iterator[Row]:
 
 def _is_row(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("token"), str)
+
+
+def _info(client: Client, token: str) -> Row:
+    """Return the row of the key with that hash. Raises :class:`CommandError`."""
+    info = client.get("/key/info", {"key": token}).get("info")
+    if not isinstance(info, dict):
+        raise client.misunderstood()
+    return {"token": token, **info}
+
+
+def _works_until(client: Client, token: str) -> str:
+    """Return which key that is and when it ends; as much as can be had, for another one has been shown already."""
+    try:
+        row = _info(client, token)
+    except CommandError:
+        return " goes on working for the time of --grace"
+    return f", {plain(str(row.get('key_name')))}, works until {field_text('expires', row.get('expires'))}"
 
 
 def _find(client: Client, name: KeyName) -> Row:
