@@ -1,8 +1,17 @@
 """What an endpoint says of its certificate, apart from where it listens."""
 
-import pytest
+from pathlib import Path
 
-from vllmproxy.certificates import split_endpoint
+import pytest
+import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from vllmproxy.certificates import Certificate, split_endpoint
 
 
 @pytest.mark.parametrize(
@@ -24,3 +33,56 @@ from vllmproxy.certificates import split_endpoint
 )
 def test_an_endpoint_and_its_certificate(description: str, below: str, arguments: str | None) -> None:
     assert split_endpoint(description) == (below, arguments)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    made = trustme.CA().issue_cert("localhost")
+    key = made.private_key_pem.bytes()
+    locked = load_pem_private_key(key, None).private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"word")
+    )
+    contents = {"key": key, "cert": made.cert_chain_pems[0].bytes(), "junk": b"nothing\n", "locked": locked}
+    paths = {name: tmp_path / f"{name}:.pem" for name in (*contents, "absent", "directory")}
+    paths["directory"].mkdir()
+    for name, content in contents.items():
+        paths[name].write_bytes(content)
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("said", "setting", "file", "problem"),
+    [
+        ("privateKey={absent}:certKey={cert}", "privateKey", "absent", "cannot be read (No such file or directory)"),
+        ("privateKey={directory}:certKey={cert}", "privateKey", "directory", "cannot be read (Is a directory)"),
+        ("privateKey={junk}:certKey={cert}", "privateKey", "junk", "holds no private key in PEM that needs no pass"),
+        (
+            "privateKey={locked}:certKey={cert}",
+            "privateKey",
+            "locked",
+            "holds no private key in PEM that needs no pass",
+        ),
+        ("privateKey={cert}:certKey={cert}", "privateKey", "cert", "holds no private key in PEM that needs no pass"),
+        ("privateKey={key}:certKey={absent}", "certKey", "absent", "cannot be read (No such file or directory)"),
+        ("privateKey={key}:certKey={key}", "certKey", "key", "holds no certificate in PEM"),
+        ("privateKey={key}", "certKey", "key", "holds no certificate in PEM"),
+        ("privateKey={key}:certKey={cert}:extraCertChain={absent}", "extraCertChain", "absent", "cannot be read"),
+        ("privateKey={key}:certKey={cert}:dhParameters={absent}", "dhParameters", "absent", "cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(
+    files: dict[str, Path], said: str, setting: str, file: str, problem: str
+) -> None:
+    quoted = {name: str(path).replace(":", "\\:") for name, path in files.items()}
+    Certificate(f":privateKey={quoted['key']}:certKey={quoted['cert']}")
+    with pytest.raises(ValueError, match=setting) as caught:
+        Certificate(f":{said.format(**quoted)}")
+    assert str(caught.value).startswith(f"{setting}={str(files[file])!r} {problem}")
+
+
+def test_where_no_file_is_named_it_is_the_one_that_twisted_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^privateKey='server\.pem' cannot be read"):
+        Certificate("")

@@ -1,5 +1,6 @@
 """Starting when something is wrong: status 1, one line that says what, never a process that listens on nothing."""
 
+import os
 import re
 import socket
 from collections.abc import Iterator
@@ -39,7 +40,31 @@ def test_a_busy_port(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         line = refused(tmp_path, *UPSTREAM, "--listen", f"tcp:{port}:interface=127.0.0.1", listen=False)
     assert str(port) in line
-    assert "in use" in line
+    assert "in use; stop what listens there (ss -ltnp shows it), or choose another port" in line
+
+
+def test_a_busy_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "proxy.sock"
+    (tmp_path / "proxy.sock.lock").symlink_to(str(os.getpid()))  # Twisted's lock: whose it is
+    line = refused(tmp_path, *UPSTREAM, "--listen", f"unix:{path}", listen=False)
+    assert f"another process listens there, or {path}.lock would be gone; stop it, or choose another path" in line
+
+
+def test_a_unix_socket_where_there_is_no_directory(tmp_path: Path) -> None:
+    line = refused(tmp_path, *UPSTREAM, "--listen", f"unix:{tmp_path}/no/proxy.sock", listen=False)
+    assert "No such file or directory; make its directory, or choose another path" in line
+
+
+def test_an_address_of_another_machine(tmp_path: Path) -> None:
+    line = refused(tmp_path, *UPSTREAM, "--listen", f"tcp:{free_port()}:interface=192.0.2.1", listen=False)
+    assert "Cannot assign requested address; name one of this machine" in line
+
+
+@pytest.mark.parametrize("which", ["name=http", "index=0"])
+def test_a_socket_that_systemd_did_not_hand_over(tmp_path: Path, which: str) -> None:
+    line = refused(tmp_path, *UPSTREAM, "--listen", f"systemd:domain=INET:{which}", listen=False)
+    assert "systemd handed over no socket of that name or number and domain" in line
+    assert "vllmproxy.socket" in line
 
 
 def test_one_busy_port_of_two(tmp_path: Path) -> None:
@@ -102,7 +127,8 @@ def test_a_bad_certificate(tmp_path: Path, kind: str, content: str | None) -> No
         pem.write_text(content)
     endpoint = f"{kind}:{free_port()}:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
     line = refused(tmp_path, *UPSTREAM, "--listen", endpoint, listen=False)
-    assert "server.pem" in line
+    assert f": privateKey='{pem}' " in line
+    assert ("cannot be read (No such file or directory)" if content is None else "holds no private key") in line
 
 
 def test_a_certificate_with_another_s_key(tmp_path: Path) -> None:

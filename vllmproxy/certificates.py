@@ -1,9 +1,10 @@
 """The certificate of a TLS listener, which can be exchanged while it listens."""
 
 import re
+from pathlib import Path
 from typing import Any
 
-from OpenSSL import SSL
+from OpenSSL import SSL, crypto
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
 from zope.interface import implementer
@@ -19,7 +20,38 @@ class _Parser:
         self.options = contextFactory
 
 
+def _check(arguments: str) -> None:
+    """Raise ``ValueError`` with a sentence on the first file that cannot be used; OpenSSL does not say which it is."""
+    said = {"privateKey": "server.pem"}  # where Twisted looks when nothing is said
+    for argument in _ARGUMENTS.findall(arguments):
+        setting, _, name = argument.partition("=")
+        said[setting] = re.sub(r"\\(.)", r"\1", name)
+    said.setdefault("certKey", said["privateKey"])
+    for setting in ("privateKey", "certKey", "extraCertChain", "dhParameters"):
+        if setting in said:
+            _check_file(setting, said[setting])
+
+
+def _check_file(setting: str, name: str) -> None:
+    try:
+        pem = Path(name).read_bytes()
+    except OSError as error:
+        why = f"cannot be read ({error.strerror}); check its name and who may read it"
+        raise ValueError(f"{setting}={name!r} {why}") from None
+    what = ""
+    try:
+        if setting == "privateKey":
+            what = "private key in PEM that needs no passphrase"
+            crypto.load_privatekey(crypto.FILETYPE_PEM, pem, b"")  # with None, OpenSSL would ask on the terminal
+        elif setting == "certKey":
+            what = "certificate in PEM"
+            crypto.load_certificate(crypto.FILETYPE_PEM, pem)
+    except (crypto.Error, ValueError, TypeError):
+        raise ValueError(f"{setting}={name!r} holds no {what}; name a file that does") from None
+
+
 def _parse(arguments: str) -> Any:
+    _check(arguments)
     parser = _Parser()
     serverFromString(parser, f"ssl:0{arguments}").listen(None)
     parser.options.getContext()  # reads on: does the key belong to the certificate?

@@ -1,5 +1,7 @@
 """Opening the listeners: all of them, or a sentence that says why not."""
 
+import errno
+import os
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +24,14 @@ BACKLOG = 1024
 
 
 #: What a description can be wrong with, and the files that it names.
-_ERRORS = (OSError, ValueError, TypeError, KeyError, IndexError, VerifyError, SSL.Error, crypto.Error)
+_ERRORS = (OSError, ValueError, TypeError, VerifyError, SSL.Error, crypto.Error)
+#: What to do about what the system says when it does not open a listener.
+_REMEDIES = {
+    errno.EADDRINUSE: "stop what listens there (ss -ltnp shows it), or choose another port",
+    errno.EADDRNOTAVAIL: "name one of this machine, or leave interface= out",
+    errno.EACCES: "choose a port from 1024 up, or a directory it may write in, or have systemd hand the socket over",
+    errno.ENOENT: "make its directory, or choose another path",
+}
 
 
 @frozen
@@ -95,6 +104,11 @@ def _listen(reactor: Any, description: str, factory: Factory) -> Listener:
     below, wrapped, certificate = secured(description, factory)
     try:
         listening = _open(reactor, serverFromString(reactor, _with_backlog(below)), wrapped)
+    except (LookupError, AttributeError):  # of the names, the numbers, the domain; only systemd: looks them up
+        raise CannotListen(
+            f"cannot listen on {description}: systemd handed over no socket of that name or number and domain; "
+            "have its socket unit do it (systemd/vllmproxy.socket), or listen on tcp:"
+        ) from None
     except _ERRORS as error:
         raise CannotListen(f"cannot listen on {description}: {error}") from None
     # Twisted's own server endpoints bind before they return; so does StreamServerEndpointService rely on it.
@@ -104,13 +118,22 @@ def _listen(reactor: Any, description: str, factory: Factory) -> Listener:
         raise CannotListen(f"cannot listen on {description}: this kind of endpoint does not bind at once")
     (result,) = results
     if isinstance(result, Failure):
-        reason: object = result.value
-        if isinstance(reason, CannotListenError):
-            reason = reason.socketError
-        reason = getattr(reason, "strerror", None) or reason
-        raise CannotListen(f"cannot listen on {description}: {reason}")
+        raise CannotListen(f"cannot listen on {description}: {_why(result.value)}")
     result.stopReading()
     return Listener(description, result, certificate)
+
+
+def _why(error: object) -> str:
+    """Return why, and where that is known what to do."""
+    if isinstance(error, CannotListenError):
+        if not isinstance(error.socketError, OSError):  # UNIX sockets are locked; that is all Twisted says of it
+            path = os.fsdecode(error.port)
+            return f"another process listens there, or {path}.lock would be gone; stop it, or choose another path"
+        error = error.socketError
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{error.strerror}; {remedy}" if remedy else error.strerror
 
 
 def _open(reactor: Any, endpoint: Any, factory: Factory) -> Deferred[Any]:
