@@ -86,8 +86,14 @@ def test_a_store_that_is_a_directory(tmp_path: Path) -> None:
 
 def test_a_place_for_the_store_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "file" in refused(tmp_path / "a", *UPSTREAM, "--store", f"sqlite:{tmp_path}/file/keys.sqlite3")
-    assert "file" in refused(tmp_path / "b", *UPSTREAM, "--state-directory", f"{tmp_path}/file/state")
+    named = refused(tmp_path / "a", *UPSTREAM, "--store", f"sqlite:{tmp_path}/file/keys.sqlite3")
+    assert f"--store: {tmp_path}/file/keys.sqlite3 cannot be created" in named
+    place = ("--state-directory", f"{tmp_path}/file/state")
+    named = refused(tmp_path / "b", *UPSTREAM, *place)
+    assert f"--state-directory: {tmp_path}/file/state/vllmproxy.sqlite cannot be created" in named
+    with redis_server() as redis:
+        named = refused(tmp_path / "d", *UPSTREAM, *place, "--store", redis.url)
+    assert "--state-directory: the journal of usage cannot be written: " in named
     simulated = refused(tmp_path / "c", "--simulate", "--state-directory", f"{tmp_path}/file/state", env={})
     assert "file" in simulated
 
@@ -95,7 +101,7 @@ def test_a_place_for_the_store_that_cannot_be(tmp_path: Path) -> None:
 def test_a_redis_that_is_not_there(tmp_path: Path) -> None:
     port = free_port()
     line = refused(tmp_path, *UPSTREAM, "--store", f"redis://someone:a-secret-word@127.0.0.1:{port}/0")
-    assert f"127.0.0.1:{port}" in line
+    assert f"--store: redis://127.0.0.1:{port}/0: " in line
     assert "refused" in line
     assert "a-secret-word" not in _all(tmp_path)
 

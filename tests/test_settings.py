@@ -329,6 +329,8 @@ def test_bad_routes_with_a_time(text: str) -> None:
         ({**BASE, "trusted-proxy": ["10.0.0.1/8"]}, ["--trusted-proxy: ", "10.0.0.1/8", "10.0.0.0/8"]),
         ({**BASE, "trusted-proxy": ["example.com"]}, ["--trusted-proxy: ", "example.com"]),
         ({**BASE, "access-log": ""}, ["--access-log: ", "empty"]),
+        ({**BASE, "prices": ""}, ["--prices: the name is empty"]),
+        ({**BASE, "upstream-ca": ""}, ["--upstream-ca: the name is empty"]),
         ({**BASE, "state-directory": ""}, ["--state-directory: ", "empty"]),
         ({**BASE, "master-key-file": "/absent"}, ["--master-key-file: ", "'/absent'", "No such file"]),
         ({**BASE, "master-key-file": "/denied"}, ["--master-key-file: ", "'/denied'", "Permission denied"]),

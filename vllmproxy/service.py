@@ -46,7 +46,7 @@ from vllmproxy.relay.relay import Relay
 from vllmproxy.relay.revocation import Revocation
 from vllmproxy.relay.targets import is_under_prefix
 from vllmproxy.reloading import limits_of, reload, timeouts_of
-from vllmproxy.settings import Settings, SettingsError
+from vllmproxy.settings import Settings, SettingsError, default_store
 from vllmproxy.signals import Signals
 from vllmproxy.simulated import base_url, key_file, start_simulator, what_to_try
 from vllmproxy.store.interface import CannotOpenStore
@@ -76,6 +76,8 @@ class Proxy:
         self._reactor = reactor
         self._is_stopping = is_stopping
         self._worker = worker
+        in_state = settings.store == default_store(settings.state_directory)
+        self._store_setting = "--state-directory" if in_state else "--store"
         self.store = make_store(settings.store, reactor=reactor, state_directory=settings.state_directory)
         self.access_log = _open_access_log(settings.access_log, reactor)
         self._metrics = MetricsObserver(known_routes=KNOWN_ROUTES)
@@ -211,11 +213,16 @@ class Proxy:
 
     async def open(self) -> None:
         """Open what has to be, before the first request. Raises :class:`CannotOpenStore`."""
-        await self.store.open()
+        try:
+            await self.store.open()
+        except CannotOpenStore as error:
+            raise CannotOpenStore(f"{self._store_setting}: {error}") from error
         try:
             self.books.open()
         except OSError as error:
-            raise CannotOpenStore(f"the journal of usage cannot be written: {error}") from error
+            raise CannotOpenStore(
+                f"--state-directory: the journal of usage cannot be written: {error}; name another directory"
+            ) from error
 
     async def close(self) -> None:
         """Reset what is connected and let go of everything."""

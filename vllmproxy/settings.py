@@ -157,14 +157,14 @@ def load(options: Mapping[str, object], environ: Mapping[str, str], read_file: R
         if row.kind is SECRET:
             values[row.field] = _secret(row, said, environ, read_file)
         elif row.kind is PRICES:
-            values[row.field] = None if said is None else _parsed(said, read_file, Prices.parse)
+            values[row.field] = None if said is None else _parsed(row, said, read_file, Prices.parse)
         elif row.kind is AUTHORITIES:
-            values[row.field] = None if said is None else _parsed(said, read_file, Authorities.parse)
+            values[row.field] = None if said is None else _parsed(row, said, read_file, Authorities.parse)
         elif row.name not in {"state-directory", "store"} or said is not None:
             values[row.field] = _value(row, said)
     if "state_directory" not in values:
         values["state_directory"] = _default_state_directory(environ)
-    values.setdefault("store", f"sqlite:{values['state_directory']}/vllmproxy.sqlite")
+    values.setdefault("store", default_store(values["state_directory"]))
     settings = Settings(**values)
     if settings.workers > 1 and (said := found["workers"]) is not None:
         _check_workers(settings, said.place)
@@ -281,8 +281,8 @@ def _secret(row: Row, found: _Found | None, environ: Mapping[str, str], read_fil
     return checked_secret(_read(path, found.place, read_file), f"{found.place}: {str(path)!r}")
 
 
-def _parsed(found: _Found, read_file: ReadFile, parse: Callable[[str], T]) -> T:
-    path = Path(found.texts[0])
+def _parsed(row: Row, found: _Found, read_file: ReadFile, parse: Callable[[str], T]) -> T:
+    path = Path(_value(row, found))
     try:
         return parse(_read(path, found.place, read_file))
     except ValueError as error:
@@ -324,6 +324,11 @@ def _read(path: Path, place: str, read_file: ReadFile) -> str:
 def _unreadable(path: Path, place: str, error: OSError | ValueError) -> SettingsError:
     why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
     return SettingsError(f"{place}: cannot read {str(path)!r} ({why}); check its name and who may read it")
+
+
+def default_store(state_directory: Path) -> str:
+    """Return the store where none is named."""
+    return f"sqlite:{state_directory}/vllmproxy.sqlite"
 
 
 def _default_state_directory(environ: Mapping[str, str]) -> Path:
