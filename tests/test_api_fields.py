@@ -217,3 +217,17 @@ def test_deep_nesting_is_refused(body: bytes) -> None:
 def test_a_name_that_is_near_one_that_there_is(name: str, said: str) -> None:
     with pytest.raises(BadRequest, match=f"^Unknown field '{name}'\\.{re.escape(said)}$"):
         refuse_unknown({name: 1}, {"key_alias", "rpm_limit"})
+
+
+def test_a_duration_that_is_none_is_quoted() -> None:
+    with pytest.raises(BadRequest, match=r"^duration: '3y' is no duration; write a number and a unit, "):
+        parse_generate({"duration": "3y"}, NOW)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("rpm", "rpm_limit"), ("tpm", "tpm_limit"), ("budget", "max_budget"), ("expires", None)]
+)
+def test_a_field_is_taken_for_one_that_is_enforced(name: str, meant: str | None) -> None:
+    with pytest.raises(BadRequest) as caught:
+        parse_generate({name: 1}, NOW)
+    assert caught.value.message == f"Unknown field {name!r}." + (f" Did you mean {meant!r}?" if meant else "")

@@ -5,11 +5,12 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the one of ``known`` that ``name`` looks like, whatever its letters' case, dashes or underscores; ``None``
-    where it looks like none."""
+    """Return the one of ``known`` that ``name`` looks like, or else is the first words of, whatever its letters' case,
+    dashes or underscores; ``None`` where it is none, or the first words of several."""
     plain = {_plain(each): each for each in known}
-    found = difflib.get_close_matches(_plain(name[:64]), plain, n=1)
-    return plain[found[0]] if found else None
+    wanted = _plain(name[:64])
+    found = difflib.get_close_matches(wanted, plain, n=1) or [each for each in plain if each.startswith(f"{wanted}-")]
+    return plain[found[0]] if len(found) == 1 else None
 
 
 def question(name: str, known: Iterable[str]) -> str:

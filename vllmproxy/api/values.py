@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, Final
 
 from vllmproxy.errors import BadRequest
@@ -31,9 +31,9 @@ def parse_duration(body: Mapping[str, Any], name: str, now: float) -> int | None
         raise BadRequest(f"{name}: {error}.", param=name) from None
 
 
-def refuse_unknown(body: Mapping[str, Any], known: Set[str]) -> None:
-    """Raise :class:`BadRequest` for a field that is not in ``known``."""
-    for name in body:
+def refuse_unknown(names: Iterable[str], known: Set[str]) -> None:
+    """Raise :class:`BadRequest` for the name of a field that is not in ``known``."""
+    for name in names:
         if name not in known:
             # The name is the caller's own text: cut, so that an answer stays a sentence.
             raise BadRequest(f"Unknown field {name[:64]!r}.{question(name, known)}", param=name[:64])
