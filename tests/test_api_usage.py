@@ -112,6 +112,30 @@ async def test_usage_is_of_the_last_thirty_days_by_day(house: House) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("since=2023-11-14&until=2023-11-10", "since (2023-11-14) is after until (2023-11-10)."),
+        ("since=2024-01-01", f"since (2024-01-01) is after until ({TODAY})."),
+        (
+            "since=2022-01-01&until=2023-11-14",
+            "From since to until are 683 days; ask for at most 400, as many as are kept.",
+        ),
+        ("since=2022-10-11&until=2023-11-14", ""),
+        (
+            "since=2022-10-10&until=2023-11-14",
+            "From since to until are 401 days; ask for at most 400, as many as are kept.",
+        ),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_days_that_are_none_or_too_many(house: House, query: str, says: str) -> None:
+    answer = await house.ask("GET", f"/usage?{query}")
+    assert answer.status == (400 if says else 200)
+    if says:
+        assert refused(answer, 400, "since") == says
+
+
 @pytest_twisted.ensureDeferred
 async def test_money_is_written_as_it_is(house: House) -> None:
     await add(house, *(event(CUSTOM, model=f"m{micros}", spend=micros) for micros in (1, 99, 100_001, 2**53 // 10**4)))

@@ -133,8 +133,12 @@ def parse_usage(target: bytes, now: float, accept: str, key: str | None = None) 
         raise BadRequest("Give key or key_alias, not both.", param="key_alias")
     until = _day(values, "until", datetime.fromtimestamp(now, UTC).date())
     since = _day(values, "since", until - timedelta(days=min(_DEFAULT_DAYS, until.toordinal()) - 1))
-    if not 0 <= (until - since).days < KEPT_DAYS:
-        raise BadRequest(f"From since to until must be 1 to {KEPT_DAYS} days.", param="since")
+    days = (until - since).days + 1
+    if days < 1:
+        raise BadRequest(f"since ({since}) is after until ({until}).", param="since")
+    if days > KEPT_DAYS:
+        most = f"ask for at most {KEPT_DAYS}, as many as are kept"
+        raise BadRequest(f"From since to until are {days} days; {most}.", param="since")
     query = UsageQuery(
         since=str(since),
         until=str(until),
