@@ -340,6 +340,24 @@ async def test_what_is_not_there(house: House) -> None:
         assert allow in answer.error["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/v1/chat/completions?x=1", "It is /vllm/v1/chat/completions; an SDK's base_url ends in /vllm/v1."),
+        ("/chat/completions", "It is /vllm/v1/chat/completions; an SDK's base_url ends in /vllm/v1."),
+        ("/v1/messages", "It is /vllm/v1/messages; an SDK's base_url ends in /vllm."),
+        ("/tokenize", "It is /vllm/tokenize."),
+        ("/v1/nothing", ""),
+        ("/nothing", ""),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_who_forgot_vllm_is_told(house: House, path: str, says: str) -> None:
+    answer = await house.ask("POST", path, {})
+    assert answer.status == 404
+    assert answer.error["message"] == f"There is nothing here. vLLM's own API is below /vllm/. {says}".rstrip()
+
+
 @pytest_twisted.ensureDeferred
 async def test_what_klein_cannot_read_is_400_in_the_same_shape(house: House, logged: list[str]) -> None:
     assert (await house.ask("GET", "/%ff", key=None)).error["type"] == "bad_request_error"

@@ -87,7 +87,7 @@ class Api:
 
 
 def _explain(request: IRequest, failure: Failure) -> bytes:
-    return answer_error(request, error_of(failure))
+    return answer_error(request, error_of(failure, request.path))
 
 
 class _QuietSite(Site):

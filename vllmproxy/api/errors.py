@@ -11,33 +11,49 @@ from werkzeug.exceptions import HTTPException
 
 from vllmproxy.errors import ApiError, BadRequest, Internal, MethodNotAllowed, NotFound, body_of
 from vllmproxy.keys.gate import store_down
+from vllmproxy.keys.routes import KNOWN_ROUTES
 from vllmproxy.store.interface import StoreUnavailable
 
 _log = Logger()
 
 
-def error_of(failure: Failure) -> ApiError:
-    """Return the refusal that ``failure`` is to its caller. What is nobody's fault but ours is logged."""
+def error_of(failure: Failure, path: bytes = b"") -> ApiError:
+    """Return the refusal that ``failure`` is to its caller. What is nobody's fault but ours is logged.
+
+    :param path: what was asked for.
+    """
     error = failure.value
     if isinstance(error, ApiError):
         return error
     if isinstance(error, StoreUnavailable):
         return store_down()
     if isinstance(error, HTTPException):
-        return _routing_error(error)
+        return _routing_error(error, path)
     if not isinstance(error, CancelledError):
         # A cancelled handler is a client that hung up or a process that stops, not a fault.
         _log.failure("Unexpected error while answering an API request", failure)
     return Internal("Something went wrong in the proxy. Its log says more.")
 
 
-def _routing_error(error: HTTPException) -> ApiError:
+def _routing_error(error: HTTPException, path: bytes) -> ApiError:
     if error.code == 404:
-        return NotFound("There is nothing here. vLLM's own API is below /vllm/.")
+        return NotFound(f"There is nothing here. vLLM's own API is below /vllm/.{_meant(path)}")
     if error.code == 405:
         methods = ", ".join(sorted(getattr(error, "valid_methods", None) or ()))
         return MethodNotAllowed(f"Use one of: {methods}.", headers=[(b"allow", methods.encode())])
     return BadRequest("The request cannot be understood.")
+
+
+def _meant(path: bytes) -> str:
+    """Return where the route of vLLM's is that ``path`` names, with or without its ``/v1``; empty where it is none."""
+    for route in (path, b"/v1" + path):
+        if route in KNOWN_ROUTES:
+            name = f"/vllm{route.decode()}"
+            if not route.startswith(b"/v1/"):
+                return f" It is {name}."
+            base = "/vllm" if route.startswith(b"/v1/messages") else "/vllm/v1"  # Anthropic's SDK adds /v1 itself
+            return f" It is {name}; an SDK's base_url ends in {base}."
+    return ""
 
 
 def answer_json(request: IRequest, value: Any, status: int = 200) -> bytes:
