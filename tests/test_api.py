@@ -10,6 +10,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import LogEvent, Logger
 from twisted.python.failure import Failure
 
+from vllmproxy import __version__
 from vllmproxy.api import errors as api_errors
 from vllmproxy.errors import Internal
 from vllmproxy.keys.key import hash_key
@@ -375,7 +376,7 @@ async def test_head_answers_the_head_alone(house: House) -> None:
         assert full.status == head.status == status
         assert head.body == b""
         assert head.headers.getRawHeaders("content-length") == [str(len(full.body))]
-        assert head.headers.getRawHeaders("server") == ["vllmproxy"]
+        assert head.headers.getRawHeaders("server") == [f"vllmproxy/{__version__}"]
 
 
 @pytest_twisted.ensureDeferred
