@@ -10,8 +10,10 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
+from twisted.internet.protocol import Factory
 
 from vllmproxy.certificates import Certificate, split_endpoint
+from vllmproxy.listening import CannotListen, secured
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,14 @@ def test_a_file_that_cannot_be_used_is_named(
     with pytest.raises(ValueError, match=setting) as caught:
         Certificate(f":{said.format(**quoted)}")
     assert str(caught.value).startswith(f"{setting}={str(files[file])!r} {problem}")
+
+
+def test_a_method_that_openssl_does_not_have(files: dict[str, Path]) -> None:
+    quoted = {name: str(path).replace(":", "\\:") for name, path in files.items()}
+    description = f"ssl:0:privateKey={quoted['key']}:certKey={quoted['cert']}:sslmethod=SSLv9_METHOD"
+    with pytest.raises(CannotListen, match="SSLv9_METHOD") as caught:
+        secured(description, Factory())
+    assert str(caught.value).startswith(f"cannot listen on {description}: ")
 
 
 def test_where_no_file_is_named_it_is_the_one_that_twisted_takes(

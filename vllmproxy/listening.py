@@ -24,7 +24,7 @@ BACKLOG = 1024
 
 
 #: What a description can be wrong with, and the files that it names.
-_ERRORS = (OSError, ValueError, TypeError, VerifyError, SSL.Error, crypto.Error)
+_ERRORS = (OSError, ValueError, TypeError, AttributeError, VerifyError, SSL.Error, crypto.Error)
 #: What to do about what the system says when it does not open a listener.
 _REMEDIES = {
     errno.EADDRINUSE: "stop what listens there (ss -ltnp shows it), or choose another port",
