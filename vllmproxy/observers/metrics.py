@@ -136,7 +136,7 @@ class MetricsObserver(Collector):
         )
         yield histogram_family(
             "litellm_llm_api_time_to_first_token_metric",
-            "Seconds to the first byte of a successful answer that made tokens (unstreamed: to its only one)",
+            "Seconds to the first byte of a successful stream",
             only=self._first_token,
         )
         yield GaugeMetricFamily("litellm_in_flight_requests", "Requests in flight", self._in_flight)
