@@ -2,15 +2,16 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from _asking import until
 from twisted.python.usage import UsageError
-from twisted.scripts.twistd import ServerOptions
 
 from vllmproxy import __version__
 from vllmproxy.settings import Secret
@@ -132,19 +133,18 @@ def test_twistd_says_a_mistake_in_one_line_and_ends_with_1(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_daemon_has_no_standard_output_for_its_access_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("twisted.python.failure.startDebugMode", lambda: None)
-    file = tmp_path / "c.toml"
-    file.write_text('access-log = "-"\n')
-    for options in ((), ("--access-log", "-"), ("--config", str(file))):
-        with pytest.raises(SystemExit) as caught:
-            ServerOptions().parseOptions(["vllmproxy", "--upstream", URL, *options])
-        assert str(caught.value).startswith("vllmproxy: --access-log: a daemon has no standard output")
-        assert "--access-log FILE" in str(caught.value)
-        assert "--nodaemon" in str(caught.value)
-        for stays in ("--nodaemon", "--debug"):
-            ServerOptions().parseOptions([stays, "vllmproxy", "--upstream", URL, *options])
-    ServerOptions().parseOptions(["vllmproxy", "--upstream", URL, "--access-log", "access.jsonl"])
+@pytest.mark.parametrize("access_log", [(), ("--access-log", "access.jsonl")])
+def test_a_daemon_whose_access_log_is_lost_says_so(tmp_path: Path, access_log: Sequence[str]) -> None:
+    """It has no standard output, which is the default."""
+    options = ("--upstream", URL, "--listen", "unix:socket", "--state-directory", "state", *access_log)
+    started = twistd("--pidfile=d.pid", "--logfile=d.log", "vllmproxy", *options, cwd=tmp_path)
+    assert started.returncode == 0
+    log = tmp_path / "d.log"
+    until(lambda: log.exists() and "Listening on unix" in log.read_text())
+    os.kill(int((tmp_path / "d.pid").read_text()), signal.SIGTERM)
+    until(lambda: not (tmp_path / "d.pid").exists())
+    assert ("Nothing is kept of the access log" in log.read_text()) is not bool(access_log)
+    assert (tmp_path / "access.jsonl").exists() is bool(access_log)
 
 
 def test_twistd_help_explains_every_option(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from twisted.application.service import IService
+from twisted.logger import Logger
 from twisted.python.usage import Options as UsageOptions
 from twisted.python.usage import UsageError
 
@@ -13,6 +14,8 @@ from vllmproxy.said import Said, read_now
 from vllmproxy.settings import Settings, SettingsError
 from vllmproxy.settings_kinds import FLAG
 from vllmproxy.settings_table import TABLE, Row
+
+_log = Logger()
 
 _EXAMPLES = """
 Examples:
@@ -63,15 +66,15 @@ class Options(UsageOptions):
             self.said, self.settings = self.read()
         except SettingsError as error:
             raise UsageError(str(error)) from None
-        if self.settings.access_log == "-" and self._becomes_a_daemon():
-            raise UsageError(
-                "--access-log: a daemon has no standard output, and every line would be lost; give --access-log FILE "
-                "(/dev/null for none), or run twistd with --nodaemon"
-            )
 
-    def _becomes_a_daemon(self) -> bool:
+    def warn(self) -> None:
+        """Tell the log of what was asked for and cannot be."""
         twistd = self.parent
-        return twistd is not None and not (twistd["nodaemon"] or twistd["debug"])
+        if self.settings.access_log == "-" and twistd is not None and not (twistd["nodaemon"] or twistd["debug"]):
+            _log.warn(
+                "Nothing is kept of the access log: a daemon has no standard output. Give --access-log FILE, or run "
+                "twistd with --nodaemon"
+            )
 
     def load(self) -> Settings:
         """Make settings out of these options, and the environment and the files of now. Raises ``SettingsError``."""
@@ -124,6 +127,7 @@ def makeService(options: Options) -> IService:
     """Build the service for the settings, in the reactor that twistd has installed by now."""
     from twisted.internet import reactor  # noqa: PLC0415 (earlier would install the default reactor)
 
+    options.warn()
     service: IService
     if options.settings.workers > 1:  # what is not needed is not imported: --help and --version need neither
         from vllmproxy.workers.parent import Parent  # noqa: PLC0415

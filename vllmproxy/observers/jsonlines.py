@@ -194,7 +194,7 @@ class JsonLines:
 def open_access_log(target: str, clock: IReactorTime) -> JsonLines:
     """Return the access log that ``--access-log`` names.
 
-    :param target: ``-`` for standard output as it is now (a daemon has none: :mod:`vllmproxy.tap` refuses that), or
+    :param target: ``-`` for standard output as it is now (a daemon has none: :mod:`vllmproxy.tap` warns of that), or
         the path of a file, made with mode 0640 if it does not exist.
 
     Raises ``OSError`` if it cannot be opened.
