@@ -74,6 +74,7 @@ class House:
         self.vllm_is_well = True
         cache = KeyCache(self.clock, ttl=60.0)
         self.gate = Gate(self.store, cache, MasterKey(MASTER) if auth else None, self.clock)
+        self.store.watch_keys(self.gate.changed)
         self.api = Api(
             self.gate,
             self.store,

@@ -1,11 +1,13 @@
 """The three stores, for suites of tests that hold for each of them."""
 
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from _redis import RedisServer
+from twisted.enterprise.adbapi import Connection, ConnectionPool
 from twisted.internet import reactor
 
 from vllmproxy.keys.key import VirtualKey
@@ -83,3 +85,16 @@ async def last_usage(store: Store, writer: str) -> int:
 async def say_spent(store: Store, token: str, period: int, money: int, *audit: AuditEntry) -> None:
     """Say what a key has spent, whether there is one or not."""
     await store.change_keys([token], lambda _: Writes(spent={token: Spent(period, money)}, audit=audit))
+
+
+def hold_commits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Have SQLite stores commit nothing until what is returned is set."""
+    held = threading.Event()
+
+    class Held(Connection):  # type: ignore[misc]  # adbapi has no annotations
+        def commit(self) -> None:
+            assert not self._connection.in_transaction or held.wait(10)  # what only reads is in none
+            self._connection.commit()
+
+    monkeypatch.setattr(ConnectionPool, "connectionFactory", Held)
+    return held

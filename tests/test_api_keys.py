@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import pytest_twisted
 from _api import CUSTOM, MASTER, NOW, Answer, House
+from _reactor import until
+from _stores import hold_commits
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
+from twisted.internet.task import deferLater
+from twisted.web.client import ResponseNeverReceived
 
-from vllmproxy.errors import Forbidden
+from vllmproxy.errors import AuthError, Forbidden
 from vllmproxy.keys.gate import Caller
 from vllmproxy.keys.key import hash_key
 from vllmproxy.keys.routes import group_for
@@ -550,6 +554,34 @@ async def test_the_same_with_sqlite(tmp_path: Path) -> None:
         assert (await house.ask("GET", "/key/list?user_id=u&sort_by=key_alias")).json["total_count"] == 1
         statuses = [each["status"] for each in (await house.ask("GET", "/audit")).json["entries"]]
         assert statuses == [200, 403, 400, 200, 200]
+    finally:
+        await house.close()
+        await house.store.close()
+
+
+@pytest.mark.parametrize("how", ["delete", "block"])
+@pytest_twisted.ensureDeferred
+async def test_a_key_is_revoked_though_the_caller_hangs_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    commits = hold_commits(monkeypatch)
+    commits.set()
+    house = House(SqliteStore(tmp_path / "keys", reactor))
+    await house.open()
+    try:
+        key, token = (made := await house.make())["key"], made["token"]
+        commits.clear()
+        asked = Deferred.fromCoroutine(post(house, f"/key/{how}", {"keys": [key]} if how == "delete" else {"key": key}))
+        await deferLater(reactor, 0.1)
+        asked.cancel()
+        with pytest.raises(ResponseNeverReceived):
+            await asked
+        await deferLater(reactor, 0.1)  # until the API hears of it
+        assert (await maybeDeferred(house.gate.admit, token)).key_id == token
+        commits.set()
+        await until(lambda: house.gate._cache.get(token) is None, 5)
+        with pytest.raises(AuthError):
+            await maybeDeferred(house.gate.admit, token)
     finally:
         await house.close()
         await house.store.close()

@@ -239,6 +239,24 @@ async def test_a_store_opened_again_works(url: str) -> None:
 
 
 @pytest_twisted.ensureDeferred
+async def test_who_watches_hears_of_a_change_before_it_is_acknowledged(url: str) -> None:
+    store, heard = make_store(url, reactor=reactor), set[str | None]()
+    for _ in range(2):
+        store.watch_keys(heard.add)
+    await store.open()
+    one, two = key("one", "a"), key("two", "a")
+    await add_key(store, one)
+    assert one.token in heard
+    heard.clear()
+    await store.change_keys([one.token, two.token], lambda _: Writes(put=(two,), remove=(one.token,)))
+    assert {one.token, two.token} <= heard
+    heard.clear()
+    await update_key(store, two.token, lambda found: attrs.evolve(found, blocked=True))
+    assert two.token in heard
+    await store.close()
+
+
+@pytest_twisted.ensureDeferred
 async def test_update_changes_what_it_says_and_moves_the_alias(store: Store) -> None:
     await add_key(store, key("one", "old"))
     await add_key(store, key("two", "taken"))

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import pytest
 import pytest_twisted
-from _stores import add_key, delete_keys, last_usage, update_key
+from _reactor import until
+from _stores import add_key, delete_keys, hold_commits, last_usage, update_key
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.defer import CancelledError, Deferred, DeferredList, maybeDeferred
+from twisted.internet.task import deferLater
 
 from vllmproxy.keys.key import VirtualKey, hash_key
+from vllmproxy.limits.values import Ask, Granted, Rule
 from vllmproxy.store.interface import AuditEntry, CannotOpenStore, StoreUnavailable
 from vllmproxy.store.listing import KeyQuery
 from vllmproxy.store.sqlite import SqliteStore
@@ -255,6 +258,39 @@ async def test_an_add_that_has_failed_for_its_caller_is_not_done_later(tmp_path:
     await again.open()
     assert await again.get_key(KEY.token) is None
     await again.close()
+
+
+@pytest.mark.parametrize("gives_up", ["the caller", "the deadline"])
+@pytest_twisted.ensureDeferred
+async def test_a_change_that_is_done_after_all_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gives_up: str
+) -> None:
+    commits = hold_commits(monkeypatch)
+    commits.set()
+    heard: list[str | None] = []
+    store = SqliteStore(tmp_path / "keys", reactor, timeout=0.3)
+    store.watch_keys(heard.append)
+    await store.open()
+    limiter = store.limiter(reactor)
+    budget = Rule("budget", "", 10, 10)
+    await add_key(store, KEY)
+    await store.add_usage("w", 1, [UsageEvent(time=0.0, key=KEY.token, spend=5)])
+    assert not isinstance(await maybeDeferred(limiter.reserve, Ask(KEY.token, "1", (budget,))), Granted)
+    heard.clear()
+    commits.clear()
+    call = Deferred.fromCoroutine(delete_keys(store, [KEY.token]))
+    await deferLater(reactor, 0.1)
+    if gives_up == "the caller":
+        call.cancel()
+    with pytest.raises(CancelledError if gives_up == "the caller" else StoreUnavailable):
+        await call
+    assert await store.get_key(KEY.token) == KEY
+    assert heard == []
+    commits.set()
+    await until(lambda: heard == [KEY.token], 5)
+    assert await store.get_key(KEY.token) is None
+    assert isinstance(await maybeDeferred(limiter.reserve, Ask(KEY.token, "2", (budget,))), Granted)
+    await store.close()
 
 
 @pytest_twisted.ensureDeferred

@@ -247,7 +247,7 @@ class KeyApi:
         param: str = "key",
         alias: str | None = None,
     ) -> Writes:
-        """Do it, and let it take effect here at once.
+        """Do it, and log it.
 
         :param made: the token of a key that must not be there yet, nor be the master key's.
         :param param: the field that gave it.
@@ -263,10 +263,6 @@ class KeyApi:
         except AliasTaken:
             message = f"Key alias {alias!r} is taken by another key; aliases are unique."
             raise BadRequest(message, param="key_alias") from None
-        finally:
-            # Also when the store did not answer in time: it may have been done all the same.
-            for token in tokens:
-                self._gate.invalidate(token)
         for entry in writes.audit:
             what = "made" if entry.before is None else "deleted" if entry.after is None else "changed"
             _log.info("Key {key_id} was {what} by {actor}", key_id=entry.target, what=what, actor=entry.actor)

@@ -124,27 +124,22 @@ class Gate:
         """Tell whether ``token`` is the master key's sha256 hex: no virtual key may be made of it."""
         return self.master is not None and self.master.matches_token(token)
 
-    def invalidate(self, token: str) -> None:
-        """Forget what is known of a key that was just made, changed or deleted; this process asks again.
-
-        An answer that the store has under way may be older than the change: it is not remembered.
-        """
-        self._cache.forget(token)
-        self._pending.pop(token, None)
-        self._doubted.pop(token, None)
-        self._tell(token)
-
     def changed(self, token: str | None) -> None:
         """Take in what :meth:`Store.watch_keys <vllmproxy.store.interface.Store.watch_keys>` tells.
 
-        Where it names no key, an answer that is under way is as good as one that came just before: for an outage.
+        What is known of a key is forgotten, and asked for again. An answer that the store has under way may be older
+        than the change: it is not remembered. Where no key is named, it is as good as one that came just before: for
+        an outage.
         """
-        if token is not None:
-            self.invalidate(token)
-            return
-        self._cache.doubt()
-        self._doubted, self._pending = self._pending, {}
-        self._tell(None)
+        if token is None:
+            self._cache.doubt()
+            self._doubted, self._pending = self._pending, {}
+        else:
+            self._cache.forget(token)
+            self._pending.pop(token, None)
+            self._doubted.pop(token, None)
+        for changed in self._watchers:
+            changed(token)
 
     def watch(self, changed: Callable[[str | None], None]) -> None:
         """Have ``changed`` called for every key that is changed or deleted, here or by another process.
@@ -153,10 +148,6 @@ class Gate:
         unheard. By then this gate knows nothing of the key that is older. It must not raise.
         """
         self._watchers.append(changed)
-
-    def _tell(self, token: str | None) -> None:
-        for changed in self._watchers:
-            changed(token)
 
     def _admit(self, key: VirtualKey | None) -> Caller:
         if key is None:

@@ -1,6 +1,6 @@
 """What every store does in the same way, in terms of the few things that each does in its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
 from attrs import frozen
@@ -16,7 +16,9 @@ LIST_SECONDS: Final = 10.0
 
 
 class Changes(Protocol):
-    """The part of a :class:`~vllmproxy.store.interface.Store` that rests on ``change_keys``."""
+    """The part of a :class:`~vllmproxy.store.interface.Store` that rests on ``change_keys``, and who hears of those."""
+
+    _watchers: list[Callable[[str | None], None]]
 
     def get_key(self, token: str) -> Deferred[VirtualKey | None]: ...
 
@@ -27,6 +29,15 @@ class Changes(Protocol):
     async def _list(self, query: KeyQuery) -> KeyPage:
         """List where only looking at every key, or an index by time, can tell which are meant."""
         ...
+
+    def watch_keys(self, changed: Callable[[str | None], None]) -> None:
+        self._watchers.append(changed)
+
+    def _tell(self, tokens: Iterable[str]) -> None:
+        """These keys have changed."""
+        for token in tokens:
+            for changed in self._watchers:
+                changed(token)
 
     async def add_audit(self, entry: AuditEntry) -> None:
         await self.change_keys([], lambda _: Writes(audit=(entry,)))

@@ -113,11 +113,12 @@ class Store(Protocol):
         """Return when the store answers."""
 
     def watch_keys(self, changed: Callable[[str | None], None]) -> None:
-        """Have ``changed`` called when keys change behind this process's back. Before :meth:`open`.
+        """Have ``changed`` called when keys change. Before :meth:`open`.
 
-        It gets the token of a key that was changed or deleted, by another process or by this one; or ``None`` when
-        that may have gone unheard, for any key, as when the connection to hear it over was lost or made again. A
-        store that only one process writes never calls it; nor does one that cannot tell (SQLite). It must not raise.
+        It gets the token of a key that was changed or deleted, perhaps more than once for one change: by this process,
+        before :meth:`change_keys` returns, and also where whoever called that has given up meanwhile; by another
+        process, where a store can tell (SQLite cannot). Or ``None`` when that may have gone unheard, for any key, as
+        when the connection to hear it over was lost or made again. It must not raise.
         """
 
     def limiter(self, clock: IReactorTime) -> Limiter:

@@ -1,6 +1,6 @@
 """The store that forgets: keys in this process, gone with it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.interfaces import IReactorTime
@@ -28,6 +28,7 @@ class MemoryStore(Changes):
         self._audit: list[str] = []
         self._usage = MemoryUsage()
         self._limiters = MemoryLimiters(self.read_account)
+        self._watchers = []
 
     async def open(self) -> None:
         self._open = True
@@ -38,9 +39,6 @@ class MemoryStore(Changes):
         self._aliases.clear()
         self._audit.clear()
         self._usage.clear()
-
-    def watch_keys(self, changed: Callable[[str | None], None]) -> None:
-        """Nobody else can change them."""
 
     def limiter(self, clock: IReactorTime) -> Limiter:
         return self._limiters.make(clock)
@@ -79,6 +77,7 @@ class MemoryStore(Changes):
         spent = self._usage.change(account_changes(found, writes))
         self._audit += entries
         self._limiters.changed(writes, spent)
+        self._tell(writes.tokens)
         return writes
 
     async def list_audit(self, limit: int, before: str | None = None) -> list[StoredEntry]:

@@ -144,9 +144,11 @@ class RedisStore(Changes):
         self._lookups = Lookups(self._link, reactor, lookup_timeout, str(self._address))
         self._usage = RedisUsage(self._link, reactor, timeout)
         self._limiters: list[RedisLimiter] = []
+        self._watchers = []
         self._subscriptions: list[Subscription] = []
 
     def watch_keys(self, changed: Callable[[str | None], None]) -> None:
+        super().watch_keys(changed)
         self._subscriptions.append(Subscription(self._link.dialler, self._clock, changed))
 
     def limiter(self, clock: IReactorTime) -> Limiter:
@@ -194,6 +196,13 @@ class RedisStore(Changes):
 
     async def change_keys(self, tokens: Sequence[str], decide: Decide) -> Writes:
         tokens = tuple(dict.fromkeys(tokens))
+        try:
+            return await self._change_keys(tokens, decide)
+        finally:
+            # Also when Redis did not answer in time: it may have been done all the same.
+            self._tell(tokens)
+
+    async def _change_keys(self, tokens: Sequence[str], decide: Decide) -> Writes:
         not_after = self._clock.seconds() + self._timeout
         while True:
             rows = await self._rows(tokens, not_after - self._clock.seconds())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from twisted.enterprise.adbapi import ConnectionPool, Transaction
-from twisted.internet.defer import Deferred, DeferredSemaphore
+from twisted.internet.defer import Deferred, DeferredSemaphore, fail
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.internet.threads import deferToThreadPool
@@ -45,7 +45,8 @@ _DAY = 86_400
 
 
 class SqliteStore(Changes):
-    """The :class:`~vllmproxy.store.interface.Store` in one file.
+    """The :class:`~vllmproxy.store.interface.Store` in one file. Of what another process with the same file changes it
+    does not hear: that takes as long as keys are cached.
 
     :param path: the file; it is created with mode 0600, its directory with 0700, where they do not exist.
     :param reactor: provides ``IReactorCore``, ``IReactorTime`` and ``IReactorThreads``. The threads are the
@@ -60,6 +61,7 @@ class SqliteStore(Changes):
         self._calls = Calls(reactor)
         self._pool: ConnectionPool | None = None
         self._limiters = MemoryLimiters(self.read_account)
+        self._watchers = []
         #: What takes long has one of the threads, so that look-ups find another.
         self._long = DeferredSemaphore(1)
         self._daily = LoopingCall(self._remove_old)
@@ -99,9 +101,6 @@ class SqliteStore(Changes):
         if pool is not None:
             pool.close()
 
-    def watch_keys(self, changed: Callable[[str | None], None]) -> None:
-        """Another process with the same file is not heard of: what it changes takes as long as keys are cached."""
-
     def limiter(self, clock: IReactorTime) -> Limiter:
         return self._limiters.make(clock)
 
@@ -109,8 +108,14 @@ class SqliteStore(Changes):
         await self._run(_ping)
 
     async def change_keys(self, tokens: Sequence[str], decide: Decide) -> Writes:
-        writes, spent = await self._write(_change, tuple(tokens), decide)
+        call = self._write(_change, tuple(tokens), decide)
+        return await self._result(call.addCallback(self._changed), self._timeout)
+
+    def _changed(self, changed: tuple[Writes, dict[str, Account]]) -> Writes:
+        """Keys have changed, though whoever had them changed may have given up."""
+        writes, spent = changed
         self._limiters.changed(writes, spent)
+        self._tell(writes.tokens)
         return writes
 
     def get_key(self, token: str) -> Deferred[VirtualKey | None]:
@@ -123,7 +128,9 @@ class SqliteStore(Changes):
         return await self._run(_list_audit, limit, before)
 
     async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
-        self._limiters.added(await self._write(usage_sqlite.add, writer, first, tuple(events)), events)
+        call = self._write(usage_sqlite.add, writer, first, tuple(events))
+        accounts = await self._result(call, self._timeout)
+        self._limiters.added(accounts, events)
 
     async def forget_writer(self, writer: str) -> None:
         await self._run(usage_sqlite.forget, writer)
@@ -134,10 +141,6 @@ class SqliteStore(Changes):
     async def read_account(self, token: str) -> Account:
         return await self._run(usage_sqlite.account, token)
 
-    async def _write(self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Have ``work`` change something, unless it comes too late."""
-        return await self._run(_in_time, self._lateness(), work, *args, **kwargs)
-
     async def _list(self, query: KeyQuery) -> KeyPage:
         return await self._run_long(_list_keys, query)
 
@@ -145,17 +148,12 @@ class SqliteStore(Changes):
         """Return what ``work`` returns, after others that take long. Its thread is its own until it is done, however
         early its caller gives up."""
         await self._calls.run(self._long.acquire(), LIST_SECONDS)
-        if self._pool is None:
-            self._long.release()
-            raise StoreUnavailable("the store is closed")
-        waiter: Deferred[T] = Deferred()
 
-        def done(result: Any) -> None:
+        def done(result: Any) -> Any:
             self._long.release()
-            waiter.callback(result)
+            return result
 
-        self._pool.runInteraction(work, *args, **kwargs).addBoth(done)
-        return await self._result(waiter, LIST_SECONDS)
+        return await self._result(self._begin(work, *args, **kwargs).addBoth(done), LIST_SECONDS)
 
     def _today(self) -> str:
         return datetime.fromtimestamp(self._reactor.seconds(), UTC).strftime("%Y-%m-%d")
@@ -171,18 +169,25 @@ class SqliteStore(Changes):
 
     async def _run(self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return what ``work`` returns in a thread, inside one transaction."""
-        return await self._run_within(self._timeout, work, *args, **kwargs)
+        return await self._result(self._begin(work, *args, **kwargs), self._timeout)
 
-    async def _run_within(
-        self, seconds: float, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
+    def _write(self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
+        """Have ``work`` change something, unless it comes too late."""
+        return self._begin(_in_time, self._lateness(), work, *args, **kwargs)
+
+    def _begin(self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
+        """Have ``work`` done in a thread, inside one transaction."""
         if self._pool is None:
-            raise StoreUnavailable("the store is closed")
-        return await self._result(self._pool.runInteraction(work, *args, **kwargs), seconds)
+            return fail(StoreUnavailable("the store is closed"))
+        call: Deferred[T] = self._pool.runInteraction(work, *args, **kwargs)
+        return call
 
     async def _result(self, call: Deferred[T], seconds: float) -> T:
+        """Return what comes of ``call``, which goes on to its end however early its caller gives up."""
+        waiter: Deferred[T] = Deferred()
+        call.addBoth(waiter.callback)
         try:
-            return await self._calls.run(call, seconds)
+            return await self._calls.run(waiter, seconds)
         except (sqlite3.Error, ValueError) as error:
             raise StoreUnavailable(f"{self._path}: {error}") from error
 
