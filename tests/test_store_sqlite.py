@@ -306,14 +306,14 @@ async def test_an_unreadable_row_is_not_an_unknown_key(tmp_path: Path) -> None:
     await store.close()
 
 
-def first_release(path: Path) -> None:
+def first_release(path: Path, keys: int = 20) -> None:
     """Write a file as the first release did."""
     with sqlite3.connect(path) as connection:
         connection.execute(
             "CREATE TABLE keys (token BLOB PRIMARY KEY, alias BLOB UNIQUE, row TEXT NOT NULL) WITHOUT ROWID"
         )
         connection.execute("PRAGMA user_version = 1")
-        for number in range(20):
+        for number in range(keys):
             token = hash_key(f"k{number}")
             fields = {"token": token, "key_name": f"k{number}", "key_alias": f"a{number}", "created_at": 5.5 + number}
             row = json.dumps({**fields, "metadata": {"lone": "\ud800"}, "tags": ["t"], "blocked": True})
@@ -344,6 +344,35 @@ async def test_version_1_is_brought_up(tmp_path: Path) -> None:
         assert connection.execute("PRAGMA user_version").fetchone() == (3,)
         assert connection.execute("SELECT row FROM keys WHERE token = x'00'").fetchone() == ("no json",)
     connection.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_opening_takes_as_long_as_it_does(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    first_release(path)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    store = SqliteStore(path, reactor, timeout=0.1)
+    reactor.callLater(0.5, other.execute, "ROLLBACK")
+    await store.open()
+    other.close()
+    assert await store.get_key(hash_key("k7")) is not None
+    await store.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_opening_that_is_given_up_ends_in_the_middle(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    first_release(path, 5000)
+    content = path.read_bytes()
+    store, before = SqliteStore(path, reactor), threading.active_count()
+    opening = Deferred.fromCoroutine(store.open())
+    opening.cancel()
+    with pytest.raises(CancelledError):
+        await opening
+    assert threading.active_count() <= before  # threads of earlier tests may end meanwhile
+    await store.close()
+    assert path.read_bytes() == content
 
 
 def second_release(path: Path) -> None:

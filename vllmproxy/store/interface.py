@@ -104,7 +104,7 @@ class Store(Protocol):
     """Keeps virtual keys. Every method may raise :class:`StoreUnavailable` and ends within its own deadline."""
 
     async def open(self) -> None:
-        """Connect, and create, migrate or check the schema. Raises :class:`CannotOpenStore`."""
+        """Connect, and create, migrate or check the schema, which has no deadline. Raises :class:`CannotOpenStore`."""
 
     async def close(self) -> None:
         """Let go of everything; pending calls fail with :class:`StoreUnavailable`. Idempotent."""

@@ -3,7 +3,9 @@
 import sqlite3
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from twisted.enterprise.adbapi import ConnectionPool, Transaction
@@ -30,7 +32,7 @@ from vllmproxy.store.interface import (
 from vllmproxy.store.limits_memory import MemoryLimiters
 from vllmproxy.store.listing import KeyPage, KeyQuery, Selection
 from vllmproxy.store.rows import dump_entry, dump_row, load_entry, load_row, name_bytes, name_text
-from vllmproxy.store.sqlite_schema import BUSY_SECONDS, prepare
+from vllmproxy.store.sqlite_schema import BUSY_SECONDS, end_with, prepare
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
 
@@ -51,7 +53,7 @@ class SqliteStore(Changes):
     :param path: the file; it is created with mode 0600, its directory with 0700, where they do not exist.
     :param reactor: provides ``IReactorCore``, ``IReactorTime`` and ``IReactorThreads``. The threads are the
         store's own, started by :meth:`open` and stopped by :meth:`close`.
-    :param timeout: seconds that any call may take.
+    :param timeout: seconds that any call may take; :meth:`open` takes as long as the file needs.
     """
 
     def __init__(self, path: Path, reactor: Any, *, timeout: float = 2.0) -> None:
@@ -70,6 +72,7 @@ class SqliteStore(Changes):
     async def open(self) -> None:
         if self._pool is not None:
             return
+        ended = Event()
         # Made here and not in __init__: a daemon forks in between, and threads do not survive that.
         pool = ConnectionPool(
             "sqlite3",
@@ -78,19 +81,20 @@ class SqliteStore(Changes):
             isolation_level="IMMEDIATE",
             check_same_thread=False,  # adbapi closes its threads' connections from the reactor's
             cp_reactor=self._reactor,
-            cp_openfun=_configure,
+            cp_openfun=partial(_configure, ended=ended),
             cp_min=1,
             cp_max=3,
         )
         try:
-            await self._calls.run(deferToThreadPool(self._reactor, pool.threadpool, prepare, self._path), self._timeout)
-            await self._calls.run(pool.runInteraction(usage_sqlite.remove_old, self._today()), LIST_SECONDS)
+            await deferToThreadPool(self._reactor, pool.threadpool, prepare, self._path, ended)
+            await pool.runInteraction(usage_sqlite.remove_old, self._today())
             self._pool = pool
             self._daily.start(_DAY, now=False)
-        except (StoreUnavailable, sqlite3.Error) as error:
+        except sqlite3.Error as error:
             raise CannotOpenStore(f"{self._path}: {error}") from error
         finally:
             if self._pool is not pool:
+                ended.set()
                 pool.close()
 
     async def close(self) -> None:
@@ -197,7 +201,8 @@ def _not_removed(failure: Failure) -> None:
     _log.warn("What is kept no longer stays in the store for another day: {error}", error=str(failure.value))
 
 
-def _configure(connection: sqlite3.Connection) -> None:
+def _configure(connection: sqlite3.Connection, ended: Event) -> None:
+    end_with(ended, connection)
     # A commit is on the disk, not only with the kernel, before it is acknowledged: a new key and (worse to
     # lose) a revocation survive a power cut. NORMAL would survive kill -9 only. Writes are rare.
     connection.execute("PRAGMA synchronous = FULL")

@@ -4,6 +4,7 @@ import os
 import sqlite3
 import time
 from pathlib import Path
+from threading import Event
 from typing import Final
 
 from vllmproxy.store.interface import SCHEMA_VERSION, CannotOpenStore
@@ -13,6 +14,9 @@ from vllmproxy.usage.sums import NUMBERS
 #: Seconds that a thread waits for another process's write; shorter than a call's deadline, so that a thread
 #: is free again by the time its caller has given up, and closing never waits longer than this.
 BUSY_SECONDS: Final = 1.0
+
+#: After so many steps of SQLite's machine a thread looks whether it is to end: some 0.1 ms.
+_STEPS: Final = 1000
 
 #: Version 1. Names are BLOBs holding UTF-8, because TEXT cannot hold every Python string.
 _KEYS: Final = "CREATE TABLE keys (token BLOB PRIMARY KEY, alias BLOB UNIQUE, row TEXT NOT NULL) WITHOUT ROWID"
@@ -42,9 +46,15 @@ _THIRD: Final = (
 )
 
 
-def prepare(path: Path) -> None:
+def end_with(ended: Event, connection: sqlite3.Connection) -> None:
+    """Have whatever ``connection`` is asked fail soon once ``ended`` is set."""
+    connection.set_progress_handler(ended.is_set, _STEPS)
+
+
+def prepare(path: Path, ended: Event) -> None:
     """Create the file and its schema where there are none, and check them where there are. Blocks.
 
+    :param ended: set to give it up; then the file is as it was.
     :raises CannotOpenStore: says what is wrong with the file.
     """
     try:
@@ -56,16 +66,17 @@ def prepare(path: Path) -> None:
     if path.is_dir():
         raise CannotOpenStore(f"{path} is a directory: name a file with --store sqlite:PATH")
     try:
-        _prepare_patiently(path)
+        _prepare_patiently(path, ended)
     except sqlite3.Error as error:
         raise CannotOpenStore(f"{path} cannot be used as the key store: {error}") from error
 
 
-def _prepare_patiently(path: Path) -> None:
+def _prepare_patiently(path: Path, ended: Event) -> None:
     """Check the file; changing the journal's mode does not by itself wait for others that just do the same."""
     give_up = time.monotonic() + BUSY_SECONDS
     while True:
         connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+        end_with(ended, connection)
         try:
             _check(path, connection)
             # Lookups never wait for a writer. The mode is kept in the file.
