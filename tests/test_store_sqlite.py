@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,9 +23,12 @@ from twisted.internet.task import deferLater
 
 from vllmproxy.keys.key import VirtualKey, hash_key
 from vllmproxy.limits.values import Ask, Granted, Rule
-from vllmproxy.store.interface import AuditEntry, CannotOpenStore, StoreUnavailable
+from vllmproxy.store import sqlite
+from vllmproxy.store.interface import AuditEntry, CannotOpenStore, StoreUnavailable, Writes
 from vllmproxy.store.listing import KeyQuery
+from vllmproxy.store.rows import load_row
 from vllmproxy.store.sqlite import SqliteStore
+from vllmproxy.store.sqlite_schema import BUSY_SECONDS
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.sums import Account
 
@@ -67,6 +71,22 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
+def first_release(path: Path, keys: int = 20) -> None:
+    """Write a file as the first release did."""
+    with sqlite3.connect(path) as connection:
+        connection.execute(
+            "CREATE TABLE keys (token BLOB PRIMARY KEY, alias BLOB UNIQUE, row TEXT NOT NULL) WITHOUT ROWID"
+        )
+        connection.execute("PRAGMA user_version = 1")
+        for number in range(keys):
+            token = hash_key(f"k{number}")
+            fields = {"token": token, "key_name": f"k{number}", "key_alias": f"a{number}", "created_at": 5.5 + number}
+            row = json.dumps({**fields, "metadata": {"lone": "\ud800"}, "tags": ["t"], "blocked": True})
+            connection.execute("INSERT INTO keys VALUES (?, ?, ?)", (token.encode(), b"a%d" % number, row))
+        connection.execute("INSERT INTO keys VALUES (x'00', NULL, 'no json')")
+    connection.close()
+
+
 async def refusal(path: Path) -> str:
     """Return why ``path`` cannot be opened; no thread is left over from trying."""
     before = threading.active_count()
@@ -103,6 +123,37 @@ async def test_threads_end_with_close(tmp_path: Path) -> None:
     assert threading.active_count() > before
     await store.close()
     assert threading.active_count() <= before  # threads of earlier tests may end meanwhile
+
+
+@pytest_twisted.ensureDeferred
+async def test_closing_waits_for_no_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, read = SqliteStore(tmp_path / "keys", reactor), list[str]()
+    await store.open()
+    keys = tuple(VirtualKey(token=hash_key(str(number)), key_name="k") for number in range(5000))
+    await store.change_keys([], lambda _: Writes(put=keys))
+    monkeypatch.setattr(sqlite, "load_row", lambda row: read.append(row) or load_row(row))
+    listing = Deferred.fromCoroutine(store.list_keys(KeyQuery(search="nothing")))
+    await store.close()  # waits for the thread
+    assert len(read) < 5000
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await listing
+
+
+@pytest_twisted.ensureDeferred
+async def test_closing_waits_for_the_lock_once(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    store = SqliteStore(path, reactor)
+    await store.open()
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    changes = [Deferred.fromCoroutine(delete_keys(store, [KEY.token])) for _ in range(30)]
+    began = time.monotonic()
+    await store.close()
+    took = time.monotonic() - began
+    other.close()
+    for success, result in await DeferredList(changes, consumeErrors=True):
+        assert (success, result.type) == (False, StoreUnavailable)
+    assert took < 5 * BUSY_SECONDS  # three at a time, it would be ten
 
 
 @pytest_twisted.ensureDeferred
@@ -304,22 +355,6 @@ async def test_an_unreadable_row_is_not_an_unknown_key(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable):
         await store.get_key(KEY.token)
     await store.close()
-
-
-def first_release(path: Path, keys: int = 20) -> None:
-    """Write a file as the first release did."""
-    with sqlite3.connect(path) as connection:
-        connection.execute(
-            "CREATE TABLE keys (token BLOB PRIMARY KEY, alias BLOB UNIQUE, row TEXT NOT NULL) WITHOUT ROWID"
-        )
-        connection.execute("PRAGMA user_version = 1")
-        for number in range(keys):
-            token = hash_key(f"k{number}")
-            fields = {"token": token, "key_name": f"k{number}", "key_alias": f"a{number}", "created_at": 5.5 + number}
-            row = json.dumps({**fields, "metadata": {"lone": "\ud800"}, "tags": ["t"], "blocked": True})
-            connection.execute("INSERT INTO keys VALUES (?, ?, ?)", (token.encode(), b"a%d" % number, row))
-        connection.execute("INSERT INTO keys VALUES (x'00', NULL, 'no json')")
-    connection.close()
 
 
 @pytest_twisted.ensureDeferred

@@ -62,6 +62,7 @@ class SqliteStore(Changes):
         self._timeout = timeout
         self._calls = Calls(reactor)
         self._pool: ConnectionPool | None = None
+        self._ended = Event()
         self._limiters = MemoryLimiters(self.read_account)
         self._watchers = []
         #: What takes long has one of the threads, so that look-ups find another.
@@ -72,7 +73,7 @@ class SqliteStore(Changes):
     async def open(self) -> None:
         if self._pool is not None:
             return
-        ended = Event()
+        self._ended = ended = Event()
         # Made here and not in __init__: a daemon forks in between, and threads do not survive that.
         pool = ConnectionPool(
             "sqlite3",
@@ -103,6 +104,7 @@ class SqliteStore(Changes):
             self._daily.stop()
         self._calls.end()
         if pool is not None:
+            self._ended.set()
             pool.close()
 
     def limiter(self, clock: IReactorTime) -> Limiter:
@@ -165,19 +167,18 @@ class SqliteStore(Changes):
     def _remove_old(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._run_long(usage_sqlite.remove_old, self._today())).addErrback(_not_removed)
 
-    def _lateness(self) -> Callable[[], bool]:
-        """Return what tells whether a call that begins now has been given up by its caller."""
-        not_after = self._reactor.seconds() + self._timeout
-        pool = self._pool
-        return lambda: self._pool is not pool or self._reactor.seconds() > not_after
-
     async def _run(self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return what ``work`` returns in a thread, inside one transaction."""
         return await self._result(self._begin(work, *args, **kwargs), self._timeout)
 
     def _write(self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
         """Have ``work`` change something, unless it comes too late."""
-        return self._begin(_in_time, self._lateness(), work, *args, **kwargs)
+        ended, not_after = self._ended, self._reactor.seconds() + self._timeout
+
+        def late() -> bool:
+            return ended.is_set() or self._reactor.seconds() > not_after
+
+        return self._begin(_in_time, late, work, *args, **kwargs)
 
     def _begin(self, work: Callable[Concatenate[Transaction, P], T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
         """Have ``work`` done in a thread, inside one transaction."""
@@ -221,12 +222,13 @@ def _in_time(
     **kwargs: P.kwargs,
 ) -> T:
     """Do ``work``, which reads and writes, alone, and not at all when it is late."""
-    transaction.execute("BEGIN IMMEDIATE")  # not with the first write: nobody else writes after it has read
-    result = work(transaction, *args, **kwargs)
-    if late():
-        # Rolled back: the caller has been told that this failed, so nobody was given the key.
-        raise StoreUnavailable("the store was closed or too slow")
-    return result
+    if not late():  # or it would wait for the lock, as may others behind it
+        transaction.execute("BEGIN IMMEDIATE")  # not with the first write: nobody else writes after it has read
+        result = work(transaction, *args, **kwargs)
+        if not late():
+            return result
+    # Rolled back: the caller has been told that this failed, so nobody was given the key.
+    raise StoreUnavailable("the store was closed or too slow")
 
 
 def _change(transaction: Transaction, tokens: Sequence[str], decide: Decide) -> tuple[Writes, dict[str, Account]]:

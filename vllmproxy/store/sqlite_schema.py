@@ -12,7 +12,8 @@ from vllmproxy.store.rows import load_row
 from vllmproxy.usage.sums import NUMBERS
 
 #: Seconds that a thread waits for another process's write; shorter than a call's deadline, so that a thread
-#: is free again by the time its caller has given up, and closing never waits longer than this.
+#: is free again by the time its caller has given up. Closing waits as long at most for a thread that does, and for
+#: others until they look (:func:`end_with`).
 BUSY_SECONDS: Final = 1.0
 
 #: After so many steps of SQLite's machine a thread looks whether it is to end: some 0.1 ms.
