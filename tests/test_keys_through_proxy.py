@@ -176,6 +176,14 @@ def test_with_no_store_named_keys_live_in_the_state_directory(start: Start) -> N
     assert opens(start(directory="same"), key)
 
 
+def test_a_relative_state_directory_has_the_keys_too(start: Start) -> None:
+    service = start("--state-directory", "st")
+    make_key(service)
+    names = {file.name for file in (service.directory / "st").iterdir()}
+    assert {"vllmproxy.sqlite", "usage"} <= names
+    assert "st" not in names
+
+
 def test_no_store_holds_a_key_itself(start: Start, server: RedisServer) -> None:
     own = "sk-canary-in-the-store-0001"
     service = start("--store", "sqlite:keys.sqlite3", directory="same")

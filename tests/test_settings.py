@@ -3,16 +3,19 @@
 from collections.abc import Callable, Mapping
 from ipaddress import ip_network
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
 import trustme
 from hypothesis import given
 from hypothesis import strategies as st
+from twisted.internet.task import Clock
 
 from vllmproxy.settings import Secret, Settings, SettingsError, load
 from vllmproxy.settings_kinds import FLAG
 from vllmproxy.settings_table import TABLE, Row
+from vllmproxy.store.opening import make_store
 from vllmproxy.upstreams.upstream import Upstream
 
 URL = "http://gpu1:8000"
@@ -54,7 +57,7 @@ def test_defaults() -> None:
         upstream_key=None,
         upstream_ca=None,
         listen=("tcp:4000:interface=127.0.0.1",),
-        store="sqlite:/home/ann/.local/state/vllmproxy/vllmproxy.sqlite",
+        store="sqlite:vllmproxy.sqlite",
         state_directory=Path("/home/ann/.local/state/vllmproxy"),
         master_key=None,
         access_log="-",
@@ -158,12 +161,14 @@ def test_environment_names_count_in_their_order(name: str) -> None:
         ({"STATE_DIRECTORY": "/var/lib/a:/var/lib/b", "XDG_STATE_HOME": "/x"}, "/var/lib/a"),
         ({"STATE_DIRECTORY": "", "XDG_STATE_HOME": "/x", **HOME}, "/x/vllmproxy"),
         ({"XDG_STATE_HOME": "relative", **HOME}, "/home/ann/.local/state/vllmproxy"),
+        ({"STATE_DIRECTORY": "relative"}, "relative"),
     ],
 )
 def test_state_directory_and_the_store_in_it(environ: Mapping[str, str], expected: str) -> None:
     result = settings(environ=environ)
     assert result.state_directory == Path(expected)
-    assert result.store == f"sqlite:{expected}/vllmproxy.sqlite"
+    store: Any = make_store(result.store, reactor=Clock(), state_directory=result.state_directory)
+    assert store._path == Path.cwd() / expected / "vllmproxy.sqlite"
 
 
 def test_repeatables() -> None:

@@ -46,7 +46,8 @@ from vllmproxy.relay.relay import Relay
 from vllmproxy.relay.revocation import Revocation
 from vllmproxy.relay.targets import is_under_prefix
 from vllmproxy.reloading import limits_of, reload, timeouts_of
-from vllmproxy.settings import Settings, SettingsError, default_store
+from vllmproxy.settings import Settings, SettingsError
+from vllmproxy.settings_table import TABLE
 from vllmproxy.signals import Signals
 from vllmproxy.simulated import base_url, key_file, start_simulator, what_to_try
 from vllmproxy.store.interface import CannotOpenStore
@@ -76,7 +77,7 @@ class Proxy:
         self._reactor = reactor
         self._is_stopping = is_stopping
         self._worker = worker
-        in_state = settings.store == default_store(settings.state_directory)
+        in_state = settings.store == TABLE["store"].default
         self._store_setting = "--state-directory" if in_state else "--store"
         self.store = make_store(settings.store, reactor=reactor, state_directory=settings.state_directory)
         self.access_log = _open_access_log(settings.access_log, reactor)

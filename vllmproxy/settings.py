@@ -56,7 +56,8 @@ class Settings:
     :ivar upstream: ``None`` exactly when ``simulate`` is set.
     :ivar listen: at least one Twisted endpoint description.
     :ivar workers: processes; where there are more than one, the store is a Redis.
-    :ivar store: ``memory:``, ``sqlite:PATH`` or a Redis URL; not in the ``repr``, for it may hold a password.
+    :ivar store: ``memory:``, ``sqlite:PATH``, relative to ``state_directory``, or a Redis URL; not in the ``repr``, for
+        it may hold a password.
     :ivar access_log: a file's name, ``-`` for standard output.
     :ivar head_timeout: for a whole request head, from its first byte; ``idle_timeout``: between requests.
     :ivar first_byte_timeout: from the request's last byte to the first of vLLM's answer.
@@ -160,11 +161,10 @@ def load(options: Mapping[str, object], environ: Mapping[str, str], read_file: R
             values[row.field] = None if said is None else _parsed(row, said, read_file, Prices.parse)
         elif row.kind is AUTHORITIES:
             values[row.field] = None if said is None else _parsed(row, said, read_file, Authorities.parse)
-        elif row.name not in {"state-directory", "store"} or said is not None:
+        elif row.name != "state-directory" or said is not None:
             values[row.field] = _value(row, said)
     if "state_directory" not in values:
         values["state_directory"] = _default_state_directory(environ)
-    values.setdefault("store", default_store(values["state_directory"]))
     settings = Settings(**values)
     if settings.workers > 1 and (said := found["workers"]) is not None:
         _check_workers(settings, said.place)
@@ -324,11 +324,6 @@ def _read(path: Path, place: str, read_file: ReadFile) -> str:
 def _unreadable(path: Path, place: str, error: OSError | ValueError) -> SettingsError:
     why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
     return SettingsError(f"{place}: cannot read {str(path)!r} ({why}); check its name and who may read it")
-
-
-def default_store(state_directory: Path) -> str:
-    """Return the store where none is named."""
-    return f"sqlite:{state_directory}/vllmproxy.sqlite"
 
 
 def _default_state_directory(environ: Mapping[str, str]) -> Path:

@@ -94,10 +94,10 @@ _ROWS = (
     Row(
         "store",
         STORE,
-        "Where keys are kept: memory:, sqlite:PATH, or Redis: redis://..., rediss://..., unix://... or "
-        "redis+sentinel://....",
+        "Where keys are kept: memory:, sqlite:PATH (in the state directory, unless it begins with /), or Redis: "
+        "redis://..., rediss://..., unix://... or redis+sentinel://....",
         ("VLLMPROXY_STORE", "REDIS_URL"),
-        default_note="sqlite: and vllmproxy.sqlite in the state directory",
+        default="sqlite:vllmproxy.sqlite",
     ),
     Row(
         "state-directory",
