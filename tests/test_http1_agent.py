@@ -141,7 +141,7 @@ def test_looking_a_name_up_is_part_of_an_attempt_and_has_its_time() -> None:
     reactor: Any = MemoryReactorClock()
     reactor.installNameResolver(NoWord())
     endpoint = HostnameEndpoint(reactor, "vllm.invalid", 8000, timeout=2)
-    agent = UpstreamAgent(reactor, endpoint, ORIGIN, connect_timeout=2)
+    agent = UpstreamAgent(reactor, endpoint, ORIGIN, name="unix:/nowhere", connect_timeout=2)
     said: list[LogEvent] = []
     globalLogPublisher.addObserver(said.append)
     try:
@@ -153,7 +153,7 @@ def test_looking_a_name_up_is_part_of_an_attempt_and_has_its_time() -> None:
         globalLogPublisher.removeObserver(said.append)
     assert pending.error is ConnectFailed
     (event,) = said
-    assert "cannot be reached" in formatEvent(event)
+    assert formatEvent(event).startswith("unix:/nowhere cannot be reached")
     assert not reactor.getDelayedCalls()
 
 

@@ -3,7 +3,8 @@
 import pytest
 from _memory import Wire
 
-from vllmproxy.http1.message import Limits
+from vllmproxy.http1.message import Limits, RequestHead
+from vllmproxy.http1.pipeline import Pipeline
 from vllmproxy.http1.server import LINGER_BYTES
 from vllmproxy.http1.stream import Stream
 
@@ -27,6 +28,18 @@ def test_a_head_over_a_limit(head: bytes, status: int) -> None:
         wire.feed_split(head, cut)
         assert wire.refused in ([status] if cut != 30 else [status, 431])
         assert not wire.streams
+
+
+def test_a_head_over_a_limit_is_told_the_limit() -> None:
+    for line, said in ((b"GET /%s" % (b"a" * 500), "500 bytes"), (b"GET /", "20 lines or 2000 bytes")):
+        requests = Pipeline(no_stream, SMALL)
+        requests.feed(line + b" HTTP/1.1\r\nHost: h\r\n%b\r\n" % (b"X: y\r\n" * 20))
+        assert requests.error is not None
+        assert requests.error.message.endswith(f"has more than {said}.")
+
+
+def no_stream(head: RequestHead) -> Stream:
+    raise AssertionError(head)
 
 
 @pytest.mark.parametrize(

@@ -463,7 +463,9 @@ def test_a_budget_of_money() -> None:
     assert sums(house)["spend"] == 7 + 5 * 10
     assert Deferred.fromCoroutine(house.store.read_account("ab" * 32)).result.spend == 57
     post(house, {**body, "max_tokens": 95})
-    assert error(house)[0] == 422
+    status, told = error(house)
+    assert status == 422
+    assert "0.000943 of 0.001 are left, and this request may use 0.000" in told["message"]
 
 
 def test_a_soft_budget_warns_once_and_refuses_nothing() -> None:
@@ -484,7 +486,7 @@ def test_a_soft_budget_warns_once_and_refuses_nothing() -> None:
             house.clock.advance(1)
     finally:
         globalLogPublisher.removeObserver(observe)
-    assert (warnings[0]["key_id"], warnings[0]["soft"]) == ("ab" * 32, 0.001)
+    assert (warnings[0]["key_id"], warnings[0]["soft"]) == ("ab" * 32, "0.001")
 
 
 @pytest.mark.parametrize("prices", [None, PRICES])

@@ -73,6 +73,7 @@ class UpstreamAgent:
     connection was a reused one and provably took no byte of it (:class:`NotExecuted`), on a new connection.
 
     :param origin: ``http://host:port``, what request URIs begin with; the rest is the origin-form target.
+    :param name: what the log calls the upstream; its origin, unless it has a better one.
     :param connect_timeout: seconds for a connection, the look-up of a name included and TLS not.
     """
 
@@ -82,6 +83,7 @@ class UpstreamAgent:
         endpoint: IStreamClientEndpoint,
         origin: bytes,
         *,
+        name: str = "",
         idle: float = 2.5,
         connect_timeout: float = 5.0,
         handshake_timeout: float = 5.0,
@@ -98,7 +100,7 @@ class UpstreamAgent:
         self._idle: Deadlines[ClientConnection] = Deadlines(clock, idle, ClientConnection.abort)
         self._deadlines = ConnectionDeadlines(clock, handshake=handshake_timeout, write=write_timeout)
         self._factory = _ConnectionFactory(self._build)
-        self._name = origin.decode("ascii")
+        self._name = name or origin.decode("ascii")
         self._reachable = True
 
     def request(  # type: ignore[override]  # header lines come as they go on the wire

@@ -45,7 +45,7 @@ class Chunks:
             line = self._begun + data[at:end]
             at, self._begun = end, b""
             if len(line) > LONGEST_LINE:
-                raise WireError(431, "A chunk extension or a trailer is too large.")
+                raise WireError(431, f"A chunk extension or a trailer has more than {LONGEST_LINE} bytes.")
             if line.endswith(b"\n"):
                 self._read(line)
             else:

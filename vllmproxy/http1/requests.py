@@ -96,7 +96,8 @@ class RequestReader:
                 return
         self._silent = 0 if self._progressed else self._silent + size
         if self._silent > self._limits.head:
-            self.error = WireError(431, "A header line, a chunk extension or a trailer is too large.")
+            most = self._limits.head
+            self.error = WireError(431, f"A header line, a chunk extension or a trailer has more than {most} bytes.")
 
     def _take_alike(self, data: bytes) -> bool:
         """Take ``data`` if it is one whole request whose head is that of the one before but for its length."""
@@ -189,7 +190,7 @@ class RequestReader:
             return
         self._target += data
         if len(self._target) > self._limits.target:
-            self._refuse(414, "The request target is too long.")
+            self._refuse(414, f"The request's target has more than {self._limits.target} bytes.")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.in_head:
@@ -199,7 +200,8 @@ class RequestReader:
         self._headers.append((name, value.rstrip(b" \t")))
         self._head_bytes += len(name) + len(value) + 4
         if len(self._headers) > self._limits.lines or self._head_bytes > self._limits.head:
-            self._refuse(431, "The request's head is too large.")
+            lines, size = self._limits.lines, self._limits.head
+            self._refuse(431, f"The request's head has more than {lines} lines or {size} bytes.")
 
     def on_headers_complete(self) -> None:
         if self._ignoring_head:

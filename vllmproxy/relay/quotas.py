@@ -142,8 +142,8 @@ class Quotas:
             "Key {key_id} ({alias}) is over its soft budget: {used} of {soft} are spent or reserved",
             key_id=key.token,
             alias=key.key_alias,
-            used=used / 1e6,
-            soft=soft / 1e6,
+            used=_money(used),
+            soft=_money(soft),
         )
 
     def settle(
@@ -226,7 +226,12 @@ def _rate_limited(denied: Denied, rule: Rule, token: str) -> RateLimited:
 
 
 def _amount(amount: int, rule: Rule) -> str:
-    return f"{amount / 1e6:g}" if rule.kind == "budget" else f"{amount} tokens"
+    return _money(amount) if rule.kind == "budget" else f"{amount} tokens"
+
+
+def _money(micros: int) -> str:
+    """Return an amount of money, given in millionths, without an exponent."""
+    return f"{micros / 1e6:.6f}".rstrip("0").rstrip(".")
 
 
 def _time(seconds: float) -> str:

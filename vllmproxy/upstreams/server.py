@@ -68,6 +68,7 @@ def make_server(
         reactor,
         endpoint,
         upstream.origin,
+        name=upstream.name,
         idle=idle_timeout,
         connect_timeout=connect_timeout,
         handshake_timeout=connect_timeout,
