@@ -14,8 +14,9 @@ from twisted.logger import LogEvent
 
 from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.memory import MemoryStore
-from vllmproxy.usage import bookkeeper
-from vllmproxy.usage.bookkeeper import FLUSH_SECONDS, TELL_SECONDS, Bookkeeper, CannotWriteDown, Entry
+from vllmproxy.usage import book, bookkeeper
+from vllmproxy.usage.book import Entry
+from vllmproxy.usage.bookkeeper import FLUSH_SECONDS, TELL_SECONDS, Bookkeeper, CannotWriteDown
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.journal import Journal, journals_in
 from vllmproxy.usage.sums import UsageQuery
@@ -101,8 +102,8 @@ class Desk:
     def kill(self) -> None:
         """As kill -9 would leave it: descriptors closed, nothing else done."""
         self.books._loop.stop()
-        for book in self.books._books:
-            book.journal.close()
+        for each in self.books._books:
+            each.journal.close()
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -139,7 +140,7 @@ def test_a_store_that_fails_is_told_again_and_counts_once(directory: Path | None
 
 
 def test_beyond_what_memory_may_hold_the_file_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bookkeeper, "_MOST_PENDING", 7)
+    monkeypatch.setattr(book, "_MOST_PENDING", 7)
     desk = Desk(tmp_path)
     desk.store.fault = "before"
     for _ in range(50):
@@ -253,7 +254,7 @@ def test_requests_that_go_on_for_long_keep_no_more_than_what_they_are_expected_t
 ) -> None:
     """One in each journal would keep all of it; together they would fill the directory."""
     monkeypatch.setattr(bookkeeper, "_ROTATE", 2000)
-    monkeypatch.setattr(bookkeeper, "_SHORTEN", 500)
+    monkeypatch.setattr(book, "_SHORTEN", 500)
     desk = Desk(tmp_path, most_bytes=20_000)
     long: list[Entry] = []
     for number in range(1000):
@@ -284,7 +285,7 @@ def test_what_is_over_while_a_journal_is_made_shorter_is_counted(
 ) -> None:
     """Between the draft and its taking the place, the disk is waited for."""
     monkeypatch.setattr(bookkeeper, "_ROTATE", 2000)
-    monkeypatch.setattr(bookkeeper, "_SHORTEN", 500)
+    monkeypatch.setattr(book, "_SHORTEN", 500)
     desk = Desk(tmp_path)
     first, other = desk.books.begin(EXPECTED), desk.books.begin(EXPECTED)
     sync = Journal.sync
@@ -317,7 +318,7 @@ def test_a_journal_that_cannot_be_made_shorter_stays_as_it_is(
     for _ in range(30):
         desk.request()
     desk.turn()
-    monkeypatch.setattr(bookkeeper, "_SHORTEN", 500)
+    monkeypatch.setattr(book, "_SHORTEN", 500)
     with monkeypatch.context() as broken:
         broken.setattr(os, what, _full)
         desk.turn()
@@ -339,7 +340,7 @@ def test_whatever_happens_each_request_counts_once(tmp_path_factory: pytest.Temp
     """Journals are followed by others, made shorter, killed and taken over."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bookkeeper, "_ROTATE", 500)
-        patch.setattr(bookkeeper, "_SHORTEN", 200)
+        patch.setattr(book, "_SHORTEN", 200)
         directory = tmp_path_factory.mktemp("journals")
         desk, begun, killed, under_way = Desk(directory), 0, 0, list[Entry]()
         for step, number in steps:

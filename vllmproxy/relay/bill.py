@@ -9,7 +9,8 @@ from vllmproxy.observers.record import Ended
 from vllmproxy.relay.admission import Admission
 from vllmproxy.relay.passing import Passing
 from vllmproxy.relay.quotas import Quotas, Reservation
-from vllmproxy.usage.bookkeeper import Bookkeeper, Entry
+from vllmproxy.usage.book import Entry
+from vllmproxy.usage.bookkeeper import Bookkeeper
 from vllmproxy.usage.event import Quality, UsageEvent
 from vllmproxy.usage.prices import Prices
 from vllmproxy.usage.tokens import Usage

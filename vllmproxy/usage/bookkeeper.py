@@ -1,13 +1,8 @@
 """Brings what was used from the journal to the store: in order, in batches, and again until the store has it."""
 
-import secrets
-from collections import deque
-from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from attrs import frozen
 from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.task import LoopingCall
 from twisted.internet.threads import deferToThreadPool
@@ -16,8 +11,9 @@ from twisted.python.failure import Failure
 
 from vllmproxy.soon import Soon, at_once
 from vllmproxy.store.interface import Store, StoreUnavailable
+from vllmproxy.usage.book import Book, Entry, Pages, Unwritten
 from vllmproxy.usage.event import UsageEvent
-from vllmproxy.usage.journal import Ended, Journal, Numbered, journals_in
+from vllmproxy.usage.journal import Journal, journals_in
 
 _log = Logger()
 
@@ -25,210 +21,13 @@ _log = Logger()
 FLUSH_SECONDS: Final = 0.25
 #: Seconds for which somebody waits to be sure that the store has what was used until now.
 TELL_SECONDS: Final = 2.0
-#: Events in one call to the store, and events kept in memory for it; more are read from the file again.
-_BATCH: Final = 500
-_MOST_PENDING: Final = 10_000
 #: Bytes of a journal after which another is begun, and of all of them together.
 _ROTATE: Final = 8 << 20
 MOST_BYTES: Final = 256 << 20
-#: Bytes of a former journal that the store has, from which on it is worth while to leave them out.
-_SHORTEN: Final = 1 << 20
 
 
 class CannotWriteDown(Exception):
     """The journal takes no more: its disk is full, or the store has been away for too long."""
-
-
-class _Pages(Protocol):
-    """What a book needs of a journal."""
-
-    writer: str
-    before: int
-    written: int
-    size: int
-    least: int
-    open: dict[str, UsageEvent]
-
-    def begin(self, id: str, expected: UsageEvent) -> None: ...
-
-    def end(self, ended: Sequence[Ended]) -> list[Numbered]: ...
-
-    def read(self, offset: int, number: int, most: int) -> list[Numbered]: ...
-
-    def sync(self) -> None: ...
-
-    def empty(self) -> None: ...
-
-    def shortened(self) -> "Journal": ...
-
-    def give_way(self, draft: "Journal", since: int) -> None: ...
-
-    def close(self) -> None: ...
-
-    def remove(self) -> None: ...
-
-
-class Unwritten:
-    """The journal of a store that forgets: nothing is written, all events wait in memory."""
-
-    def __init__(self) -> None:
-        self.writer = secrets.token_hex(8)
-        self.before = self.written = 0
-        self.size = self.least = 0
-        self.open: dict[str, UsageEvent] = {}
-
-    def begin(self, id: str, expected: UsageEvent) -> None:
-        self.open[id] = expected
-
-    def end(self, ended: Sequence[Ended]) -> list[Numbered]:
-        first = self.written + 1
-        self.written += len(ended)
-        for id, _ in ended:
-            self.open.pop(id, None)
-        return [Numbered(number, event, 0) for number, (_, event) in enumerate(ended, first)]
-
-    def read(self, offset: int, number: int, most: int) -> list[Numbered]:
-        return []
-
-    def sync(self) -> None:
-        """There is no disk."""
-
-    def empty(self) -> None:
-        """There is no file."""
-
-    def shortened(self) -> Journal:
-        raise AssertionError("there is nothing to be left out")
-
-    def give_way(self, draft: Journal, since: int) -> None:
-        raise AssertionError("there is no draft")
-
-    def close(self) -> None:
-        """There is no file."""
-
-    def remove(self) -> None:
-        """There is no file."""
-
-
-class Book:
-    """A journal and how far the store has come with it.
-
-    :param soon: see :class:`Bookkeeper`.
-    :ivar added: the number of the last event that the store has.
-    """
-
-    def __init__(self, journal: _Pages, soon: Soon) -> None:
-        self.journal = journal
-        self.added = journal.before
-        self._soon = soon
-        self._offset = 0
-        self._pending: deque[Numbered] = deque()
-        self._ended: list[Ended] = []
-        self._is_due = False
-        self._complained = False
-        self._synced = 0
-
-    def end(self, id: str, event: UsageEvent) -> None:
-        """A request is over, and this is what it used. What cannot be written down yet is tried again before each batch
-        for the store; should the proxy be killed before, it is counted as expected."""
-        self._ended.append((id, event))
-        if not (self._is_due or self._complained):
-            self._is_due = True
-            self._soon(self.write)
-
-    def write(self) -> None:
-        """Write down what requests that are over used, as far as the disk takes it. The log is told once if it does
-        not."""
-        self._is_due = False
-        if not self._ended:
-            return
-        try:
-            self._write(len(self._ended))
-        except OSError as error:
-            if not self._complained:
-                _log.error("What requests used cannot be written down: {error}", error=str(error))
-            self._complained = True
-        else:
-            self._complained = False
-
-    def _write(self, count: int) -> None:
-        """Write down the first so many, or those before the first that the disk refuses, and keep them for the store if
-        nothing before them was left out. Raises ``OSError``: not all."""
-        try:
-            numbered = self.journal.end(self._ended[:count])
-        except OSError:
-            if count == 1:
-                raise
-            self._write(count // 2)
-            self._write(count - count // 2)
-            return
-        del self._ended[:count]
-        last = self._pending[-1].number if self._pending else self.added
-        if numbered[0].number == last + 1:
-            self._pending += numbered[: max(_MOST_PENDING - len(self._pending), 0)]
-
-    def batch(self) -> list[Numbered]:
-        """Return what the store is to have next."""
-        if self._pending:
-            return list(islice(self._pending, _BATCH))
-        if self.added < self.journal.written:
-            return self.journal.read(self._offset, self.added + 1, _BATCH)
-        return []
-
-    def has(self, batch: list[Numbered]) -> None:
-        """The store has it."""
-        self.added, self._offset = batch[-1].number, batch[-1].end
-        while self._pending and self._pending[0].number <= self.added:
-            self._pending.popleft()
-
-    def needs_sync(self) -> bool:
-        """Whether something was written since this was asked last."""
-        synced, self._synced = self._synced, self.journal.size
-        return self._synced > synced
-
-    def draft(self) -> "Draft | None":
-        """Return what is to take the journal's place, where requests that go on keep much in it that the store has."""
-        journal = self.journal
-        if self.added < journal.written or journal.size - journal.least < _SHORTEN:
-            return None
-        return Draft(journal.shortened(), journal.size)
-
-    def take(self, draft: "Draft") -> None:
-        """Be shorter. Raises ``OSError``: it is not."""
-        self.journal.give_way(draft.journal, draft.since)
-        self._offset = draft.journal.least
-        for each in self._pending:
-            each.end += draft.journal.least - draft.since
-        self._synced = 0
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing of it is left to be done."""
-        return self.added == self.journal.written and not self.journal.open
-
-
-@frozen
-class Draft:
-    """A journal that is to take another's place.
-
-    :ivar since: how many bytes the other had when this was begun; what is behind them comes with it.
-    """
-
-    journal: Journal
-    since: int
-
-
-class Entry:
-    """One request in the journal."""
-
-    __slots__ = ("_book", "_id")
-
-    def __init__(self, book: Book, id: str) -> None:
-        self._book = book
-        self._id = id
-
-    def end(self, event: UsageEvent) -> None:
-        """It is over; see :meth:`Book.end`."""
-        self._book.end(self._id, event)
 
 
 class Bookkeeper:
@@ -372,7 +171,7 @@ class Bookkeeper:
         self._books.remove(book)
         book.journal.remove()
 
-    def _sync(self, journal: _Pages) -> Deferred[None]:
+    def _sync(self, journal: Pages) -> Deferred[None]:
         return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), journal.sync)
 
     def _not_brought(self, reason: Failure) -> BaseException:
