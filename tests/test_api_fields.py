@@ -219,11 +219,6 @@ def test_a_name_that_is_near_one_that_there_is(name: str, said: str) -> None:
         refuse_unknown({name: 1}, {"key_alias", "rpm_limit"})
 
 
-def test_a_duration_that_is_none_is_quoted() -> None:
-    with pytest.raises(BadRequest, match=r"^duration: '3y' is no duration; write a number and a unit, "):
-        parse_generate({"duration": "3y"}, NOW)
-
-
 @pytest.mark.parametrize(
     ("name", "meant"), [("rpm", "rpm_limit"), ("tpm", "tpm_limit"), ("budget", "max_budget"), ("expires", None)]
 )

@@ -24,13 +24,11 @@ def seconds_of(duration: str | None, now: float) -> int | None:
         return None
     match = _FORM.fullmatch(duration)
     if match is None:
-        raise ValueError(
-            f"{duration[:32]!r} is no duration; write a number and a unit, s, m, h, d, w or mo, as in 30s, 12h, 30d"
-        )
+        raise ValueError('a duration is a number and a unit, s, m, h, d, w or mo: "30s", "12h", "30d"')
     count, unit = int(match[1]), match[2]
     seconds = count * _UNITS[unit] if unit in _UNITS else _months(min(count, _MAXIMUM_MONTHS + 1), now)
     if not 0 < seconds <= MAXIMUM:
-        raise ValueError(f"{duration!r} is no duration between 1s and a hundred years; leave it out for no end")
+        raise ValueError('a duration is between "1s" and a hundred years; leave it out for no end')
     return seconds
 
 
