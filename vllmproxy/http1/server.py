@@ -13,6 +13,7 @@ from vllmproxy.deadlines import Deadlines
 from vllmproxy.http1.message import RequestHead, WireError
 from vllmproxy.http1.pipeline import Pipeline
 from vllmproxy.http1.sockets import (
+    close_now,
     hang_up,
     is_closing,
     is_queueing,
@@ -434,16 +435,18 @@ class ServerChannel(Protocol):
             hang_up(self.transport)  # no reset: what has left may not have been read yet
 
     def evict(self) -> None:
-        """Make room for another connection. An idle one's last answer may be on its way: it is not to be lost, if
-        nothing but the kernel has to send it."""
-        if self._plain:
-            turn.flush(self.transport)
-        if self._used and self._is_idle() and not is_queueing(self.transport):
-            self.lose()
+        """Make room for another connection, at once. An idle one's last answer may be on its way: it is not to be lost,
+        if nothing but the kernel has to send it. (Nobody can tell of TLS, which has buffers of its own.)"""
         if self._is_closing_tls:
             hang_up(self.transport)
-        elif self._mode != "closed":
-            self.reset()
+            return
+        if self._plain:
+            turn.flush(self.transport)
+            if self._used and self._is_idle() and not is_queueing(self.transport):
+                self._unwatch()
+                close_now(self.transport)
+                return
+        self.reset()
 
     @property
     def has_said_all(self) -> bool:

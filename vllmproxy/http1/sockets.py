@@ -12,7 +12,7 @@ from typing import Any
 
 from attrs import frozen
 from twisted.internet.abstract import FileDescriptor
-from twisted.internet.error import ConnectionAborted
+from twisted.internet.error import ConnectionAborted, ConnectionDone
 from twisted.python.failure import Failure
 
 #: In Linux's ``struct tcp_info`` (linux/tcp.h): ``tcpi_state``, ``tcpi_bytes_acked`` and, since 4.19,
@@ -35,6 +35,12 @@ def reset_now(transport: Any) -> None:
     ``abortConnection`` leaves it to the reactor's next turn, behind all that is yet to be done in this one."""
     transport.abortConnection()
     transport.connectionLost(Failure(ConnectionAborted()))
+
+
+def close_now(transport: Any) -> None:
+    """Close a plain connection before anything else happens; the kernel still sends what it has of it.
+    ``loseConnection`` would wait until much of that has left, for as long as the peer likes."""
+    transport.connectionLost(Failure(ConnectionDone()))
 
 
 def raw_socket(transport: Any) -> socket.socket | None:
