@@ -346,7 +346,9 @@ class ClientConnection(Protocol):
             self._released(self)
 
     def _free(self) -> None:
-        if not self._closed:
+        if is_closing(self.transport):  # the upstream's close_notify was in it, too
+            self.abort()
+        elif not self._closed:
             self._released(self)
 
     def fail(self, reason: Failure) -> None:
