@@ -308,7 +308,7 @@ def test_what_is_over_while_a_journal_is_made_shorter_is_counted(
     desk.close()
 
 
-@pytest.mark.parametrize("what", ["open", "fdatasync", "rename", "pread"])
+@pytest.mark.parametrize("what", ["open", "fdatasync", "rename", "pread", "fsync", "write"])
 def test_a_journal_that_cannot_be_made_shorter_stays_as_it_is(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -240,5 +240,41 @@ def test_one_that_was_made_shorter_leaves_out_what_the_store_has_and_numbers_on(
     assert [(each.number, each.event) for each in left.read(0, 3, 10)] == [(3, USED), (4, USED)]
 
 
+def test_a_file_that_cannot_be_closed_well_is_let_go_of_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux has its number free for another file whatever ``close`` says."""
+    journal = Journal.create(tmp_path)
+    journal.begin("1", WANTED)
+    close = os.close
+
+    def close_badly(descriptor: int) -> None:
+        close(descriptor)
+        raise OSError("broken")
+
+    monkeypatch.setattr(os, "close", close_badly)
+    journal.give_way(journal.shortened(), journal.size)
+    draft = journal.shortened()
+    draft.discard()
+    monkeypatch.undo()
+    other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
+    journal.end([("1", USED)])
+    draft.discard()
+    assert os.fstat(other).st_size == 0
+    os.close(other)
+    journal.close()
+    assert [each.event for each in adopted(journal.path).read(0, 1, 10)] == [USED]
+
+
+def test_a_draft_that_was_left_is_removed_by_who_takes_the_journal_over(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path)
+    journal.begin("1", WANTED)
+    journal.shortened().close()
+    journal.close()
+    left = adopted(journal.path)
+    assert [path.name for path in tmp_path.iterdir()] == [journal.path.name]
+    assert (left.written, left.before) == (1, 0)
+
+
 def test_nobody_else_may_read_it(tmp_path: Path) -> None:
     assert Journal.create(tmp_path).path.stat().st_mode & 0o777 == 0o600

@@ -40,6 +40,8 @@ class Pages(Protocol):
 
     def sync(self) -> None: ...
 
+    def sync_name(self) -> None: ...
+
     def empty(self) -> None: ...
 
     def shortened(self) -> "Journal": ...
@@ -74,6 +76,9 @@ class Unwritten:
         return []
 
     def sync(self) -> None:
+        """There is no disk."""
+
+    def sync_name(self) -> None:
         """There is no disk."""
 
     def empty(self) -> None:

@@ -1,5 +1,6 @@
 """Brings what was used from the journal to the store: in order, in batches, and again until the store has it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from twisted.python.failure import Failure
 
 from vllmproxy.soon import Soon, at_once
 from vllmproxy.store.interface import Store, StoreUnavailable
-from vllmproxy.usage.book import Book, Entry, Pages, Unwritten
+from vllmproxy.usage.book import Book, Entry, Unwritten
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.journal import Journal, journals_in
 
@@ -138,7 +139,7 @@ class Bookkeeper:
 
     async def _bring(self, book: Book) -> None:
         if book.needs_sync():
-            await self._sync(book.journal)
+            await self._wait_for(book.journal.sync)
         while batch := book.batch():
             await self._store.add_usage(book.journal.writer, batch[0].number, [each.event for each in batch])
             book.has(batch)
@@ -155,8 +156,9 @@ class Bookkeeper:
         try:
             draft = book.draft()
             if draft is not None:
-                await self._sync(draft.journal)
+                await self._wait_for(draft.journal.sync)
                 book.take(draft)
+                await self._wait_for(book.journal.sync_name)  # or a power cut might bring the longer one back
         except OSError:  # it stays as long as it is, and is tried again; a full disk is told of by those who must write
             if draft is not None:
                 draft.journal.discard()
@@ -166,13 +168,13 @@ class Bookkeeper:
         which has this done again until it succeeds."""
         book.journal.empty()
         if self._directory is not None:
-            await self._sync(book.journal)
+            await self._wait_for(book.journal.sync)
         await self._store.forget_writer(book.journal.writer)
         self._books.remove(book)
         book.journal.remove()
 
-    def _sync(self, journal: Pages) -> Deferred[None]:
-        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), journal.sync)
+    def _wait_for(self, disk: Callable[[], None]) -> Deferred[None]:
+        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), disk)
 
     def _not_brought(self, reason: Failure) -> BaseException:
         """Say so once, and hand on why."""

@@ -13,10 +13,12 @@ and a line that a power cut tore is passed over.
 """
 
 import fcntl
+import itertools
 import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
@@ -85,25 +87,24 @@ class Journal:
         journal = cls(path, os.open(path.with_suffix(_DRAFT), flags, 0o600))
         try:
             fcntl.flock(journal._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            journal.writer = writer
-            journal.before = journal.written = before
-            journal._append(f'{{"writer":"{writer}","before":{before}}}')
-            journal._head = journal.size
-            for id, expected in open.items():
-                journal.begin(id, expected)
+            head = f'{{"writer":"{writer}","before":{before}}}'
+            journal._append("\n".join([head, *itertools.starmap(_begins, open.items())]))
         except OSError:
             journal.discard()
             raise
-        journal.least = journal.size
+        journal.writer, journal._head, journal.least = writer, len(head) + 1, journal.size
+        journal.before = journal.written = before
         return journal
 
     def _publish(self) -> None:
         self.path.with_suffix(_DRAFT).rename(self.path)
 
     def discard(self) -> None:
-        """Give up a draft."""
-        self.path.with_suffix(_DRAFT).unlink(missing_ok=True)
-        self.close()
+        """Give up a draft, if it is one still."""
+        with suppress(OSError):
+            self.close()
+        with suppress(OSError):
+            self.path.with_suffix(_DRAFT).unlink(missing_ok=True)
 
     def shortened(self) -> "Journal":
         """Begin a draft of the same that leaves out the events so far, which the store has. Raises ``OSError``."""
@@ -116,9 +117,12 @@ class Journal:
         if behind:
             draft._append(behind.removesuffix("\n"))
         draft._publish()
-        self.close()
-        self._descriptor, self._head, self._torn = draft._descriptor, draft._head, False
+        former = self._descriptor
+        self._descriptor, draft._descriptor = draft._descriptor, -1
+        self._head, self._torn = draft._head, False
         self.before, self.size, self.least = draft.before, draft.size, draft.least
+        with suppress(OSError):  # of a file that is no more
+            os.close(former)
 
     @classmethod
     def adopt(cls, path: Path) -> "Journal | None":
@@ -134,6 +138,7 @@ class Journal:
         if not _is_ours(descriptor):
             os.close(descriptor)
             return None
+        path.with_suffix(_DRAFT).unlink(missing_ok=True)  # which whoever left it was about to publish
         journal = cls(path, descriptor)
         if not journal._recover():
             journal.remove()
@@ -142,7 +147,7 @@ class Journal:
 
     def begin(self, id: str, expected: UsageEvent) -> None:
         """Write down that a request begins. Raises ``OSError``: then it must not."""
-        self._append(f'["+",{encode_basestring_ascii(id)},{expected.as_json()}]')
+        self._append(_begins(id, expected))
         self.open[id] = expected
 
     def end(self, ended: Sequence[Ended]) -> list[Numbered]:
@@ -177,6 +182,14 @@ class Journal:
         """Return when the disk has it. Blocks."""
         os.fdatasync(self._descriptor)
 
+    def sync_name(self) -> None:
+        """Return when the disk has it under its name. Blocks."""
+        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
     def empty(self) -> None:
         """The store has all of it, and whoever reads it again is to find nothing but its writer."""
         os.ftruncate(self._descriptor, self._head)
@@ -184,8 +197,9 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the file: whoever comes next may adopt it."""
-        os.close(self._descriptor)
-        self._descriptor = -1  # the number may be another file's
+        descriptor, self._descriptor = self._descriptor, -1  # the number may soon be another file's
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def remove(self) -> None:
         """Its writer is forgotten."""
@@ -261,6 +275,10 @@ def _is_ours(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return os.fstat(descriptor).st_nlink > 0
+
+
+def _begins(id: str, expected: UsageEvent) -> str:
+    return f'["+",{encode_basestring_ascii(id)},{expected.as_json()}]'
 
 
 def _event_of(line: Any) -> UsageEvent | None:
