@@ -169,7 +169,7 @@ async def links(server: RedisServer) -> AsyncIterator[list[Link]]:
 @pytest_twisted.async_yield_fixture
 async def redis_store(server: RedisServer) -> AsyncIterator[RedisStore]:
     """A store at :func:`server`, open."""
-    made = RedisStore(server.url, reactor)
+    made = RedisStore(server.url, reactor, timeout=20.0, lookup_timeout=20.0)  # no test of it judges speed
     await made.open()
     yield made
     await made.close()
