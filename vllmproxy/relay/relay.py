@@ -105,8 +105,8 @@ class Relay:
         return list(self._running)
 
     def revoke(self, token: str, *, forwarded: bool) -> None:
-        """End what that key has under way. ``forwarded``: also what vLLM has."""
-        for exchange in list(self._running.get(token, ())):
+        """End what that key has under way. ``forwarded``: also what vLLM has, last: its place may be the next one's."""
+        for exchange in sorted(self._running.get(token, ()), key=lambda each: each.is_forwarded):
             if forwarded or not exchange.is_forwarded:
                 exchange.feed(Event.REVOKED)
 
