@@ -1,7 +1,6 @@
 """The Klein app: everything that is not under ``/vllm``."""
 
 from collections.abc import Awaitable, Callable
-from typing import Final
 
 from klein import Klein
 from twisted.internet.defer import succeed
@@ -13,7 +12,7 @@ from twisted.web.resource import IResource, Resource
 from twisted.web.server import Request, Site
 from werkzeug.exceptions import HTTPException
 
-from vllmproxy import __version__
+from vllmproxy import PRODUCT
 from vllmproxy.api.audit import AuditApi
 from vllmproxy.api.errors import answer_error, answer_json, error_of
 from vllmproxy.api.health import HealthApi
@@ -24,8 +23,6 @@ from vllmproxy.api.usage import UsageApi
 from vllmproxy.errors import BadRequest
 from vllmproxy.keys.gate import Gate
 from vllmproxy.store.interface import Store
-
-_SERVER: Final = f"vllmproxy/{__version__}".encode()
 
 
 class Api:
@@ -111,7 +108,7 @@ class _Root(Resource):
         self._klein = klein
 
     def render(self, request: Request) -> bytes | int:
-        request.responseHeaders.setRawHeaders(b"server", [_SERVER])
+        request.responseHeaders.setRawHeaders(b"server", [PRODUCT])
         try:
             b"/".join(request.postpath or ()).decode()
             request.method.decode("ascii")

@@ -7,7 +7,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_address
 from attrs import define, frozen
 from twisted.internet.interfaces import IAddress
 
-from vllmproxy import __version__
+from vllmproxy import PRODUCT
 from vllmproxy.http1.message import RequestHead, ResponseHead, once
 from vllmproxy.http1.places import client_named
 from vllmproxy.http1.rules import HOP_BY_HOP, connection_options
@@ -15,7 +15,7 @@ from vllmproxy.keys.credentials import CREDENTIAL_HEADERS
 from vllmproxy.relay.targets import local_location
 from vllmproxy.upstreams.upstream import Upstream
 
-SERVER = b"server: vllmproxy/%s\r\n" % __version__.encode()
+SERVER = b"server: %s\r\n" % PRODUCT
 
 #: What vLLM obeys and only an operator may set (vLLM ``entrypoints/openai``: data-parallel routing and priority).
 _FORBIDDEN = frozenset([b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority"])
