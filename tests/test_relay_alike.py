@@ -1,6 +1,7 @@
 """Requests of a connection whose heads are alike: what was worked out of the first is not kept beyond its truth."""
 
 from ipaddress import ip_network
+from typing import Any
 
 import pytest
 from _memory import House, MemoryEndpoint
@@ -104,3 +105,79 @@ def test_proxies_that_are_trusted_from_now_on(warm: House) -> None:
     warm.relay.trusted = TrustedProxies(())
     ask(warm, b"another", b"X-Forwarded-For: 203.0.113.9\r\n")
     assert b"x-forwarded-for: 192.0.2.1\n" in seen(warm)[0]
+
+
+# bodies that are alike but for their messages
+
+
+def chat(house: House, text: bytes, *, model: bytes = b"small", more: bytes = b', "stream": true') -> bytes:
+    """Ask for a chat of a few words; return the body that vLLM got, or what the client got instead."""
+    body = b'{"model": "%b", "messages": [{"role": "user", "content": "%b"}], "max_tokens": 4%b}' % (model, text, more)
+    head = b"POST /vllm/v1/chat/completions HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
+    house.client.receive(
+        head + b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n%b" % (SECRET.encode(), len(body), body)
+    )
+    if not (house.wires and house.wires[0].sent):
+        return house.client.take()
+    return seen(house)[1]
+
+
+def change(cache: KeyCache, **fields: Any) -> None:
+    key = cache.get(hash_key(SECRET))
+    assert key is not None
+    cache.put(key.token, evolve(key, **fields))
+
+
+def test_each_body_is_changed_where_it_has_to_be(house: House, cache: KeyCache) -> None:
+    change(cache, aliases={"small": "a-longer-name"}, tpm_limit=10**6)
+    for text in (b"a", b"b" * 500, b"", "\N{SNOWMAN}".encode() * 9, b"c"):
+        expected = (
+            b'{"stream_options":{"include_usage":true},"model": "a-longer-name", "messages": [{"role": "user", '
+            b'"content": "%b"}], "max_tokens": 4, "stream": true}'
+        )
+        assert chat(house, text) == expected % text
+    chat(house, b"d" * 4000)
+    assert [record.ended for record in house.observer.records] == ["done"] * 6
+
+
+def test_a_member_behind_the_messages_is_changed_where_it_is_now(house: House, cache: KeyCache) -> None:
+    change(cache, tpm_limit=10**6)
+    for text in (b"a", b"b" * 500, b"", "\N{SNOWMAN}".encode() * 9, b"c"):
+        sent = chat(house, text, more=b', "stream": true, "stream_options": {"include_usage": false}')
+        assert sent.endswith(
+            b'%b"}], "max_tokens": 4, "stream": true, "stream_options": {"include_usage": true}}' % text
+        )
+
+
+def test_what_its_prompt_is_expected_to_use_is_its_own(house: House, cache: KeyCache) -> None:
+    change(cache, tpm_limit=300)
+    for _ in range(3):
+        assert b'"content": "a"' in chat(house, b"a")
+    assert b" 429 " in chat(house, b"b" * 1200)
+    assert b'"content": "a"' in chat(house, b"a")
+
+
+def test_a_key_that_may_use_other_models_from_now_on(house: House, cache: KeyCache) -> None:
+    change(cache, models=("small",))
+    for _ in range(3):
+        assert b'"small"' in chat(house, b"a")
+    change(cache, models=("big",))
+    assert b" 403 " in chat(house, b"a")
+    change(cache, models=("small",), aliases={"small": "tiny"})
+    for _ in range(3):
+        assert b'"tiny"' in chat(house, b"a")
+
+
+def test_a_model_that_the_key_may_not_use_after_many_that_it_may(house: House, cache: KeyCache) -> None:
+    change(cache, models=("small",), aliases={"small": "tiny"})
+    for _ in range(3):
+        assert b'"tiny"' in chat(house, b"a")
+    assert b" 403 " in chat(house, b"a", model=b"large")
+    assert b'"tiny"' in chat(house, b"a")
+
+
+def test_usage_that_is_to_be_known_in_another_way_from_now_on(house: House, cache: KeyCache) -> None:
+    change(cache, models=("small",))
+    for usage, asks in (("auto", False), ("auto", False), ("auto", False), ("exact", True), ("passive", False)):
+        house.relay.usage = usage
+        assert (b"include_usage" in chat(house, b"a")) is asks

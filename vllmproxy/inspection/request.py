@@ -24,6 +24,8 @@ _COMPLETION_TOKENS: Final = 16
 
 #: Members that may be as large as the body.
 _LARGE: Final = frozenset({"messages", "prompt", "prompt_embeds"})
+#: The same, and one more on which nothing depends.
+_UNREAD: Final = _LARGE | {"input"}
 #: Members that decide on how many tokens are used, and how they are told.
 _COUNTED: Final = frozenset(
     {
@@ -42,7 +44,7 @@ _COUNTED: Final = frozenset(
 #: Those of ``stream_options``.
 _STREAM_OPTIONS: Final = frozenset({"continuous_usage_stats", "include_usage"})
 _END_USERS: Final = frozenset({"metadata", "safety_identifier", "user"})
-_READ: Final = _COUNTED | _END_USERS | {"model"}
+_READ: Final = _COUNTED | _END_USERS | _UNREAD | {"model"}
 
 #: Bytes of a body that is read a second time where it could not be read as it should.
 _LONGEST_DOUBTED: Final = 1 << 20
@@ -72,6 +74,8 @@ class Asked:
     :ivar document: where the members are that a splice may touch, and of their values the one that it looks at;
         ``form``: the same of a form.
     :ivar options: the members of ``stream_options``, counted from where that begins; ``None`` if it is no object.
+    :ivar size: of the body that this was read from, and ``moves``: from where on a longer one has the same further on;
+        where it is for several that are alike, see :class:`~vllmproxy.inspection.alike.BodyReader`.
     """
 
     model: str | None = None
@@ -88,6 +92,8 @@ class Asked:
     document: Document | None = attrs.field(default=None, repr=False)
     options: Document | None = attrs.field(default=None, repr=False)
     form: Form | None = attrs.field(default=None, repr=False)
+    size: int = 0
+    moves: int = 0
 
 
 def read_request(
@@ -108,7 +114,7 @@ def read_request(
         if form:
             return _of_form(read_form(body[:], content_type or b""), path)
         attachments = attachments_in(body) if body.find(b'"data', 0) >= 0 else []
-        document = read_around(body, attachments, _READ, _LARGE) if attachments else read_document(body, _READ)
+        document = read_around(body, attachments, _READ, _UNREAD) if attachments else read_document(body, _READ)
         options, unclear = _options_of(body, document)
         return _of_document(document, options, path, _prompt_tokens(body, attachments), unclear)
     except Unreadable as unreadable:
@@ -134,7 +140,12 @@ def _prompt_tokens(body: bytes | mmap, attachments: list[Attachment]) -> int:
     text = len(body)
     for attachment in attachments:
         text -= attachment.end + 1 - attachment.start
-    return -(-text // _BYTES_PER_TOKEN) + len(attachments) * _TOKENS_PER_OTHER
+    return prompt_tokens_of(text) + len(attachments) * _TOKENS_PER_OTHER
+
+
+def prompt_tokens_of(text: int) -> int:
+    """Return how many tokens a prompt may have in so many bytes of text."""
+    return -(-text // _BYTES_PER_TOKEN)
 
 
 def _options_of(body: bytes | mmap, document: Document) -> tuple[Document | None, str]:

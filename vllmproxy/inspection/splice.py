@@ -69,6 +69,11 @@ def _set_true(inner: Document) -> Edit:
     return inner.opening, inner.opening, b'"include_usage":true' + (b"" if inner.empty else b",")
 
 
+def moved(edits: list[Edit], asked: Asked, by: int) -> list[Edit]:
+    """Return ``edits`` of the body that ``asked`` was read from as one needs them that is alike and so much longer."""
+    return [(start + by, end + by, new) if start >= asked.moves else (start, end, new) for start, end, new in edits]
+
+
 def edited(body: bytes | mmap, edits: list[Edit]) -> list[bytes | memoryview | mmap]:
     """Return ``body`` with ``edits`` made, none of which overlaps another: in pieces, and what stays is not copied."""
     view, at = memoryview(body), 0

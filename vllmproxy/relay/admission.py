@@ -1,6 +1,5 @@
 """What a request has to pass before it is forwarded: who calls, where to, for which model, and for how much."""
 
-from mmap import mmap
 from typing import TYPE_CHECKING
 
 from twisted.internet.defer import Deferred
@@ -8,12 +7,12 @@ from twisted.internet.defer import Deferred
 from vllmproxy.errors import BadRequest, Forbidden, ModelDenied, StoreDown, TooLarge
 from vllmproxy.http1.bodies import Piece
 from vllmproxy.http1.stream import Stream
-from vllmproxy.inspection.request import Asked, read_request
-from vllmproxy.inspection.splice import edited, model_edits, usage_edits
+from vllmproxy.inspection.request import Asked
+from vllmproxy.inspection.splice import edited, model_edits, moved, usage_edits
 from vllmproxy.keys.gate import ANONYMOUS, Caller
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.relay.demand import NO_DEMAND, Demand, expected_tokens, guessed_prompt
-from vllmproxy.relay.facts import Facts
+from vllmproxy.relay.facts import Facts, Terms
 from vllmproxy.relay.holding import HeldBody
 from vllmproxy.relay.quotas import Reservation
 
@@ -117,23 +116,18 @@ class Admission:
         assert key is not None
         body = self._first if self._more is None else self._more.whole
         self._first, self._more = b"", None
-        asked = self._read(body)
-        if key.counts_tokens and asked.unclear:
-            raise BadRequest(
-                f"This key has a limit of tokens or a budget, and {asked.unclear}: what it uses could not be counted. "
-                "Send plain UTF-8 JSON, each member once."
-            )
-        named, model = asked.model, self._model_for(key, asked)
-        edits = [] if model is None or model == named else model_edits(asked, model)
-        if self._is_exact_for(key):
-            told = usage_edits(self.way.route, asked)
-            self.withholds = bool(told)
-            edits += told
+        asked, prompt_tokens, longer = self.facts.bodies.read(body)
+        terms = self.facts.terms
+        if terms is None or terms.asked is not asked or terms.key is not key or terms.usage != self._relay.usage:
+            terms = self._terms(key, asked)
+            self.facts.terms = terms if asked.size else None  # no other body has the same
+        model, edits = terms.model, terms.edits
+        self.withholds = terms.withholds
         self.end_user = self.end_user or asked.end_user
-        self.body = edited(body, edits) if edits else [body]
-        prompt, output = expected_tokens(self.way.work, asked.prompt_tokens, asked.output_tokens)
+        self.body = edited(body, moved(edits, asked, longer)) if edits else [body]
+        prompt, output = expected_tokens(self.way.work, prompt_tokens, asked.output_tokens)
         self.demand = Demand(
-            asked=named,
+            asked=asked.model,
             model=model,
             prompt_tokens=prompt,
             output_tokens=output,
@@ -143,11 +137,20 @@ class Admission:
             spend=self._price(key, model, prompt, output),
         )
 
-    def _read(self, body: bytes | mmap) -> Asked:
-        reading = self.facts.reading
-        if reading.unclear:
-            return Asked(surety="ambiguous", reason=reading.unclear, unclear=reading.unclear)
-        return read_request(self.way.route, body, reading.content_type, reading.content_encoding)
+    def _terms(self, key: VirtualKey, asked: Asked) -> Terms:
+        """Return what is to be done with such a body. Raises :class:`~vllmproxy.errors.ApiError`: it does not pass."""
+        usage = self._relay.usage
+        if key.counts_tokens and asked.unclear:
+            raise BadRequest(
+                f"This key has a limit of tokens or a budget, and {asked.unclear}: what it uses could not be counted. "
+                "Send plain UTF-8 JSON, each member once."
+            )
+        model = self._model_for(key, asked)
+        edits = [] if model is None or model == asked.model else model_edits(asked, model)
+        told = []
+        if usage == "exact" or (usage == "auto" and key.counts_tokens):
+            told = usage_edits(self.way.route, asked)
+        return Terms(asked, key, usage, model, edits + told, withholds=bool(told))
 
     def _model_for(self, key: VirtualKey, asked: Asked) -> str | None:
         """Return what vLLM calls the model. Raises where the key may not use it, or nobody can say which it is."""
@@ -166,9 +169,6 @@ class Admission:
             names = ", ".join(key.models)
             raise ModelDenied(f"This key is not allowed to use the model {asked.model[:64]!r}. It may use: {names}.")
         return key.model_rules.resolve(asked.model)
-
-    def _is_exact_for(self, key: VirtualKey) -> bool:
-        return self._relay.usage == "exact" or (self._relay.usage == "auto" and key.counts_tokens)
 
     def _price(self, key: VirtualKey, model: str | None, prompt: int, output: int) -> int:
         prices = self._relay.prices

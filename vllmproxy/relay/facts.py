@@ -6,12 +6,16 @@ from attrs import define
 
 from vllmproxy.http1.message import RequestHead, once
 from vllmproxy.http1.stream import Stream
-from vllmproxy.inspection.request import printable
+from vllmproxy.inspection.alike import BodyReader
+from vllmproxy.inspection.request import Asked, printable
+from vllmproxy.inspection.splice import Edit
 from vllmproxy.keys.credentials import Credential, read_credential
+from vllmproxy.keys.key import VirtualKey
 from vllmproxy.relay.headers import Around, Client, TrustedProxies, around_of, request_id_in
 from vllmproxy.relay.targets import split_target
 from vllmproxy.relay.ways import Way, way_of
 from vllmproxy.upstreams.server import Server
+from vllmproxy.usage.reader import UsageMode
 
 #: The end user of a request, in LiteLLM's names and order.
 _END_USER_HEADERS: Final = (b"x-litellm-customer-id", b"x-litellm-end-user-id")
@@ -22,16 +26,22 @@ _DECIDING: Final = {b"content-type": "Content-Type", b"content-encoding": "Conte
 _OVERRIDES: Final = frozenset({b"x-amzn-sagemaker-adapter-identifier"})
 
 
-@define  # not frozen, which takes three times as long to make
-class Reading:
-    """What decides how a body is read.
+@define(eq=False)  # not frozen, which takes three times as long to make
+class Terms:
+    """What is to be done with a body, and with all that are alike.
 
-    :ivar unclear: why that is not clear, as half a sentence for the caller.
+    :ivar asked: what it asks for, ``key``: whose rules it was held against, and ``usage``: how usage was to be known.
+    :ivar model: what vLLM calls the model.
+    :ivar edits: what is changed of it.
+    :ivar withholds: the answer will have one event that the client did not ask for.
     """
 
-    content_type: bytes | None
-    content_encoding: bytes | None
-    unclear: str
+    asked: Asked
+    key: VirtualKey
+    usage: UsageMode
+    model: str | None
+    edits: list[Edit]
+    withholds: bool
 
 
 @define  # as above
@@ -42,7 +52,8 @@ class Facts:
     :ivar client: who is at the other end.
     :ivar way: where it is going; ``url``: the same with the query, for the client of ``server``.
     :ivar method: as text.
-    :ivar credential: what the caller showed; ``reading``: how the body is to be read.
+    :ivar credential: what the caller showed; ``bodies``: reads what they send.
+    :ivar terms: what was to be done with the last of them.
     :ivar end_user: whom it names as its own user, if anybody.
     :ivar given_id: the caller's own id for it, if that will do.
     :ivar is_preflight: this is a CORS preflight, which vLLM answers without a key (its ``AuthenticationMiddleware``).
@@ -57,10 +68,11 @@ class Facts:
     method: str
     credential: Credential
     end_user: str | None
-    reading: Reading
+    bodies: BodyReader
     given_id: bytes | None
     is_preflight: bool
     around: Around
+    terms: Terms | None = None
 
 
 def facts_of(stream: Stream, server: Server, trusted: TrustedProxies) -> Facts:
@@ -89,7 +101,7 @@ def _facts_of(head: RequestHead, stream: Stream, server: Server, trusted: Truste
         method=head.method.decode("ascii"),
         credential=read_credential(head.fields),
         end_user=_end_user_in(head.fields),
-        reading=_reading_of(head.fields),
+        bodies=_reader_of(way.route, head.fields),
         given_id=request_id_in(head.fields),
         is_preflight=asks_alone and way.group in ("inference", "info"),
         around=around_of(head, client, stream.is_secure, server.authorization, host=upstream.authority),
@@ -103,13 +115,13 @@ def _end_user_in(fields: dict[bytes, list[bytes]]) -> str | None:
     return None
 
 
-def _reading_of(fields: dict[bytes, list[bytes]]) -> Reading:
-    """Return how the head says that the body is to be read."""
+def _reader_of(route: str, fields: dict[bytes, list[bytes]]) -> BodyReader:
+    """Return what reads the bodies of such heads."""
     deciding: list[bytes | None] = []
     for name, said in _DECIDING.items():
         values = fields.get(name)
         if values is not None and len(values) > 1:
-            return Reading(None, None, f"there are several headers {said}")
+            return BodyReader(route, None, unclear=f"there are several headers {said}")
         deciding.append(values[0] if values else None)
     unclear = "" if _OVERRIDES.isdisjoint(fields) else "a header names another model"
-    return Reading(deciding[0], deciding[1], unclear)
+    return BodyReader(route, deciding[0], deciding[1], unclear)

@@ -1,0 +1,112 @@
+"""A body that comes again, alike but for its messages or its prompt: what it asks for need not be read anew.
+
+That is how an application goes on asking. Nothing is guessed: where what is before and behind that one value is the
+same, byte for byte, and one JSON value of the same kind is all that is between, every other member is the same, and
+nothing that a body asks for depends on the value.
+"""
+
+from json import JSONDecoder
+from mmap import mmap
+from typing import Final
+
+from vllmproxy.inspection.document import MOST_VALUES
+from vllmproxy.inspection.request import Asked, prompt_tokens_of, read_request
+
+#: By route, the member that is left open, and how its value may begin: on any other one more may depend.
+_OPEN: Final = {
+    "/v1/chat/completions": ("messages", b"["),
+    "/v1/completions": ("prompt", b'"'),
+    "/v1/embeddings": ("input", b'"['),
+    "/v1/messages": ("messages", b"["),
+    "/v1/responses": ("input", b'"['),
+}
+#: Bytes around it of the longest body that is kept: there is one for each connection.
+_LONGEST: Final = 2048
+#: After so many bodies in a row that were not alike, one in so many is kept to see whether the next is.
+_MISSES: Final = 2
+_EACH: Final = 16
+
+#: As in :mod:`vllmproxy.inspection.document`.
+_scan: Final = JSONDecoder().scan_once  # type: ignore[attr-defined]
+
+
+class _Template:
+    """A body with one of its values left open.
+
+    :param start: where that begins; ``end``: behind it.
+    """
+
+    __slots__ = ("_before", "_behind", "_kind", "_rest", "_start", "asked")
+
+    def __init__(self, body: bytes, asked: Asked, start: int, end: int) -> None:
+        self.asked = asked
+        self._before, self._behind = body[:start], body[end:]
+        self._start, self._rest = len(self._before.decode()), len(self._behind.decode())  # in characters
+        self._kind = list if body[start] == ord("[") else str
+
+    def fits(self, body: bytes) -> bool:
+        """Tell whether ``body`` is the same with another value."""
+        if not (body.startswith(self._before) and body.endswith(self._behind)):
+            return False
+        if len(body) > MOST_VALUES or body.find(b'"data') >= 0:  # it may be too much, or have attachments
+            return False
+        try:
+            text = str(body, "utf-8")
+            value, end = _scan(text, self._start)
+        except (ValueError, StopIteration, RecursionError):
+            return False
+        return end == len(text) - self._rest and type(value) is self._kind and value != ""
+
+
+class BodyReader:
+    """Reads the bodies of requests whose heads are alike, but for their lengths.
+
+    :param route: as in :func:`vllmproxy.inspection.routes.takes_model`.
+    :param content_type: as in :func:`~vllmproxy.inspection.request.read_request`, and so is ``content_encoding``.
+    :param unclear: why these heads leave open how a body is read, as half a sentence for the caller.
+    """
+
+    __slots__ = ("_encoding", "_missed", "_route", "_template", "_type", "_unclear")
+
+    def __init__(
+        self, route: str, content_type: bytes | None, content_encoding: bytes | None = None, unclear: str = ""
+    ) -> None:
+        self._route = route
+        self._type = content_type
+        self._encoding = content_encoding
+        self._unclear = unclear
+        self._template: _Template | None = None
+        self._missed = -1  # bodies in a row that were not alike; the very first one counts for none
+
+    def read(self, body: bytes | mmap) -> tuple[Asked, int, int]:
+        """Return what ``body`` asks for, about how many tokens its prompt has, and by how many bytes it is longer than
+        the one that the former was read from: bodies that are alike have the same, which nobody is to change.
+        """
+        if self._unclear:
+            return Asked(surety="ambiguous", reason=self._unclear, unclear=self._unclear), 0, 0
+        template = self._template
+        if template is not None and isinstance(body, bytes) and template.fits(body):
+            self._missed = 0
+            asked = template.asked
+            return asked, prompt_tokens_of(len(body)), len(body) - asked.size
+        asked = read_request(self._route, body, self._type, self._encoding)
+        self._learn(asked, body)
+        return asked, asked.prompt_tokens, 0
+
+    def _learn(self, asked: Asked, body: bytes | mmap) -> None:
+        """Keep a body for the next ones to be compared with, if they may be alike."""
+        self._template = None
+        self._missed += 1
+        if self._missed == 0 or (self._missed > _MISSES and self._missed % _EACH):
+            return
+        name, beginnings = _OPEN.get(self._route, ("", b""))
+        document = asked.document
+        if document is None or document.repeated or name not in document.spans or not isinstance(body, bytes):
+            return
+        start, end = document.spans[name]
+        if len(body) - (end - start) > _LONGEST or body[start] not in beginnings:
+            return
+        template = _Template(body, asked, start, end)
+        if template.fits(body):  # as long as it has no attachments, and is none of the empty texts
+            asked.size, asked.moves = len(body), end
+            self._template = template
