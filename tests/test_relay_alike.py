@@ -168,6 +168,17 @@ def test_a_key_that_may_use_other_models_from_now_on(house: House, cache: KeyCac
         assert b'"tiny"' in chat(house, b"a")
 
 
+def test_a_key_that_opens_the_way_no_longer(house: House, cache: KeyCache) -> None:
+    change(cache, models=("small",))
+    for _ in range(3):
+        assert b'"small"' in chat(house, b"a")
+    change(cache, key_type="read_only")
+    for _ in range(2):
+        assert b" 403 " in chat(house, b"a")
+    change(cache, allowed_routes=("/v1/chat/completions",), key_type="default")
+    assert b'"small"' in chat(house, b"a")
+
+
 def test_a_model_that_the_key_may_not_use_after_many_that_it_may(house: House, cache: KeyCache) -> None:
     change(cache, models=("small",), aliases={"small": "tiny"})
     for _ in range(3):

@@ -233,7 +233,7 @@ class ClientConnection(Protocol):
     def pipe(self, receiver: AnswerReceiver) -> None:
         """See :meth:`Answer.pipe`."""
         self._receiver = receiver
-        self._deliver()
+        self._deliver(receiver)
 
     def pause_answer(self) -> None:
         """Read no more of the answer for now."""
@@ -310,12 +310,11 @@ class ClientConnection(Protocol):
         if self._waiting is not None and reader.head is not None:
             waiting, self._waiting = self._waiting, None
             waiting.callback(Answer(reader.head, self))
-        self._deliver()
+        if self._receiver is not None:
+            self._deliver(self._receiver)
 
-    def _deliver(self) -> None:
-        receiver, reader = self._receiver, self._reader
-        if receiver is None:
-            return
+    def _deliver(self, receiver: AnswerReceiver) -> None:
+        reader = self._reader
         whole = reader.whole
         if reader.pieces:
             data = reader.take()

@@ -10,7 +10,7 @@ from mmap import mmap
 from typing import Final
 
 from vllmproxy.inspection.document import MOST_VALUES
-from vllmproxy.inspection.request import Asked, prompt_tokens_of, read_request
+from vllmproxy.inspection.request import BYTES_PER_TOKEN, Asked, read_request
 
 #: By route, the member that is left open, and how its value may begin: on any other one more may depend.
 _OPEN: Final = {
@@ -88,7 +88,7 @@ class BodyReader:
         if template is not None and isinstance(body, bytes) and template.fits(body):
             self._missed = 0
             asked = template.asked
-            return asked, prompt_tokens_of(len(body)), len(body) - asked.size
+            return asked, -(-len(body) // BYTES_PER_TOKEN), len(body) - asked.size
         asked = read_request(self._route, body, self._type, self._encoding)
         self._learn(asked, body)
         return asked, asked.prompt_tokens, 0

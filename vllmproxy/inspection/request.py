@@ -49,7 +49,8 @@ _READ: Final = _COUNTED | _END_USERS | _UNREAD | {"model"}
 #: Bytes of a body that is read a second time where it could not be read as it should.
 _LONGEST_DOUBTED: Final = 1 << 20
 
-_BYTES_PER_TOKEN: Final = 4
+#: Of text, about.
+BYTES_PER_TOKEN: Final = 4
 #: An image, a sound or a file.
 _TOKENS_PER_OTHER: Final = 1024
 
@@ -140,12 +141,7 @@ def _prompt_tokens(body: bytes | mmap, attachments: list[Attachment]) -> int:
     text = len(body)
     for attachment in attachments:
         text -= attachment.end + 1 - attachment.start
-    return prompt_tokens_of(text) + len(attachments) * _TOKENS_PER_OTHER
-
-
-def prompt_tokens_of(text: int) -> int:
-    """Return how many tokens a prompt may have in so many bytes of text."""
-    return -(-text // _BYTES_PER_TOKEN)
+    return -(-text // BYTES_PER_TOKEN) + len(attachments) * _TOKENS_PER_OTHER
 
 
 def _options_of(body: bytes | mmap, document: Document) -> tuple[Document | None, str]:

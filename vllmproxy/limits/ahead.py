@@ -65,7 +65,7 @@ class Ahead:
 
     def settle(self, key: str, request_id: str, costs: tuple[int | None, ...]) -> None:
         stock = self._stocks.get(key)
-        self._behind.settle(key, request_id, costs, prompt=stock is None or not stock.is_far)
+        self._behind.settle(key, request_id, costs, prompt=stock is None or not stock.most)
 
     def renew(self, key: str, request_ids: Sequence[str]) -> list[str] | Deferred[list[str]]:
         return self._limiter.renew(key, request_ids)
@@ -114,7 +114,8 @@ class Ahead:
 
     def _fill_soon(self, key: str, stock: "_Stock") -> None:
         """Ask for more when all is done that is to be done for a request, if a good part is missing."""
-        if not stock.is_due and stock.is_low:
+        wanted = min(stock.size, stock.most)
+        if not stock.is_due and wanted - len(stock.ready) - stock.asked >= max(1, wanted // 4):
             stock.is_due = True
             self._clock.callLater(0, self._fill, key, stock)
 
@@ -174,11 +175,12 @@ class _Stock:
     :param before: the stock that did not do for it. Costs are powers of two, so that most requests find theirs.
     :ivar size: how many it should be, as far as the limits afford that.
     :ivar ready: when each was asked for, oldest first.
+    :ivar most: how many the limits afford; 0 where they are not far away.
     :ivar asked: how many are on their way. :ivar is_due: whether more are about to be asked for.
     :ivar filled: when some were asked for last.
     """
 
-    __slots__ = ("_most", "asked", "filled", "is_due", "ready", "rules", "size")
+    __slots__ = ("asked", "filled", "is_due", "most", "ready", "rules", "size")
 
     def __init__(self, rules: tuple[Rule, ...], before: "_Stock | None") -> None:
         self.rules = tuple(map(_rounded, rules))
@@ -191,7 +193,7 @@ class _Stock:
         self.asked = 0
         self.is_due = False
         self.filled = 0.0
-        self._most = 0
+        self.most = 0
 
     def fit(self, rules: tuple[Rule, ...]) -> Literal["fits", "too much", "not"]:
         """Tell whether what is reserved here will do, and is not far too much."""
@@ -233,25 +235,14 @@ class _Stock:
 
     def left(self, remaining: tuple[int, ...]) -> None:
         """So much was left of each limit just now: no more than a small part of that may be here."""
-        self._most = MOST
+        self.most = MOST
         for rule, left in zip(self.rules, remaining, strict=True):
-            self._most = min(self._most, left // (_PART * (rule.cost or 1)) if 2 * left >= rule.limit else 0)
-
-    @property
-    def is_far(self) -> bool:
-        """Whether the limits are far away."""
-        return self._most > 0
-
-    @property
-    def is_low(self) -> bool:
-        """Whether a good part is missing."""
-        wanted = min(self.size, self._most)
-        return wanted - len(self.ready) - self.asked >= max(1, wanted // 4)
+            self.most = min(self.most, left // (_PART * (rule.cost or 1)) if 2 * left >= rule.limit else 0)
 
     @property
     def missing(self) -> int:
         """How many are to be asked for."""
-        return min(self.size, self._most) - len(self.ready) - self.asked
+        return min(self.size, self.most) - len(self.ready) - self.asked
 
 
 def _rounded(rule: Rule) -> Rule:

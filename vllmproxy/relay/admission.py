@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from twisted.internet.defer import Deferred
-
 from vllmproxy.errors import BadRequest, Forbidden, ModelDenied, StoreDown, TooLarge
 from vllmproxy.http1.bodies import Piece
 from vllmproxy.http1.stream import Stream
@@ -14,7 +12,6 @@ from vllmproxy.keys.key import VirtualKey
 from vllmproxy.relay.demand import NO_DEMAND, Demand, expected_tokens, guessed_prompt
 from vllmproxy.relay.facts import Facts, Terms
 from vllmproxy.relay.holding import HeldBody
-from vllmproxy.relay.quotas import Reservation
 
 if TYPE_CHECKING:
     from vllmproxy.relay.relay import Relay
@@ -68,9 +65,10 @@ class Admission:
     def check(self, caller: Caller) -> bool:
         """Tell whether the body has to be read first. Raises :class:`~vllmproxy.errors.ApiError`: it does not pass."""
         self.caller = caller
-        base = self.facts.server.upstream.base_path
-        self._relay.gate.check_route(caller, self.way.group, self.way.path, base)
-        key, head = caller.key, self._stream.head
+        facts, key, head = self.facts, caller.key, self._stream.head
+        if key is None or facts.opened_by is not key:
+            self._relay.gate.check_route(caller, self.way.group, self.way.path, facts.server.upstream.base_path)
+            facts.opened_by = key
         if key is None:
             return False
         if head.websocket:
@@ -179,11 +177,6 @@ class Admission:
                 "Whoever runs this proxy can give it one (--prices)."
             )
         return cost or 0
-
-    def reserve(self) -> Reservation | Deferred[Reservation] | None:
-        """Take what it needs of the key's limits; see :meth:`~vllmproxy.relay.quotas.Quotas.reserve`."""
-        key = self.caller.key
-        return None if key is None else self._relay.quotas.reserve(key, self.demand)
 
     def release(self) -> None:
         """The body is held no longer."""

@@ -147,7 +147,8 @@ class Exchange:
         self._explain(self._relay.line.late(), "refused")
 
     def _reserve(self) -> None:
-        reserved = self._admission.reserve()
+        key = self._admission.caller.key
+        reserved = None if key is None else self._relay.quotas.reserve(key, self._admission.demand)
         if reserved is None or isinstance(reserved, Reservation):
             self._reserved(reserved)
         else:

@@ -53,6 +53,7 @@ class Facts:
     :ivar way: where it is going; ``url``: the same with the query, for the client of ``server``.
     :ivar method: as text.
     :ivar credential: what the caller showed; ``bodies``: reads what they send.
+    :ivar opened_by: the last key that opened this way.
     :ivar terms: what was to be done with the last of them.
     :ivar end_user: whom it names as its own user, if anybody.
     :ivar given_id: the caller's own id for it, if that will do.
@@ -72,6 +73,7 @@ class Facts:
     given_id: bytes | None
     is_preflight: bool
     around: Around
+    opened_by: VirtualKey | None = None
     terms: Terms | None = None
 
 

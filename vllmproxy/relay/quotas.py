@@ -58,9 +58,8 @@ class Reservation:
         """Header lines that tell the caller how much is left of the key's limits."""
         lines = b""
         for rule, remaining in zip(self.ask.rules, self.remaining, strict=True):
-            told = None if rule.scope else _TOLD.get(rule.kind)
-            if told is not None:
-                lines += told % (rule.limit, remaining)
+            if rule.kind in _TOLD and not rule.scope:
+                lines += _TOLD[rule.kind] % (rule.limit, remaining)
         return lines
 
     def held(self, kind: str) -> int:
