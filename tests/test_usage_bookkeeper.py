@@ -544,6 +544,55 @@ def _full(*_: Any) -> Any:
     raise OSError("no space left")
 
 
+def test_the_store_is_told_of_nothing_that_a_power_cut_could_take_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number would be another request's then, and the store would take that for the one it has."""
+    desk = Desk(tmp_path)
+    desk.books.begin(EXPECTED)
+    short = [desk.books.begin(EXPECTED)]
+    (journal,) = journals_in(tmp_path)
+    kept = b""
+    sync = Journal.sync
+
+    def ends_meanwhile(self: Journal) -> None:
+        nonlocal kept
+        sync(self)
+        kept = journal.read_bytes()
+        if short:
+            short.pop().end(USED)
+
+    with monkeypatch.context() as slow:
+        slow.setattr(Journal, "sync", ends_meanwhile)
+        desk.turn()
+    assert desk.store.total() == (0, 0, 0)
+    desk.kill()
+    journal.write_bytes(kept)
+    later = Desk(tmp_path, desk.store)
+    later.turn()
+    later.turn()
+    assert desk.store.total() == (2, 2, 2000)
+    later.close()
+
+
+def test_what_cannot_be_forced_to_the_disk_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged_errors: list[LogEvent]
+) -> None:
+    desk = Desk(tmp_path)
+    desk.request()
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fdatasync", _full)
+        for _ in range(3):
+            desk.turn()
+    assert desk.store.total() == (0, 0, 0)
+    assert [event["log_format"] for event in logged_errors] == ["The disk fails the journal of usage: {error}"]
+    assert "log_failure" not in logged_errors[0]
+    logged_errors.clear()
+    desk.turn()
+    assert desk.store.total() == (1, 0, 1)
+    desk.close()
+
+
 def test_a_journal_that_cannot_be_added_keeps_no_other_waiting(tmp_path: Path, logged_errors: list[LogEvent]) -> None:
     left = Desk(tmp_path)
     left.request()

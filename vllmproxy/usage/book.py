@@ -2,7 +2,7 @@
 
 import secrets
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 from typing import Final, Protocol
 
@@ -113,7 +113,8 @@ class Book:
         self._ended: list[Ended] = []
         self._is_due = False
         self._complained = False
-        self._synced = 0
+        #: How many bytes of the journal the disk has for sure, and what was the last event in them.
+        self._synced = (0, 0)
 
     def end(self, id: str, event: UsageEvent) -> None:
         """A request is over, and this is what it used. What cannot be written down yet is tried again before each batch
@@ -155,12 +156,14 @@ class Book:
             self._pending += numbered[: max(_MOST_PENDING - len(self._pending), 0)]
 
     def batch(self) -> list[Numbered]:
-        """Return what the store is to have next."""
+        """Return what the store is to have next, and the disk has: else a power cut would give numbers that the store
+        knows to other events."""
+        most = min(self._synced[1] - self.added, _BATCH)
+        if most <= 0:
+            return []
         if self._pending:
-            return list(islice(self._pending, _BATCH))
-        if self.added < self.journal.written:
-            return self.journal.read(self._offset, self.added + 1, _BATCH)
-        return []
+            return list(islice(self._pending, most))
+        return self.journal.read(self._offset, self.added + 1, most)
 
     def has(self, batch: list[Numbered]) -> None:
         """The store has it."""
@@ -168,10 +171,15 @@ class Book:
         while self._pending and self._pending[0].number <= self.added:
             self._pending.popleft()
 
-    def needs_sync(self) -> bool:
-        """Whether something was written since this was asked last."""
-        synced, self._synced = self._synced, self.journal.size
-        return self._synced > synced
+    async def sync(self, wait: Callable[[Callable[[], None]], Awaitable[None]]) -> None:
+        """Have the disk take what was written so far. Raises ``OSError``.
+
+        :param wait: calls what blocks, in a thread.
+        """
+        so_far = self.journal.size, self.journal.written
+        if so_far[0] != self._synced[0]:
+            await wait(self.journal.sync)
+        self._synced = so_far
 
     def draft(self) -> "Draft | None":
         """Return what is to take the journal's place, where requests that go on keep much in it that the store has."""
@@ -186,7 +194,7 @@ class Book:
         self._offset = draft.journal.least
         for each in self._pending:
             each.end += draft.journal.least - draft.since
-        self._synced = 0
+        self._synced = (0, self._synced[1])  # what came behind the draft may not be on the disk
 
     @property
     def is_done(self) -> bool:

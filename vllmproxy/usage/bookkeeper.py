@@ -138,8 +138,7 @@ class Bookkeeper:
         self._is_late = is_late
 
     async def _bring(self, book: Book) -> None:
-        if book.needs_sync():
-            await self._wait_for(book.journal.sync)
+        await book.sync(self._wait_for)
         while batch := book.batch():
             await self._store.add_usage(book.journal.writer, batch[0].number, [each.event for each in batch])
             book.has(batch)
@@ -181,6 +180,8 @@ class Bookkeeper:
         if not self._is_late:
             if reason.check(StoreUnavailable):
                 _log.warn("The store is away: usage waits in the journal")
+            elif reason.check(OSError):
+                _log.error("The disk fails the journal of usage: {error}", error=reason.getErrorMessage())
             else:
                 _log.failure("Adding usage failed; it waits in the journal", reason)
             self._is_late = True
