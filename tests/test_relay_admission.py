@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from twisted.logger import LogEvent, LogLevel, globalLogPublisher
 
 from vllmproxy.keys.key import VirtualKey
 from vllmproxy.relay.demand import Demand, rules_of
-from vllmproxy.usage.prices import Prices
+from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.prices import Price, Prices
 from vllmproxy.usage.sums import GROUPS, UsageQuery
 
 CHAT = "/vllm/v1/chat/completions"
@@ -487,6 +489,25 @@ def test_a_soft_budget_warns_once_and_refuses_nothing() -> None:
     finally:
         globalLogPublisher.removeObserver(observe)
     assert (warnings[0]["key_id"], warnings[0]["soft"]) == ("ab" * 32, "0.001")
+
+
+def test_a_spend_beyond_all_reason_can_be_read_again() -> None:
+    house = house_of(tpm_limit=10**6)
+    house.relay.prices = Prices({"m": Price(input=10**12, cached_input=10**12)})
+    events: list[UsageEvent] = []
+    begin = house.relay.books.begin
+
+    def remembered(expected: UsageEvent) -> Any:
+        entry: Any = begin(expected)
+        end = entry.end
+        return SimpleNamespace(end=lambda event: (events.append(event), end(event)))
+
+    house.relay.books.begin = remembered  # type: ignore[method-assign]
+    post(house, {"model": "m", "max_tokens": 4, "messages": MESSAGES})
+    answer(house, {"model": "m", "usage": {"prompt_tokens": 2**50, "completion_tokens": 0, "total_tokens": 2**50}})
+    (event,) = events
+    assert event.spend > 10**15
+    assert UsageEvent.of_json(json.loads(event.as_json())) == event
 
 
 @pytest.mark.parametrize("prices", [None, PRICES])

@@ -11,7 +11,7 @@ from vllmproxy.relay.passing import Passing
 from vllmproxy.relay.quotas import Quotas, Reservation
 from vllmproxy.usage.book import Entry
 from vllmproxy.usage.bookkeeper import Bookkeeper
-from vllmproxy.usage.event import Quality, UsageEvent
+from vllmproxy.usage.event import MOST, Quality, UsageEvent
 from vllmproxy.usage.prices import Prices
 from vllmproxy.usage.tokens import Usage
 
@@ -171,7 +171,7 @@ class Bill:
 
     def _cost(self, prices: Prices, model: str, *counts: int) -> int:
         costs = (prices.cost(name, *counts) for name in (model, self._expected.model) if name)
-        return next((cost for cost in costs if cost is not None), 0)
+        return min(next((cost for cost in costs if cost is not None), 0), MOST)
 
 
 def open_bill(

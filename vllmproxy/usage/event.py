@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 from operator import attrgetter
-from typing import Any, Literal, Self, get_args
+from typing import Any, Final, Literal, Self, get_args
 
 import attrs
 from attrs import define
@@ -12,6 +12,10 @@ from attrs import define
 #: Where the token counts come from: vLLM said them; they were counted from events or estimated; the answer may have
 #: used some and nobody could read how many; there was nothing to count (``GET /metrics``).
 Quality = Literal["reported", "estimated", "unknown", "none"]
+
+
+#: The largest number that one may have.
+MOST: Final = 1 << 53
 
 
 @define(kw_only=True)  # not frozen, which takes three times as long to make: there are two for each request
@@ -114,7 +118,7 @@ class UsageEvent:
         texts, numbers = _texts(event), _numbers(event)
         if not all(isinstance(text, str) for text in texts) or event.quality not in get_args(Quality):
             raise TypeError("a text is none")
-        if not all(type(number) is int and 0 <= number <= _MOST for number in numbers):
+        if not all(type(number) is int and 0 <= number <= MOST for number in numbers):
             raise TypeError("a number is none")
         if not isinstance(event.time, int | float) or not 0 <= event.time <= _END_OF_TIME:
             raise TypeError("the time is none")
@@ -132,6 +136,5 @@ _NAMES = tuple(a.name for a in attrs.fields(UsageEvent))
 _KNOWN = frozenset(_NAMES)
 _texts = attrgetter("key", "model", "end_user", "quality")
 _numbers = attrgetter(*(name for name in _NAMES if name not in ("time", "key", "model", "end_user", "quality")))
-_MOST = 1 << 53
 #: The last moment that a calendar of four digits knows.
 _END_OF_TIME = 253_402_300_799
