@@ -117,6 +117,55 @@ def test_who_sends_a_body_in_drops_shuts_nobody_out() -> None:
     assert not door.factory.refused
 
 
+def stuck(door: Door) -> MemoryTransport:
+    """Return one that has asked thrice and does not read the first answer, so that the second is not begun."""
+    transport = door.connect()
+    transport.stall()
+    transport.receive(GET * 3)
+    door.streams.pop(transport).respond(200, b"OK", b"", b"x" * 100_000)
+    assert transport not in door.streams
+    return transport
+
+
+def test_who_asks_and_does_not_read_the_answers_shuts_nobody_out() -> None:
+    """Nothing is under way for such a client, nor does it wait for anything that has a deadline of its own."""
+    door = Door(most=2)
+    for _ in range(2 + RESERVE):
+        door.clock.advance(1)
+        stuck(door)
+    assert door.alive == [RESERVE, RESERVE + 1]
+    assert not door.factory.refused
+
+
+def test_who_reads_slowly_what_is_under_way_keeps_its_place() -> None:
+    door = Door(most=1)
+    slow = door.connect()
+    slow.stall()
+    door.ask(slow)
+    stream = door.streams[slow]
+    stream.start_response(200, b"OK", b"", length=None)
+    stream.write(b"x" * 100_000)
+    door.clock.advance(1)
+    others = [stuck(door) for _ in range(RESERVE)]
+    door.connect()
+    assert not slow.lost
+    assert others[0].lost
+
+
+def test_who_has_been_awaited_longest_goes_first() -> None:
+    door = Door(most=3)
+    silent = door.connect()
+    door.clock.advance(1)
+    reads_nothing = stuck(door)
+    door.clock.advance(1)
+    sends_nothing = door.connect()
+    sends_nothing.receive(POST + b"x")
+    for transport in (silent, reads_nothing, sends_nothing):
+        assert not transport.lost
+        door.ask(door.connect())
+        assert transport.lost
+
+
 def test_an_address_may_have_only_so_many_and_does_not_drive_others_out() -> None:
     door = Door(most=4, per_client=2)
     for peer in ("192.0.2.1", "192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.1"):

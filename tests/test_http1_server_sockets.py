@@ -4,6 +4,7 @@ import socket
 import struct
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -254,6 +255,31 @@ async def test_an_answer_that_is_on_its_way_outlives_its_connections_place(size:
         while data := await some(sock):
             received += data
         assert received.endswith(b"\r\n\r\n" + b"x" * size)
+        sock.close()
+
+
+def unread(port: int) -> int:
+    """Return how many connections from a port the kernel keeps for what their peers did not read (FIN_WAIT1)."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(line[1].endswith(f":{port:04X}") and line[3] == "04" for line in lines)
+
+
+@pytest.mark.parametrize("how", ["evicted", "closed"])
+@pytest_twisted.ensureDeferred
+async def test_the_kernel_keeps_nothing_for_a_client_that_does_not_read(how: str) -> None:
+    """It would for ever, and nobody would count it: such a client confirms that there is no room."""
+    async with site(write_timeout=0.5) as server:
+        sock = server.connect(receive_buffer=4096)
+        last = b"" if how == "evicted" else b"Connection: close\r\n"
+        stream = await server.ask(sock, GET.replace(b"\r\n\r\n", b"\r\n%b\r\n" % last))
+        (channel,) = server.factory.channels
+        stream.respond(200, b"OK", b"", b"x" * 200_000)
+        if how == "evicted":
+            channel.evict()
+        await until(lambda: not server.factory.channels)
+        port = server.port.getHost().port
+        assert unread(port) == 1
+        await until(lambda: not unread(port))
         sock.close()
 
 

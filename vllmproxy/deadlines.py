@@ -1,6 +1,7 @@
 """Many waits of one length at the cost of a dictionary entry each."""
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Generic, TypeVar
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -49,6 +50,11 @@ class Deadlines(Generic[T]):
             self.set(item)
         return begins
 
+    @property
+    def seconds(self) -> float:
+        """How long they last; 0 where they are switched off."""
+        return self._seconds
+
     def __iter__(self) -> Iterator[T]:
         """Yield whose waits there are."""
         return iter(self._due)
@@ -85,10 +91,16 @@ class Deadlines(Generic[T]):
         item, due = self._due.popitem()
         return item, due <= self._clock.seconds()
 
-    def longest(self) -> float:
-        """Return for how many seconds the wait that is to expire first has lasted; -1 where there is none."""
-        due = next(iter(self._due.values()), None)
-        return -1 if due is None else self._clock.seconds() - (due - self._seconds)
+    def longest(self, among: Callable[[T], bool] = lambda _: True, *, looks: int = 1) -> tuple[float, T | None]:
+        """Return for how many seconds the wait that is to expire first has lasted, and whose it is; -1 and ``None``
+        where there is none.
+
+        :param among: whose waits are meant; ``looks``: how many others are passed over at most.
+        """
+        for item, due in islice(self._due.items(), looks):
+            if among(item):
+                return self._clock.seconds() - (due - self._seconds), item
+        return -1, None
 
     def close(self) -> None:
         """Forget every wait and those to come; nothing expires any more."""

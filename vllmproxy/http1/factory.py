@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
+from operator import itemgetter
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress, IProtocolNegotiationFactory, IReactorTime
@@ -16,6 +17,8 @@ from vllmproxy.http1.places import Places
 from vllmproxy.http1.server import ServerChannel
 from vllmproxy.http1.stream import Stream
 
+#: How many that do not read their answers are looked at for one that no request is under way for.
+_LOOKS = 1000
 #: Connections beyond ``max_connections`` that are taken while requests are under way on all of them, so that whoever
 #: asks how the proxy is gets an answer.
 RESERVE = 64
@@ -26,8 +29,9 @@ class ServerFactory(Factory):
     """Makes channels and holds what they share.
 
     At ``max_connections`` a new one takes the place of one whose request is not there: of one that closes and waits
-    only for its client's close_notify, else of the one that has been idle longest, else of the one whose head, or whose
-    body's next byte, has been awaited longest. Where there is none, the reserve is left, and then the new one is reset.
+    only for its client's close_notify, else of the one that has been idle longest, else of the one whose head, whose
+    body's next byte, or who to read the answers that it has, has been awaited longest. Where there is none, the reserve
+    is left, and then the new one is reset.
 
     :param handler: takes each :class:`Stream` when its head is complete and it is its turn.
     :param render: makes the whole answer for a request refused by the wire itself.
@@ -112,26 +116,41 @@ class ServerFactory(Factory):
         return True
 
     def _evict(self) -> bool:
-        late = max(self.head_deadlines, self.body_deadlines, key=lambda waits: waits.longest())
-        channel = self._closing() or self.idle_deadlines.pop() or late.pop()
+        channel = self._closing() or self.idle_deadlines.pop() or self._late()
         if channel is None:
             return False
         self.evicted += 1
+        self._end_waits(channel)
         self.connections.leave(channel)
         channel.evict()
         return True
 
     def _closing(self) -> ServerChannel | None:
         """Return a connection on which nothing is to be done any more but to wait for its client, if one is near."""
-        channel = next((channel for channel in islice(self.linger_deadlines, 64) if channel.has_said_all), None)
-        if channel is not None:
-            self.linger_deadlines.clear(channel)
+        return next((channel for channel in islice(self.linger_deadlines, 64) if channel.has_said_all), None)
+
+    def _late(self) -> ServerChannel | None:
+        """Return a connection with no request under way whose client has been awaited longest, if one is near: for a
+        head, for a body, or to read the answers that it has."""
+        _, channel = max(
+            self.head_deadlines.longest(),
+            self.body_deadlines.longest(),
+            self.write_deadlines.longest(lambda channel: channel.has_answered, looks=_LOOKS),
+            key=itemgetter(0),
+        )
         return channel
 
     def forget(self, channel: ServerChannel) -> None:
         """A connection is gone."""
         self.channels.discard(channel)
         self.connections.leave(channel)
+        self._end_waits(channel)
+        if not self.channels:
+            waiting, self._waiting = self._waiting, []
+            for waiter in waiting:
+                waiter.callback(None)
+
+    def _end_waits(self, channel: ServerChannel) -> None:
         self.head_deadlines.clear(channel)
         self.idle_deadlines.clear(channel)
         self.body_deadlines.clear(channel)
@@ -139,10 +158,6 @@ class ServerFactory(Factory):
         self.write_deadlines.clear(channel)
         self.linger_deadlines.clear(channel)
         self.unused_deadlines.clear(channel)
-        if not self.channels:
-            waiting, self._waiting = self._waiting, []
-            for waiter in waiting:
-                waiter.callback(None)
 
     def drain(self) -> Deferred[None]:
         """Have every connection end with the requests that are under way; the result fires when all are gone.

@@ -14,6 +14,7 @@ from vllmproxy.http1.message import RequestHead, WireError
 from vllmproxy.http1.pipeline import Pipeline
 from vllmproxy.http1.sockets import (
     close_now,
+    forget_after,
     hang_up,
     is_closing,
     is_queueing,
@@ -437,16 +438,22 @@ class ServerChannel(Protocol):
     def evict(self) -> None:
         """Make room for another connection, at once. An idle one's last answer may be on its way: it is not to be lost,
         if nothing but the kernel has to send it. (Nobody can tell of TLS, which has buffers of its own.)"""
-        if self._is_closing_tls:
+        if self.has_said_all:
             hang_up(self.transport)
             return
         if self._plain:
             turn.flush(self.transport)
             if self._used and self._is_idle() and not is_queueing(self.transport):
                 self._unwatch()
+                forget_after(self.transport, self.factory.write_deadlines.seconds)
                 close_now(self.transport)
                 return
         self.reset()
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether no request is under way, though others may have come behind those that were answered."""
+        return self._active is None
 
     @property
     def has_said_all(self) -> bool:
@@ -466,6 +473,7 @@ class ServerChannel(Protocol):
     def _drain(self, end: Callable[[], None]) -> None:
         """Have the transport ``end`` when what is queued has left, and see that it leaves in time."""
         self.factory.write_deadlines.set(self)
+        forget_after(self.transport, self.factory.write_deadlines.seconds)
         self.transport.unregisterProducer()  # type: ignore[union-attr]
         end()
         self._queued = queued_bytes(self.transport)  # only now has TLS written all that it had gathered

@@ -43,6 +43,15 @@ def close_now(transport: Any) -> None:
     transport.connectionLost(Failure(ConnectionDone()))
 
 
+def forget_after(transport: Any, seconds: float) -> None:
+    """Have the kernel drop what it still has of a connection that is closed here, when the peer takes nothing of that
+    for so long; 0: never, as long as the peer goes on saying that it has no room (RFC 9293 §3.8.6.1)."""
+    sock = raw_socket(transport)
+    if sock is not None and seconds:
+        with suppress(OSError):  # it is no TCP
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(int(seconds * 1000), 1))
+
+
 def raw_socket(transport: Any) -> socket.socket | None:
     """Return the kernel's socket under a transport and its wrappers, ``None`` where there is none (in memory)."""
     while transport is not None:
