@@ -111,7 +111,8 @@ class Proxy:
             settings.max_held_bodies,
             line=Line(_places(settings, most)),
         )
-        self.gate.watch(Revocation(self.gate, self.relay, cuts=settings.cut_revoked).changed)
+        self.revocation = Revocation(self.gate, self.relay, cuts=settings.cut_revoked)
+        self.gate.watch(self.revocation.changed)
         api = self.make_api(settings)
         self.api = ApiBranch(
             reactor,
@@ -230,6 +231,7 @@ class Proxy:
         self.api.is_ending = True
         self.relay.end()  # or those that wait would be sent on in the turn of those that end
         await self.factory.close()
+        self.revocation.close()
         await self.relay.close()
         await self.books.close()
         self.hangups.close()

@@ -128,8 +128,8 @@ class Gate:
         """Take in what :meth:`Store.watch_keys <vllmproxy.store.interface.Store.watch_keys>` tells.
 
         What is known of a key is forgotten, and asked for again. An answer that the store has under way may be older
-        than the change: it is not remembered. Where no key is named, it is as good as one that came just before: for
-        an outage.
+        than the change: whoever waits for it has the store asked once more. Where no key is named, it is remembered
+        like one that came just before: for an outage.
         """
         if token is None:
             self._cache.doubt()
@@ -162,24 +162,34 @@ class Gate:
     def _look_up(self, token: str) -> Deferred[Caller]:
         waiter: Deferred[VirtualKey | None] = Deferred()
         answer = waiter.addCallbacks(self._admit, _store_failed)
-        if token in self._pending:
-            self._pending[token].append(waiter)
-            return answer
-        waiters = self._pending[token] = [waiter]
-        self._store.get_key(token).addBoth(self._settle, token, waiters)
+        self._ask(token, [waiter])
         return answer
 
+    def _ask(self, token: str, waiters: _LookUp) -> None:
+        asking = self._pending.get(token)
+        if asking is not None:
+            asking += waiters
+        else:
+            self._pending[token] = waiters
+            self._store.get_key(token).addBoth(self._settle, token, waiters)
+
     def _settle(self, result: VirtualKey | Failure | None, token: str, waiters: _LookUp) -> None:
-        if self._pending.get(token) is waiters:
+        is_current = self._pending.get(token) is waiters
+        if is_current:
             del self._pending[token]
-            if not isinstance(result, Failure):
-                self._cache.put(token, result)
-        elif self._doubted.get(token) is waiters:
+        is_doubted = self._doubted.get(token) is waiters
+        if is_doubted:
             del self._doubted[token]
-            if not isinstance(result, Failure):
+        if isinstance(result, Failure):
+            if result.check(StoreUnavailable):
+                result = self._cache.get_stale(token) or result
+        elif is_current:
+            self._cache.put(token, result)
+        else:
+            if is_doubted:
                 self._cache.put_doubted(token, result)
-        if isinstance(result, Failure) and result.check(StoreUnavailable):
-            result = self._cache.get_stale(token) or result
+            self._ask(token, waiters)
+            return
         for waiter in waiters:
             # One that was cancelled meanwhile drops this silently: Deferred's own rule.
             waiter.callback(result)

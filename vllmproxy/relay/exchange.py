@@ -352,6 +352,11 @@ class Exchange:
     # the end
 
     @property
+    def has_place(self) -> bool:
+        """Whether it may have a place already, which is the next one's when it ends."""
+        return self._state not in (State.HOLDING, State.QUEUED)
+
+    @property
     def is_forwarded(self) -> bool:
         """Whether vLLM has the request, or is getting it."""
         return self._state not in (State.ADMITTING, State.HOLDING, State.QUEUED)

@@ -105,10 +105,13 @@ class Relay:
         return list(self._running)
 
     def revoke(self, token: str, *, forwarded: bool) -> None:
-        """End what that key has under way. ``forwarded``: also what vLLM has, last: its place may be the next one's."""
-        for exchange in sorted(self._running.get(token, ()), key=lambda each: each.is_forwarded):
-            if forwarded or not exchange.is_forwarded:
-                exchange.feed(Event.REVOKED)
+        """End what that key has under way; what waits before what runs, whose place would be the next one's.
+
+        :param forwarded: also what vLLM has.
+        """
+        ended = [each for each in self._running.get(token, ()) if forwarded or not each.is_forwarded]
+        for exchange in sorted(ended, key=lambda each: each.has_place):
+            exchange.feed(Event.REVOKED)
 
     def open_bill(self, admission: Admission, reservation: Reservation | None, time: float) -> Bill:
         """Begin the bill of a request that is about to be forwarded. Raises :class:`StoreDown`."""

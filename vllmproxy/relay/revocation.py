@@ -1,16 +1,21 @@
 """What a key has under way when it is deleted or blocked."""
 
 from functools import partial
+from typing import Final
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from vllmproxy.deadlines import Deadlines
 from vllmproxy.errors import AuthError, ExpiredKey, StoreDown
 from vllmproxy.keys.gate import Gate
 from vllmproxy.relay.relay import Relay
 
 _log = Logger()
+
+#: Seconds between two tries to find out what has become of a key, while the store is away.
+AGAIN: Final = 1.0
 
 
 class Revocation:
@@ -23,6 +28,8 @@ class Revocation:
         self._gate = gate
         self._relay = relay
         self._cuts = cuts
+        #: Keys that nobody could tell of.
+        self._unsure: Deadlines[str] = Deadlines(relay.clock, AGAIN, self.changed)
 
     def changed(self, token: str | None) -> None:
         """See :meth:`vllmproxy.keys.gate.Gate.watch`."""
@@ -30,6 +37,10 @@ class Revocation:
         for key in running if token is None else {token}.intersection(running):
             if key != "master":
                 self._check(key)
+
+    def close(self) -> None:
+        """Ask no more."""
+        self._unsure.close()
 
     def _check(self, token: str) -> None:
         try:
@@ -47,5 +58,7 @@ class Revocation:
             return
         if reason.check(AuthError):
             self._relay.revoke(token, forwarded=self._cuts)
-        elif reason.check(StoreDown) is None:  # while the store is away, nobody knows
+        elif reason.check(StoreDown):  # while the store is away, nobody knows
+            self._unsure.set(token)
+        else:
             _log.failure("Looking a changed key up failed", reason)
