@@ -7,7 +7,7 @@ import pytest
 from _memory import OK, House, caller_of
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionRefusedError as Refused
-from twisted.logger import LogEvent
+from twisted.logger import LogEvent, formatEvent
 
 from vllmproxy.errors import AuthError, Forbidden, StoreDown
 from vllmproxy.http1.client import ClientConnection
@@ -397,6 +397,26 @@ def test_an_early_answer_reaches_a_client_that_still_sends(answer: bytes) -> Non
     house.client.receive(b"x" * 100_000)
     assert not house.client.ending
     assert (house.record.ended, house.record.status) == ("done", 413)
+
+
+@pytest.mark.parametrize(
+    ("key", "why"),
+    [
+        (b"", "it wants a key"),
+        (b"authorization: Bearer sk-of-the-upstream\r\n", "it does not accept the key that the proxy has for it"),
+    ],
+)
+def test_an_upstream_that_refuses_the_proxys_key_is_told_of_once(
+    key: bytes, why: str, logged_errors: list[LogEvent]
+) -> None:
+    house = House(authorization=key)
+    for _ in range(3):
+        house.client.receive(GET)
+        house.wires[0].receive(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 2\r\n\r\n{}")
+        assert house.client.take().startswith(b"HTTP/1.1 401 Unauthorized\r\n")
+    (event,) = logged_errors
+    assert formatEvent(event) == f"http://gpu1:8000 answers 401: {why} (--upstream-key-file)"
+    logged_errors.clear()
 
 
 def test_informational_answers_pass() -> None:

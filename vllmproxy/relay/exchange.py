@@ -226,6 +226,8 @@ class Exchange:
         if self._body is not None:
             self._body.forget()
         self._admission.release()
+        if head.status == 401:
+            self._facts.server.refused()
         lines = answer_lines(head, self._id, self._facts.server.upstream)
         if self._bill is not None:
             lines += self._bill.lines

@@ -13,11 +13,14 @@ from twisted.internet.endpoints import (
 )
 from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.ssl import optionsForClientTLS
+from twisted.logger import Logger
 
 from vllmproxy.authorities import Authorities
 from vllmproxy.http1.agent import UpstreamAgent
 from vllmproxy.http1.streaming import StreamingClient
 from vllmproxy.upstreams.upstream import Upstream
+
+_log = Logger()
 
 
 @define(eq=False)
@@ -25,9 +28,11 @@ class Told:
     """What the server has told of itself.
 
     :ivar fingerprint: see :class:`~vllmproxy.usage.withhold.Withholder`.
+    :ivar refuses: that it does not accept the proxy's key.
     """
 
     fingerprint: bytes | None = None
+    refuses: bool = False
 
 
 @frozen(eq=False)
@@ -43,6 +48,14 @@ class Server:
     client: StreamingClient
     authorization: bytes = b""
     told: Told = field(factory=Told)
+
+    def refused(self) -> None:
+        """Say once in the log that the server does not accept the proxy's key: its 401 goes to a client whose own key
+        is good, who cannot know."""
+        if not self.told.refuses:
+            self.told.refuses = True
+            why = "it does not accept the key that the proxy has for it" if self.authorization else "it wants a key"
+            _log.error("{name} answers 401: {why} (--upstream-key-file)", name=self.upstream.name, why=why)
 
 
 def make_server(
