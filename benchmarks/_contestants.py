@@ -24,6 +24,8 @@ from _redis import RedisServer
 #: The key's limits in "everything on": each is checked and counted, none is ever reached.
 PLENTY = 10**12
 LIMITS = {"rpm_limit": PLENTY, "tpm_limit": PLENTY, "max_parallel_requests": PLENTY}
+#: What small requests say, of another length each.
+PROMPTS = ["Say hello to everybody who waits for a token." + " And again." * times for times in range(8)]
 _MASTER = "sk-benchmark-master-key-of-no-value"
 #: How the names of variables begin that set something in a contestant; only those set here shall count.
 _SETTINGS = ("VLLM", "LITELLM", "HOSTED_VLLM", "REDIS", "STATE_DIRECTORY")
@@ -96,6 +98,10 @@ class Running:
             f"Accept: */*\r\n{self.fields}Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
         )
         return head.encode() + data
+
+    def small(self) -> list[bytes]:
+        """Return the requests of :data:`PROMPTS`, which a connection asks one after the other."""
+        return [self.request("small", {"messages": [{"role": "user", "content": prompt}]}) for prompt in PROMPTS]
 
     def stream(self, model: str) -> bytes:
         """Return the request for a stream."""

@@ -261,14 +261,21 @@ async def _measured(crowd: Crowd, took: list[int], seconds: float, meter: Meter)
 
 
 async def open_loop(
-    port: int, request: bytes, *, rate: float, connections: int, seconds: float, meter: Meter
+    port: int, requests: list[bytes], *, rate: float, connections: int, seconds: float, meter: Meter
 ) -> Outcome:
-    """Ask ``rate`` times a second whatever became of what was asked before; what finds no connection free waits."""
+    """Ask ``rate`` times a second whatever became of what was asked before; what finds no connection free waits.
+
+    :param requests: asked in turn on each connection.
+    """
     took: list[int] = []
+    turn = 0
     waiting: deque[int] = deque()
 
     def free(call: Call) -> None:
+        nonlocal turn
         took.append(time.monotonic_ns() - call.began)
+        turn += 1
+        call.request = requests[turn % len(requests)]
         if waiting:
             call.ask()
             call.began = waiting.popleft()
@@ -287,7 +294,7 @@ async def open_loop(
     idle: list[Call] = crowd.calls
     ticker = None
     try:
-        await crowd.connect(lambda n: Call(request, free, crowd.fail), port, connections)
+        await crowd.connect(lambda n: Call(requests[n % len(requests)], free, crowd.fail), port, connections)
         idle = list(crowd.calls)
         ticker = Ticker(rate, due)
         return await _measured(crowd, took, seconds, meter)

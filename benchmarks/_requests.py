@@ -26,8 +26,8 @@ async def requests(bench: Bench) -> None:
 async def small_posts(
     bench: Bench, running: Running, requests: list[bytes] | None = None, seconds: float = 3, connections: int = 32
 ) -> dict[str, float]:
-    """Ask for something small all the time. ``requests``: asked in turn, else the one."""
-    asked = requests or [running.request("small")]
+    """Ask for something small all the time. ``requests``: asked in turn, else those of one caller."""
+    asked = requests or running.small()
     outcome = await closed_loop(running.port, asked, connections, bench.seconds(seconds), bench.meter(running))
     return cost(outcome.count, outcome.used)
 
@@ -37,7 +37,7 @@ async def latency(bench: Bench) -> None:
 
     async def once(running: Running) -> dict[str, float]:
         meter = bench.meter(running)
-        outcome = await closed_loop(running.port, [running.request("small")], 1, bench.seconds(2), meter)
+        outcome = await closed_loop(running.port, running.small(), 1, bench.seconds(2), meter)
         return {"p50": outcome.quantile(0.5), "p99": outcome.quantile(0.99)}
 
     await bench.rotate("latency", bench.running, once)
@@ -56,7 +56,7 @@ async def part_load(bench: Bench, measure: str, share: float) -> None:
         seconds = bench.seconds(3)
         outcome = await open_loop(
             running.port,
-            running.request("small"),
+            running.small(),
             rate=rate,
             connections=64,
             seconds=seconds,
