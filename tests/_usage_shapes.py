@@ -66,6 +66,8 @@ ANSWERS: dict[str, tuple[dict[str, Any], Result]] = {
     "chat": (
         {
             "id": "chatcmpl-9af6",
+            "object": "chat.completion",
+            "created": 1790000000,
             "model": MODEL,
             "choices": [{"index": 0, "message": {"content": '"usage":{"prompt_tokens":9}'}, "logprobs": None}],
             "usage": {**tokens(11, 4), "prompt_tokens_details": None, "completion_tokens_details": None},

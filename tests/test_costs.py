@@ -40,9 +40,9 @@ from vllmproxy.usage.bookkeeper import Bookkeeper
 #: access log, metrics), and with a budget of tokens besides; for one event of a stream; and for a key that is not in
 #: the cache.
 BUDGETS = {
-    "post off": 198,  # of which six are for gathering what is over in one turn: here, of one request
-    "post on": 262,
-    "post budget": 274,
+    "post off": 192,  # of which six are for gathering what is over in one turn: here, of one request
+    "post on": 256,
+    "post budget": 268,
     "event off": 15.5,
     "event on": 15.5,
     "event budget": 15.5,

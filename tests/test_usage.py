@@ -9,7 +9,7 @@ from _usage_shapes import ANSWERS, MODEL, STREAMS, Result, chunk, counted, event
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vllmproxy.usage.jsonbody import LONGEST_WHOLE, TAIL
+from vllmproxy.usage.jsonbody import LONGEST_WHOLE, TAIL, _of_chat, _of_document
 from vllmproxy.usage.reader import UsageReader, reader_for
 from vllmproxy.usage.sse import LONGEST_LINE, SseReader
 from vllmproxy.usage.tokens import Usage
@@ -183,6 +183,41 @@ def test_usage_between_two_long_members_is_found_in_a_body_kept_whole() -> None:
     long = "x" * 2 * TAIL
     body = json.dumps({"model": "m", "a": long, "usage": tokens(1, 2), "b": long}).encode()
     assert read(JSON, body) == ("m", reported(1, 2, 3))
+
+
+_COUNTS: Any = st.integers(0, 10**10) | st.none() | st.sampled_from([-1, 1.5, True, "3", 2**60])
+_USAGES = st.dictionaries(st.sampled_from([*tokens(1, 2), "prompt_tokens_details", "x"]), _COUNTS, max_size=5)
+_TEXTS = st.text(max_size=20) | st.sampled_from(['"usage":{"prompt_tokens":9}', '"model":"x",', "}", '\\"'])
+_MORE = st.dictionaries(st.sampled_from(["model", "usage", "metrics", "a"]), st.none() | _USAGES, max_size=2)
+
+
+@given(
+    st.tuples(st.sampled_from(["m", "org/m-7b", "", "\N{SNOWMAN}", '"']), _TEXTS),
+    st.integers(-1, 10**10),
+    _USAGES | st.builds(tokens, st.integers(0, 10**10), st.integers(0, 9)),
+    _MORE,
+    st.booleans(),
+)
+def test_what_is_told_by_beginning_and_end_is_what_the_document_says(
+    texts: tuple[str, str], created: int, usage: dict[str, Any], more: dict[str, Any], deeper: bool
+) -> None:
+    model, text = texts
+    choices = [{"index": 0, "message": {"content": text, "usage": tokens(8, 9)}}]
+    inner = {"id": text, "object": "chat.completion", "created": created, "model": model, "choices": choices}
+    end = {"usage": usage, **more}
+    body = json.dumps({**inner, **({"deeper": end} if deeper else end)}, separators=(",", ":")).encode()
+    told = _of_chat(bytearray(body))
+    if told is not None:
+        assert told == _of_document(bytearray(body))
+    for cut in () if deeper else range(1, 4):
+        assert _of_chat(bytearray(body[:-cut])) is None
+
+
+def test_most_answers_are_told_by_their_beginning_and_end() -> None:
+    chat: Any = ANSWERS["chat"][0]
+    body = bytearray(json.dumps(chat, separators=(",", ":")).encode())
+    assert _of_chat(body) == _of_document(body)
+    assert _of_chat(body) is not None
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1, 10_000])

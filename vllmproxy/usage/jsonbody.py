@@ -1,6 +1,7 @@
 """Usage out of an answer that is one JSON document."""
 
 import json
+import re
 from collections.abc import Iterator
 
 from vllmproxy.usage.outermost import Outermost
@@ -14,6 +15,13 @@ HEAD = 4 << 10
 TAIL = 64 << 10
 
 _USAGE = b'"usage"'
+#: How vLLM begins a chat or a completion, and how it ends one (``ChatCompletionResponse``, ``CompletionResponse``).
+_BEGINNING = re.compile(rb'\{"id":"[^"\\]*","object":"[^"\\]*","created":[0-9]+,"model":"([ !#-\[\]-~]{1,256})",')
+_COUNT = rb"(0|[1-9][0-9]{0,8})"
+_END = re.compile(
+    rb'"usage":\{"prompt_tokens":%b,"total_tokens":%b,"completion_tokens":%b(?:,"[a-z_]+_details":null)*\}'
+    rb'(?:,"[a-z_]+":null)*\}' % ((_COUNT,) * 3)
+)
 _TRIES = 8
 _decoder = json.JSONDecoder()
 _raw_decode = _decoder.raw_decode
@@ -53,7 +61,7 @@ class JsonReader:
     def finish(self) -> tuple[str | None, Usage | None]:
         """Return the model and the usage of the body fed; ``None`` for each that it does not clearly tell."""
         if self._head is None and len(self._body) <= TAIL:
-            return _of_document(self._body)
+            return _of_chat(self._body) or _of_document(self._body)
         model, usage = self._head or _of_head(bytes(self._body[:HEAD]))
         usage = usage or _of_tail(bytes(self._body[-TAIL:]))
         if usage is None and self._head is None and _USAGE in self._body:
@@ -62,6 +70,21 @@ class JsonReader:
             self._outermost.feed(bytes(self._body))
             usage = self._outermost.finish()
         return model, usage
+
+
+def _of_chat(body: bytearray) -> tuple[str | None, Usage | None] | None:
+    """Return what :func:`_of_document` does where ``body`` begins and ends as nearly all do, in a third of the time.
+
+    From the last ``"usage"`` on there are its members, others that are null and one brace: so it is a member of the
+    outermost object, as in :func:`_of_tail`.
+    """
+    begins = _BEGINNING.match(body)
+    ends = None if begins is None else _END.fullmatch(body, body.rfind(_USAGE))
+    if begins is None or ends is None:
+        return None
+    prompt, total, completion = map(int, ends.groups())
+    usage = Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=total)
+    return begins[1].decode("ascii"), usage
 
 
 def _of_document(body: bytearray) -> tuple[str | None, Usage | None]:

@@ -10,7 +10,9 @@ _MOST_SECONDS = 366 * 86_400.0
 _LONGEST_MODEL = 256
 
 #: What vLLM's ``UsageInfo`` may have; one with nothing else is read in fewer steps.
-_USAGE_INFO = frozenset({"prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"})
+_USAGE_INFO = frozenset(
+    {"prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details", "completion_tokens_details"}
+)
 
 
 @define(kw_only=True)  # not frozen, which takes twice as long to make
