@@ -520,6 +520,15 @@ def test_a_model_without_a_price_is_refused_where_money_counts(prices: Prices | 
     assert "--prices" in told["message"]
 
 
+def test_who_asks_for_more_than_the_whole_budget_is_not_told_to_wait() -> None:
+    house = house_of(max_budget_tokens=100, budget_duration="1h", budget_start=1000, budget_reset_at=4600)
+    post(house, {"model": "m", "max_tokens": 200, "messages": MESSAGES})
+    assert b"retry-after" not in house.client.sent
+    status, told = error(house)
+    assert (status, "begins anew" in told["message"]) == (422, False)
+    assert "ask for fewer tokens" in told["message"]
+
+
 def test_the_period_of_a_budget_ends() -> None:
     house = house_of(max_budget_tokens=100, budget_duration="1h", budget_start=1000, budget_reset_at=4600)
     body = {"model": "m", "max_tokens": 20, "messages": MESSAGES}

@@ -415,7 +415,7 @@ def test_an_upstream_that_refuses_the_proxys_key_is_told_of_once(
         house.wires[0].receive(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 2\r\n\r\n{}")
         assert house.client.take().startswith(b"HTTP/1.1 401 Unauthorized\r\n")
     (event,) = logged_errors
-    assert formatEvent(event) == f"http://gpu1:8000 answers 401: {why} (--upstream-key-file)"
+    assert formatEvent(event) == f"http://gpu1:8000 answers 401: {why} (--upstream-key-file, VLLM_API_KEY)"
     logged_errors.clear()
 
 

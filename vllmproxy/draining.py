@@ -88,6 +88,10 @@ class Draining:
         self._wait = self._clock.callLater(self._timeout, self._feed, Event.LATE)
         self._take_no_more().addCallback(lambda _: self._feed(Event.FINISHED))
 
+    def _late(self) -> None:
+        _log.warn("Stopping: the time is over; what is not is cut off, with the error stopping in the access log")
+        self._end()
+
     def _end(self) -> None:
         self.state = State.OVER
         self._over.callback(None)
@@ -99,6 +103,6 @@ _TABLE: dict[tuple[State, Event], Callable[[Draining], None]] = {
     (State.ANNOUNCING, Event.ANNOUNCED): Draining._finish,
     (State.ANNOUNCING, Event.HURRY): Draining._end,
     (State.FINISHING, Event.FINISHED): Draining._end,
-    (State.FINISHING, Event.LATE): Draining._end,
+    (State.FINISHING, Event.LATE): Draining._late,
     (State.FINISHING, Event.HURRY): Draining._end,
 }

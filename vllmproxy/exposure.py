@@ -70,6 +70,9 @@ def judge_start(addresses: Sequence[IAddress], settings: Settings) -> None:
         raise CannotStart(verdict.refusal)
     for warning in verdict.warnings:
         _log.warn("{warning}", warning=warning)
+    kept = settings.kept_master_key
+    if settings.master_key is None and kept.exists():
+        _log.warn("There is a master key in {path}, which is not used: give --master-key-file {path}", path=str(kept))
 
 
 def _without_key(local: bool, where: str, open: bool) -> Verdict:

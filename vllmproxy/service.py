@@ -49,7 +49,7 @@ from vllmproxy.reloading import limits_of, reload, timeouts_of
 from vllmproxy.settings import Settings, SettingsError
 from vllmproxy.settings_table import TABLE
 from vllmproxy.signals import Signals
-from vllmproxy.simulated import base_url, key_file, start_simulator, what_to_try
+from vllmproxy.simulated import base_url, start_simulator, what_to_try
 from vllmproxy.store.interface import CannotOpenStore
 from vllmproxy.store.limits_memory import MemoryLimiter
 from vllmproxy.store.opening import make_store
@@ -348,7 +348,7 @@ class ProxyService(Service):
                     "/v1/v1/models. Leave /v1 out, unless it is meant so"
                 )
         if self._settings.simulate:
-            text = what_to_try(urls[0], key_file(self._settings) if self._made_key else None)
+            text = what_to_try(urls[0], self._settings.kept_master_key if self._made_key else None)
             os.write(1, text.encode())  # not print: twistd would make log lines of it
         if self._reloads_later:
             self.reload()

@@ -121,6 +121,11 @@ class Settings:
     drain_delay: float
     drain_timeout: float
 
+    @property
+    def kept_master_key(self) -> Path:
+        """The file in which ``--simulate`` keeps a master key that it made."""
+        return self.state_directory / "master-key"
+
 
 class _Level(IntEnum):
     OPTION, ENVIRONMENT, FILE, DEFAULT = range(4)

@@ -31,13 +31,8 @@ def start_simulator(reactor: Any, settings: Settings) -> tuple[IListeningPort, S
     factory = SimulatorFactory(reactor, SimulatorConfig(tpot=TOKEN_INTERVAL, answer_tokens=ANSWER_TOKENS))
     port: IListeningPort = reactor.listenTCP(0, factory, interface="127.0.0.1")
     upstream = Upstream.parse(f"http://127.0.0.1:{port.getHost().port}")  # type: ignore[attr-defined]
-    key = settings.master_key or Secret(_kept_key(key_file(settings)))
+    key = settings.master_key or Secret(_kept_key(settings.kept_master_key))
     return port, evolve(settings, upstream=upstream, master_key=key)
-
-
-def key_file(settings: Settings) -> Path:
-    """Return where a master key made for the simulator is kept."""
-    return settings.state_directory / "master-key"
 
 
 def _kept_key(path: Path) -> str:

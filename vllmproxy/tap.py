@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from twisted.application.service import IService
 from twisted.logger import Logger
@@ -10,12 +10,17 @@ from twisted.python.usage import Options as UsageOptions
 from twisted.python.usage import UsageError
 
 from vllmproxy import __version__
+from vllmproxy.near import nearest
 from vllmproxy.said import Said, read_now
 from vllmproxy.settings import Settings, SettingsError
 from vllmproxy.settings_kinds import FLAG
 from vllmproxy.settings_table import TABLE, Row
 
 _log = Logger()
+
+#: How the variables begin that are ours alone, and those that there are, of the command line too.
+_PREFIX: Final = "VLLMPROXY_"
+_VARIABLES: Final = frozenset({"VLLMPROXY_URL", *(name for row in TABLE.values() for name in row.environment)})
 
 _EXAMPLES = """
 Examples:
@@ -69,6 +74,12 @@ class Options(UsageOptions):
 
     def warn(self) -> None:
         """Tell the log of what was asked for and cannot be."""
+        known = {name.removeprefix(_PREFIX) for name in _VARIABLES}
+        for name in sorted(os.environ):
+            if name.startswith(_PREFIX) and name not in _VARIABLES:
+                near = nearest(name.removeprefix(_PREFIX), known)
+                hint = f"did you mean {_PREFIX}{near}?" if near else "most settings have none: use options, or --config"
+                _log.warn("The variable {name} sets nothing; {hint}", name=name, hint=hint)
         twistd = self.parent
         if self.settings.access_log == "-" and twistd is not None and not (twistd["nodaemon"] or twistd["debug"]):
             _log.warn(

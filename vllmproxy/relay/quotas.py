@@ -179,7 +179,7 @@ class Quotas:
         if denied.left:
             message += f", and this request may use {_amount(rule.needed, rule)}: ask for fewer tokens (max_tokens)"
         message += "."
-        if ends is None:
+        if ends is None or rule.needed > rule.limit:  # waiting does not help
             return BudgetExceeded(message, status=self.budget_status)
         headers = ((b"retry-after", b"%d" % max(math.ceil(ends - now), 1)), (b"reset_at", _time(ends).encode()))
         message += f" It begins anew at {_time(ends)}."

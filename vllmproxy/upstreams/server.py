@@ -55,7 +55,8 @@ class Server:
         if not self.told.refuses:
             self.told.refuses = True
             why = "it does not accept the key that the proxy has for it" if self.authorization else "it wants a key"
-            _log.error("{name} answers 401: {why} (--upstream-key-file)", name=self.upstream.name, why=why)
+            message = "{name} answers 401: {why} (--upstream-key-file, VLLM_API_KEY)"
+            _log.error(message, name=self.upstream.name, why=why)
 
 
 def make_server(
