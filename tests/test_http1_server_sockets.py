@@ -14,6 +14,7 @@ from _site import Filler, send, site
 from twisted.internet.error import ConnectionDone
 from twisted.internet.task import deferLater
 
+from vllmproxy.http1 import sockets
 from vllmproxy.http1.server import HOLD
 from vllmproxy.http1.sockets import LONG_READ, raw_socket
 from vllmproxy.turn import turn
@@ -266,8 +267,11 @@ def unread(port: int) -> int:
 
 @pytest.mark.parametrize("how", ["evicted", "closed"])
 @pytest_twisted.ensureDeferred
-async def test_the_kernel_keeps_nothing_for_a_client_that_does_not_read(how: str) -> None:
+async def test_the_kernel_keeps_nothing_for_a_client_that_does_not_read(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It would for ever, and nobody would count it: such a client confirms that there is no room."""
+    monkeypatch.setattr(sockets, "SLOWEST", 0.5)
     async with site(write_timeout=0.5) as server:
         sock = server.connect(receive_buffer=4096)
         last = b"" if how == "evicted" else b"Connection: close\r\n"
@@ -281,6 +285,22 @@ async def test_the_kernel_keeps_nothing_for_a_client_that_does_not_read(how: str
         assert unread(port) == 1
         await until(lambda: not unread(port))
         sock.close()
+
+
+@pytest.mark.parametrize("write_timeout", [1e-9, 1e12])
+@pytest_twisted.ensureDeferred
+async def test_any_write_timeout_lets_a_connection_close(write_timeout: float) -> None:
+    async with site(write_timeout=write_timeout) as server:
+        for evicted in (True, False):
+            sock = server.connect()
+            stream = await server.ask(sock, GET if evicted else GET.replace(b"1.1", b"1.0"))
+            (channel,) = server.factory.channels
+            stream.respond(200, b"OK", b"", b"ok")
+            if evicted:
+                channel.evict()
+            await until(lambda: not server.factory.channels)
+            assert (await some(sock)).endswith(b"\r\n\r\nok")
+            sock.close()
 
 
 @pytest_twisted.ensureDeferred

@@ -135,7 +135,7 @@ class ServerFactory(Factory):
         _, channel = max(
             self.head_deadlines.longest(),
             self.body_deadlines.longest(),
-            self.write_deadlines.longest(lambda channel: channel.has_answered, looks=_LOOKS),
+            self.write_deadlines.longest(lambda channel: channel.is_stuck, looks=_LOOKS),
             key=itemgetter(0),
         )
         return channel

@@ -53,6 +53,7 @@ class ServerChannel(Protocol):
         self.peer = peer
         self.congested = False
         self._queued = 0
+        self._is_slow = False
         self.is_secure = False
         self._plain = False
         self._fd = -1
@@ -143,7 +144,7 @@ class ServerChannel(Protocol):
         if is_closing(self.transport):
             self._drain(lambda: None)
             return
-        self.congested = False
+        self.congested = self._is_slow = False
         self.factory.write_deadlines.clear(self)
         if self.is_secure:
             self._watch()
@@ -419,6 +420,7 @@ class ServerChannel(Protocol):
         queued = queued_bytes(self.transport)
         if queued != self._queued:  # more than before is what was on its way when its producer was paused
             self._queued = queued
+            self._is_slow = True
             self.factory.write_deadlines.set(self)
         elif queued:
             self.abort()
@@ -451,9 +453,10 @@ class ServerChannel(Protocol):
         self.reset()
 
     @property
-    def has_answered(self) -> bool:
-        """Whether no request is under way, though others may have come behind those that were answered."""
-        return self._active is None
+    def is_stuck(self) -> bool:
+        """Whether no request is under way, though others have come, because the client does not read the answers that
+        it has; or it has not read the last one, behind which this closes, in ``write_timeout``."""
+        return self._active is None and (self._mode == "http" or self._is_slow)
 
     @property
     def has_said_all(self) -> bool:

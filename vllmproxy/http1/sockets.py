@@ -20,6 +20,10 @@ from twisted.python.failure import Failure
 _TCP_INFO = struct.Struct("=B119xQ72xQ")
 _TCP_CLOSE = 7
 
+#: Seconds in which who reads slowly makes room in its buffer, and the most that the kernel counts.
+SLOWEST = 300.0
+_MOST_MILLISECONDS = 2**31 - 1
+
 #: Bytes that are read at a time of what is known to be long. Each read costs a turn of the reactor.
 LONG_READ = 262_144
 
@@ -45,11 +49,14 @@ def close_now(transport: Any) -> None:
 
 def forget_after(transport: Any, seconds: float) -> None:
     """Have the kernel drop what it still has of a connection that is closed here, when the peer takes nothing of that
-    for so long; 0: never, as long as the peer goes on saying that it has no room (RFC 9293 §3.8.6.1)."""
+    for so long, five minutes at least; 0: never, as long as the peer goes on saying that it has no room (RFC 9293
+    §3.8.6.1). One that reads slowly says so for longer than it takes to read some: until a good part of its buffer is
+    free."""
     sock = raw_socket(transport)
     if sock is not None and seconds:
+        milliseconds = min(int(max(seconds, SLOWEST) * 1000), _MOST_MILLISECONDS)
         with suppress(OSError):  # it is no TCP
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(int(seconds * 1000), 1))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
 def raw_socket(transport: Any) -> socket.socket | None:
