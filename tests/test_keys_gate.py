@@ -335,6 +335,30 @@ def test_an_answer_that_is_under_way_when_its_key_is_changed_is_never_remembered
     assert isinstance(failure_of(answer), StoreDown)
 
 
+def test_a_key_that_changes_whenever_it_is_asked_for_is_given_up() -> None:
+    house = House()
+    answer = house.ask()
+    for number in range(4):
+        assert len(house.store.asked) == number + 1
+        house.gate.changed(TOKEN)
+        house.ask().addErrback(lambda _: None)  # somebody else asks anew each time
+        house.store.asked[number][1].callback(KEY)
+    assert isinstance(failure_of(answer), StoreDown)
+
+
+def test_who_wants_no_stale_key_is_told_that_the_store_is_away() -> None:
+    house = House(max_stale=300.0)
+    house.know(KEY)
+    house.gate.changed(None)
+    answer = house.ask()
+    sure = house.gate.admit(TOKEN, stale=False)
+    assert isinstance(sure, Deferred)
+    (asked,) = house.store.asked
+    asked[1].errback(StoreUnavailable())
+    assert result_of(answer).key_id == TOKEN
+    assert isinstance(failure_of(sure), StoreDown)
+
+
 def test_who_watches_hears_of_changes() -> None:
     house = House()
     heard: list[tuple[str, str | None, bool]] = []

@@ -99,12 +99,13 @@ class Asked:
             self._asked.pop(0)[0].errback(StoreUnavailable("away"))
 
 
-def asking_house(*, cuts: bool, **fields: Any) -> tuple[House, Asked, Gate]:
+def asking_house(*, cuts: bool, max_stale: float = 0.0, **fields: Any) -> tuple[House, Asked, Gate]:
     """A proxy with one place whose store is :class:`Asked`."""
     house = House(line=Line(Places(1, line=5)))
     asked = Asked(VirtualKey(token=TOKEN, key_name="sk-...cdef", **fields))
     store: Any = asked
-    gate = house.relay.gate = Gate(store, KeyCache(house.clock, ttl=1e9), MasterKey(MASTER), house.clock)
+    cache = KeyCache(house.clock, ttl=1e9, max_stale=max_stale)
+    gate = house.relay.gate = Gate(store, cache, MasterKey(MASTER), house.clock)
     gate.watch(Revocation(gate, house.relay, cuts=cuts).changed)
     return house, asked, gate
 
@@ -143,6 +144,20 @@ def test_a_store_that_is_away_when_a_key_is_taken_away_is_asked_until_it_answers
     assert forwarded(house) == 1
     house.clock.advance(10)
     assert not store._asked  # nothing of that key is left
+
+
+def test_that_a_key_was_good_before_the_store_was_away_is_no_answer() -> None:
+    """The subscription may be back before anything else is: it is told of once that keys may have changed."""
+    house, store, gate = asking_house(cuts=True, max_stale=300.0)
+    house.client.receive(GET)
+    store.answer()
+    store.key = None
+    gate.changed(None)
+    store.fail()
+    assert not house.client.sent
+    house.clock.advance(2)
+    store.answer()
+    assert house.client.sent.startswith(b"HTTP/1.1 401 ")
 
 
 class Unhurried:

@@ -50,8 +50,21 @@ class Caller:
     key: VirtualKey | None = None
 
 
-#: Those who wait for one answer of the store.
-_LookUp = list[Deferred[VirtualKey | None]]
+#: How often the store is asked for a key that changes each time before it has answered.
+_MOST_ASKED: Final = 4
+
+
+@define(eq=False)
+class _LookUp:
+    """One question to the store.
+
+    :ivar waiters: who waits for the answer, and whether what is known will do where there is none.
+    :ivar asked: the how manieth question it is for one of them.
+    """
+
+    waiters: list[tuple[Deferred[VirtualKey | None], bool]]
+    asked: int = 1
+
 
 #: Everybody, while authentication is off.
 ANONYMOUS: Final = Caller(None)
@@ -98,12 +111,18 @@ class Gate:
             return MASTER
         return self.admit(token)
 
-    def admit(self, token: str) -> Caller | Deferred[Caller]:
-        """Return whom the virtual key with that id (sha256 hex) belongs to, as :meth:`identify` does."""
+    def admit(self, token: str, *, stale: bool = True) -> Caller | Deferred[Caller]:
+        """Return whom the virtual key with that id (sha256 hex) belongs to, as :meth:`identify` does.
+
+        :param stale: while the store does not answer, a key as it was not long ago will do.
+        """
         key = self._cache.get(token)
         if key is not None or self._cache.is_unknown(token):
             return self._admit(key)
-        return self._look_up(token)
+        waiter: Deferred[VirtualKey | None] = Deferred()
+        answer = waiter.addCallbacks(self._admit, _store_failed)
+        self._ask(token, _LookUp([(waiter, stale)]))
+        return answer
 
     def check_route(self, caller: Caller, group: Group, path: bytes, base: bytes) -> None:
         """Return if ``caller`` may call this route of vLLM, else raise :class:`Forbidden`.
@@ -159,40 +178,42 @@ class Gate:
             raise ExpiredKey(f"Authentication Error - Expired Key. It expired at {when}.")
         return Caller(key.token, key.key_alias, key=key)
 
-    def _look_up(self, token: str) -> Deferred[Caller]:
-        waiter: Deferred[VirtualKey | None] = Deferred()
-        answer = waiter.addCallbacks(self._admit, _store_failed)
-        self._ask(token, [waiter])
-        return answer
-
-    def _ask(self, token: str, waiters: _LookUp) -> None:
+    def _ask(self, token: str, look_up: _LookUp) -> None:
         asking = self._pending.get(token)
         if asking is not None:
-            asking += waiters
+            asking.waiters += look_up.waiters
+            asking.asked = max(asking.asked, look_up.asked)
         else:
-            self._pending[token] = waiters
-            self._store.get_key(token).addBoth(self._settle, token, waiters)
+            self._pending[token] = look_up
+            self._store.get_key(token).addBoth(self._settle, token, look_up)
 
-    def _settle(self, result: VirtualKey | Failure | None, token: str, waiters: _LookUp) -> None:
-        is_current = self._pending.get(token) is waiters
+    def _settle(self, result: VirtualKey | Failure | None, token: str, look_up: _LookUp) -> None:
+        is_current = self._pending.get(token) is look_up
         if is_current:
             del self._pending[token]
-        is_doubted = self._doubted.get(token) is waiters
+        is_doubted = self._doubted.get(token) is look_up
         if is_doubted:
             del self._doubted[token]
-        if isinstance(result, Failure):
-            if result.check(StoreUnavailable):
-                result = self._cache.get_stale(token) or result
-        elif is_current:
-            self._cache.put(token, result)
-        else:
-            if is_doubted:
-                self._cache.put_doubted(token, result)
-            self._ask(token, waiters)
-            return
-        for waiter in waiters:
+        if not isinstance(result, Failure):
+            if is_current:
+                self._cache.put(token, result)
+            else:
+                if is_doubted:
+                    self._cache.put_doubted(token, result)
+                if look_up.asked < _MOST_ASKED:
+                    look_up.asked += 1
+                    self._ask(token, look_up)
+                    return
+                result = Failure(StoreUnavailable("the key changes faster than it can be looked up"))
+        self._tell(result, token, look_up)
+
+    def _tell(self, result: VirtualKey | Failure | None, token: str, look_up: _LookUp) -> None:
+        known = None
+        if isinstance(result, Failure) and result.check(StoreUnavailable):
+            known = self._cache.get_stale(token)
+        for waiter, stale in look_up.waiters:
             # One that was cancelled meanwhile drops this silently: Deferred's own rule.
-            waiter.callback(result)
+            waiter.callback(known if known is not None and stale else result)
 
 
 def _store_failed(failure: Failure) -> Failure:

@@ -44,7 +44,7 @@ class Revocation:
 
     def _check(self, token: str) -> None:
         try:
-            caller = self._gate.admit(token)
+            caller = self._gate.admit(token, stale=False)
         except ExpiredKey:  # nobody takes that away: what began in time may end
             return
         except AuthError:  # it is not: blocked, or known to be gone
