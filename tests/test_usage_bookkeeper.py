@@ -1,5 +1,6 @@
 """From the journal to the store: each event once, whatever fails, and nothing held in memory without bound."""
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -588,6 +589,18 @@ def test_what_cannot_be_forced_to_the_disk_waits(
     assert [event["log_format"] for event in logged_errors] == ["The disk fails the journal of usage: {error}"]
     assert "log_failure" not in logged_errors[0]
     logged_errors.clear()
+    desk.turn()
+    assert desk.store.total() == (1, 0, 1)
+    desk.close()
+
+
+def test_a_file_system_that_knows_of_no_disk_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fdatasync", unknown)
+    desk = Desk(tmp_path)
+    desk.request()
     desk.turn()
     assert desk.store.total() == (1, 0, 1)
     desk.close()

@@ -12,6 +12,7 @@ leaves, when its line is written, those of several that are over by one ``write`
 and a line that a power cut tore is passed over.
 """
 
+import errno
 import fcntl
 import itertools
 import json
@@ -21,12 +22,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from attrs import define
 from twisted.logger import Logger
 
 from vllmproxy.usage.event import UsageEvent
+
+#: What a file system answers that has no disk to wait for, as some of FUSE and of containers do (fdatasync(2)).
+_NOTHING_TO_WAIT_FOR: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 _log = Logger()
 
@@ -179,8 +183,13 @@ class Journal:
         return found
 
     def sync(self) -> None:
-        """Return when the disk has it. Blocks."""
-        os.fdatasync(self._descriptor)
+        """Return when the disk has it. Blocks. Raises ``OSError``: it has not, but for file systems that know of no
+        such thing."""
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            if error.errno not in _NOTHING_TO_WAIT_FOR:
+                raise
 
     def sync_name(self) -> None:
         """Return when the disk has it under its name. Blocks."""
