@@ -254,7 +254,8 @@ def test_a_budget_is_spent_as_far_as_a_request_fits_in_and_never_beyond(pair: Pa
 
 
 def test_a_budget_that_begins_anew_says_when(pair: Pair) -> None:
-    key = new_key(pair, Limit({"max_budget_tokens": TOKENS - 1}, TOKENS - 1, TOKENS, PROMPT), budget_duration="30d")
+    key = new_key(pair, Limit({"max_budget_tokens": TOKENS}, TOKENS, TOKENS, PROMPT), budget_duration="30d")
+    assert pair.ask(0, key, 1).status == 200
     reply = pair.ask(0, key, 1)
     assert (reply.status, reply.error["type"]) == (422, "budget_exceeded")
     assert 29 * 86400 < int(reply.headers["retry-after"]) <= 30 * 86400
