@@ -50,6 +50,7 @@ class ConnectionDeadlines:
     """
 
     def __init__(self, clock: IReactorTime, *, handshake: float, write: float) -> None:
+        self.clock = clock
         self.handshake: Deadlines[ClientConnection] = Deadlines(clock, handshake, ClientConnection.abort)
         self.write: Deadlines[ClientConnection] = Deadlines(clock, write, ClientConnection.write_late)
 
@@ -199,7 +200,7 @@ class UpstreamAgent:
         return self._send_on_new(request)
 
     def _build(self) -> ClientConnection:
-        return ClientConnection(self._released, self._gone, self._limits, self._clock, self._deadlines)
+        return ClientConnection(self._released, self._gone, self._limits, self._deadlines)
 
     def _released(self, connection: ClientConnection) -> None:
         self._busy.discard(connection)

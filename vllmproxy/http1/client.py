@@ -11,7 +11,6 @@ from twisted.internet.interfaces import (
     IHalfCloseableProtocol,
     IHandshakeListener,
     IPushProducer,
-    IReactorTime,
 )
 from twisted.internet.protocol import Protocol
 from twisted.protocols.tls import TLSMemoryBIOProtocol
@@ -61,10 +60,10 @@ class ClientConnection(Protocol):
         released: Callable[["ClientConnection"], None],
         gone: Callable[["ClientConnection"], None],
         limits: Limits,
-        clock: IReactorTime,
         deadlines: "ConnectionDeadlines",
     ) -> None:
-        self._clock = clock
+        # With its two of Twisted's it has 29 attributes. With 30, CPython 3.11 gives each instance a dictionary of its
+        # own names, of 1.6 KiB instead of 0.3.
         self._deadlines = deadlines
         self._queued = 0
         self._broken: Failure | None = None
@@ -88,7 +87,7 @@ class ClientConnection(Protocol):
         self._receiver: AnswerReceiver | None = None
         self._producer: Any = None
         self._upload: Upload | None = None
-        self._verdict = Verdict(clock, lambda: delivery(self._sock))
+        self._verdict = Verdict(deadlines.clock, lambda: delivery(self._sock))
         self._half_closed = False
         self._shut = False
         self._paused = False
@@ -340,7 +339,7 @@ class ClientConnection(Protocol):
         if self._reader.extra or self._closed or not self._reader.reusable:
             self.abort()
         elif self._secure:
-            self._clock.callLater(0, self._free)  # TLS may be about to hand on more of what it has read
+            self._deadlines.clock.callLater(0, self._free)  # TLS may be about to hand on more of what it has read
         else:
             self._released(self)
 
