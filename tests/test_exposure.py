@@ -1,11 +1,13 @@
 """Who can reach a listener, and what follows from it."""
 
+import os
+
 import pytest
 from twisted.internet.address import HostnameAddress, IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.interfaces import IAddress
 
-from vllmproxy.exposure import is_local, judge
-from vllmproxy.settings import Secret
+from vllmproxy.exposure import is_local, judge, judge_start
+from vllmproxy.settings import Secret, load
 
 LOOPBACK = IPv4Address("TCP", "127.0.0.1", 4000)
 EVERYWHERE = IPv4Address("TCP", "0.0.0.0", 4000)
@@ -77,3 +79,14 @@ def test_a_refusal_names_the_address_and_the_remedy_and_never_the_key() -> None:
 def test_auth_off_for_everybody_is_shouted() -> None:
     (warning,) = judge([EVERYWHERE], master_key=None, open=True).warnings
     assert warning.startswith("AUTH IS OFF AND 0.0.0.0:4000")
+
+
+def test_a_directory_that_is_not_ours_to_read_keeps_nobody_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store in memory needs none."""
+
+    def forbidden(path: object, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    settings = load({"upstream": "http://gpu1:8000", "state-directory": "/root/x", "store": "memory:"}, {})
+    monkeypatch.setattr(os, "stat", forbidden)
+    judge_start([IPv4Address("TCP", "127.0.0.1", 4000)], settings)

@@ -152,21 +152,6 @@ def test_who_reads_slowly_what_is_under_way_keeps_its_place() -> None:
     assert others[0].lost
 
 
-def test_a_last_answer_that_is_on_its_way_is_not_lost_for_a_new_connection() -> None:
-    """Not, at least, before its client has had the time to read it."""
-    door = Door(most=1)
-    closing = door.connect()
-    closing.stall()
-    closing.receive(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
-    door.answer(closing)
-    for _ in range(RESERVE + 1):
-        door.connect()
-    assert not closing.lost
-    door.clock.advance(59)
-    door.connect()
-    assert not closing.lost
-
-
 def test_who_has_been_awaited_longest_goes_first() -> None:
     door = Door(most=3)
     silent = door.connect()

@@ -14,7 +14,7 @@ from _site import Filler, send, site
 from twisted.internet.error import ConnectionDone
 from twisted.internet.task import deferLater
 
-from vllmproxy.http1 import sockets
+from vllmproxy.http1 import factory, sockets
 from vllmproxy.http1.server import HOLD
 from vllmproxy.http1.sockets import LONG_READ, raw_socket
 from vllmproxy.turn import turn
@@ -256,6 +256,47 @@ async def test_an_answer_that_is_on_its_way_outlives_its_connections_place(size:
         while data := await some(sock):
             received += data
         assert received.endswith(b"\r\n\r\n" + b"x" * size)
+        sock.close()
+
+
+@pytest.mark.parametrize("status", [200, 401])
+@pytest.mark.parametrize("lines", [b"", b"Connection: close\r\n"], ids=["idle", "closing"])
+@pytest.mark.parametrize("grace", [3600.0, 0.0])
+@pytest_twisted.ensureDeferred
+async def test_an_answer_is_not_lost_for_a_new_connection_while_its_client_may_be_reading_it(
+    status: int, lines: bytes, grace: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refusal may be: else who is refused again and again would keep all others out."""
+    monkeypatch.setattr(factory, "GRACE", grace)
+    async with site(max_connections=1) as server:
+        slow = server.connect(receive_buffer=16_384)
+        stream = await server.ask(slow, GET.replace(b"\r\n\r\n", b"\r\n%b\r\n" % lines))
+        stream.respond(status, b"So", b"", b"x" * 8_000_000)
+        newcomer = server.connect()
+        (await server.ask(newcomer, GET)).respond(200, b"OK", b"", b"ok")
+        assert (await some(newcomer)).endswith(b"ok")
+        size = 0
+        with suppress(ConnectionResetError):
+            while size < 8_000_000 and (data := await some(slow)):
+                size += len(data)
+        assert (size > 8_000_000) is (status == 200 and grace > 0)
+        assert server.factory.evicted == (size < 8_000_000)
+        for sock in (slow, newcomer):
+            sock.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_connection_that_closes_in_this_turn_keeps_its_place_until_its_answer_has_left() -> None:
+    async with site(max_connections=1) as server:
+        sock = server.connect()
+        stream = await server.ask(sock, GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        turn.begin({})
+        stream.respond(200, b"OK", b"", b"ok")
+        (channel,) = server.factory.channels
+        assert channel.is_sending
+        assert not server.factory._evict()
+        turn.end()
+        assert (await some(sock)).endswith(b"\r\n\r\nok")
         sock.close()
 
 

@@ -529,6 +529,17 @@ def test_who_asks_for_more_than_the_whole_budget_is_not_told_to_wait() -> None:
     assert "ask for fewer tokens" in told["message"]
 
 
+def test_who_asks_for_more_than_a_budget_that_is_used_up_is_told_so() -> None:
+    house = house_of(max_budget_tokens=100, budget_duration="1h", budget_start=1000, budget_reset_at=4600)
+    post(house, {"model": "m", "max_tokens": 20, "messages": MESSAGES})
+    answer(house, {"model": "m", "usage": {"prompt_tokens": 50, "completion_tokens": 50, "total_tokens": 100}})
+    house.clock.advance(1)
+    post(house, {"model": "m", "max_tokens": 200, "messages": MESSAGES})
+    status, told = error(house)
+    assert (status, "0 tokens of 100 tokens are left" in told["message"]) == (422, True)
+    assert "ask for fewer tokens" in told["message"]
+
+
 def test_the_period_of_a_budget_ends() -> None:
     house = house_of(max_budget_tokens=100, budget_duration="1h", budget_start=1000, budget_reset_at=4600)
     body = {"model": "m", "max_tokens": 20, "messages": MESSAGES}

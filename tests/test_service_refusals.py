@@ -257,13 +257,18 @@ def test_a_master_key_that_is_there_and_not_used_is_told_of(tmp_path: Path, star
     kept.write_text("sk-made-when-it-was-tried-out")
     port = free_port()
     options = ("--listen", f"tcp:{port}:interface=127.0.0.1", "--state-directory", str(kept.parent))
-    env = {"VLLMPROXY_UPSTRAEM": sim.url, "VLLMPROXY_DRAIN_TIMEOUT": "5", "VLLMPROXY_URL": "http://127.0.0.1:1"}
+    env = {
+        "VLLMPROXY_UPSTRAEM": sim.url,
+        "VLLMPROXY_DRAIN_TIMEOUT": "5",
+        "VLLMPROXY_URL": "http://127.0.0.1:1",
+        "VLLMPROXY_PORT": "tcp://x:1",
+    }
     service = start(tmp_path / "proxy", "vllmproxy", "--upstream", sim.url, *options, port=port, env=env)
     started.append(service)
     warnings = [line.partition("] ")[2] for line in service.log.splitlines() if "#warn" in line]
     assert warnings == [
-        "The variable VLLMPROXY_DRAIN_TIMEOUT sets nothing; most settings have none: use options, or --config",
-        "The variable VLLMPROXY_UPSTRAEM sets nothing; did you mean VLLMPROXY_UPSTREAM?",
+        "The variable 'VLLMPROXY_DRAIN_TIMEOUT' sets nothing; most settings have none: use options, or --config",
+        "The variable 'VLLMPROXY_UPSTRAEM' sets nothing; did you mean VLLMPROXY_UPSTREAM?",
         "Auth is off: there is no master key, so everybody on this machine may call vLLM.",
         f"There is a master key in {kept}, which is not used: give --master-key-file {kept}",
     ]

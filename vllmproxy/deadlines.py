@@ -91,15 +91,17 @@ class Deadlines(Generic[T]):
         item, due = self._due.popitem()
         return item, due <= self._clock.seconds()
 
-    def longest(self, among: Callable[[T], bool] = lambda _: True, *, looks: int = 1) -> tuple[float, T | None]:
+    def longest(self, among: Callable[[T, float], bool] = lambda *_: True, *, looks: int = 1) -> tuple[float, T | None]:
         """Return for how many seconds the wait that is to expire first has lasted, and whose it is; -1 and ``None``
         where there is none.
 
-        :param among: whose waits are meant; ``looks``: how many others are passed over at most.
+        :param among: whose waits are meant, by that and how long they have lasted.
+        :param looks: how many are looked at.
         """
+        began = self._clock.seconds() + self._seconds
         for item, due in islice(self._due.items(), looks):
-            if among(item):
-                return self._clock.seconds() - (due - self._seconds), item
+            if among(item, began - due):
+                return began - due, item
         return -1, None
 
     def close(self) -> None:

@@ -89,7 +89,8 @@ class Draining:
         self._take_no_more().addCallback(lambda _: self._feed(Event.FINISHED))
 
     def _late(self) -> None:
-        _log.warn("Stopping: the time is over; what is not is cut off, with the error stopping in the access log")
+        if self._timeout:  # else it was to be cut off
+            _log.warn("Stopping: the time is over; what is not is cut off, with the error stopping in the access log")
         self._end()
 
     def _end(self) -> None:

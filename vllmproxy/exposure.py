@@ -5,6 +5,7 @@ not tell before.
 """
 
 import ipaddress
+import os
 from collections.abc import Sequence
 
 from attrs import frozen
@@ -71,7 +72,7 @@ def judge_start(addresses: Sequence[IAddress], settings: Settings) -> None:
     for warning in verdict.warnings:
         _log.warn("{warning}", warning=warning)
     kept = settings.kept_master_key
-    if settings.master_key is None and kept.exists():
+    if settings.master_key is None and os.path.exists(kept):  # which minds no directory that is not ours to read
         _log.warn("There is a master key in {path}, which is not used: give --master-key-file {path}", path=str(kept))
 
 

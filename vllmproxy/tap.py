@@ -22,6 +22,9 @@ _log = Logger()
 _PREFIX: Final = "VLLMPROXY_"
 _VARIABLES: Final = frozenset({"VLLMPROXY_URL", *(name for row in TABLE.values() for name in row.environment)})
 
+#: What Kubernetes sets for a service that is called as we are.
+_KUBERNETES: Final = (f"{_PREFIX}PORT", f"{_PREFIX}SERVICE_")
+
 _EXAMPLES = """
 Examples:
   twistd --nodaemon vllmproxy --simulate
@@ -76,10 +79,10 @@ class Options(UsageOptions):
         """Tell the log of what was asked for and cannot be."""
         known = {name.removeprefix(_PREFIX) for name in _VARIABLES}
         for name in sorted(os.environ):
-            if name.startswith(_PREFIX) and name not in _VARIABLES:
+            if name.startswith(_PREFIX) and name not in _VARIABLES and not name.startswith(_KUBERNETES):
                 near = nearest(name.removeprefix(_PREFIX), known)
                 hint = f"did you mean {_PREFIX}{near}?" if near else "most settings have none: use options, or --config"
-                _log.warn("The variable {name} sets nothing; {hint}", name=name, hint=hint)
+                _log.warn("The variable {name!r} sets nothing; {hint}", name=name, hint=hint)
         twistd = self.parent
         if self.settings.access_log == "-" and twistd is not None and not (twistd["nodaemon"] or twistd["debug"]):
             _log.warn(

@@ -78,6 +78,10 @@ class Turn:
             if len(self._kept) >= _MOST:
                 self._write_kept()
 
+    def keeps(self, transport: Any) -> bool:
+        """Whether something is kept for one connection."""
+        return transport in self._kept
+
     def flush(self, transport: Any) -> None:
         """Write what is kept for one connection."""
         kept = self._kept.pop(transport, None)

@@ -17,8 +17,10 @@ from vllmproxy.http1.places import Places
 from vllmproxy.http1.server import ServerChannel
 from vllmproxy.http1.stream import Stream
 
-#: How many that do not read their answers are looked at for one that no request is under way for.
+#: How many are looked at for one that may lose its place.
 _LOOKS = 1000
+#: Seconds that a client has to read an answer that vLLM gave, before its connection's place may be another's.
+GRACE = 5.0
 #: Connections beyond ``max_connections`` that are taken while requests are under way on all of them, so that whoever
 #: asks how the proxy is gets an answer.
 RESERVE = 64
@@ -116,7 +118,7 @@ class ServerFactory(Factory):
         return True
 
     def _evict(self) -> bool:
-        channel = self._closing() or self.idle_deadlines.pop() or self._late()
+        channel = self._closing() or self._idle() or self._late()
         if channel is None:
             return False
         self.evicted += 1
@@ -129,13 +131,22 @@ class ServerFactory(Factory):
         """Return a connection on which nothing is to be done any more but to wait for its client, if one is near."""
         return next((channel for channel in islice(self.linger_deadlines, 64) if channel.has_said_all), None)
 
+    def _idle(self) -> ServerChannel | None:
+        """Return the connection that has been idle longest, but for those whose last answer is on its way."""
+        return self.idle_deadlines.longest(
+            lambda channel, seconds: seconds >= GRACE or not channel.is_sending, looks=_LOOKS
+        )[1]
+
     def _late(self) -> ServerChannel | None:
         """Return a connection with no request under way whose client has been awaited longest, if one is near: for a
         head, for a body, or to read the answers that it has."""
         _, channel = max(
             self.head_deadlines.longest(),
             self.body_deadlines.longest(),
-            self.write_deadlines.longest(lambda channel: channel.is_stuck, looks=_LOOKS),
+            self.write_deadlines.longest(
+                lambda channel, seconds: channel.has_answered and (seconds >= GRACE or not channel.is_sending),
+                looks=_LOOKS,
+            ),
             key=itemgetter(0),
         )
         return channel

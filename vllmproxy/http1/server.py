@@ -53,7 +53,7 @@ class ServerChannel(Protocol):
         self.peer = peer
         self.congested = False
         self._queued = 0
-        self._is_slow = False
+        self._has_given = False
         self.is_secure = False
         self._plain = False
         self._fd = -1
@@ -144,7 +144,7 @@ class ServerChannel(Protocol):
         if is_closing(self.transport):
             self._drain(lambda: None)
             return
-        self.congested = self._is_slow = False
+        self.congested = False
         self.factory.write_deadlines.clear(self)
         if self.is_secure:
             self._watch()
@@ -217,6 +217,7 @@ class ServerChannel(Protocol):
         if self._active is not stream:
             return
         self._active = None
+        self._has_given = stream.status < 400
         if self._times_body:
             self._time_no_body()
         if stream.closes or self._mode == "closed":
@@ -420,7 +421,6 @@ class ServerChannel(Protocol):
         queued = queued_bytes(self.transport)
         if queued != self._queued:  # more than before is what was on its way when its producer was paused
             self._queued = queued
-            self._is_slow = True
             self.factory.write_deadlines.set(self)
         elif queued:
             self.abort()
@@ -445,7 +445,7 @@ class ServerChannel(Protocol):
             return
         if self._plain:
             turn.flush(self.transport)
-            if self._used and self._is_idle() and not is_queueing(self.transport):
+            if self._used and self._active is None and not is_queueing(self.transport):
                 self._unwatch()
                 forget_after(self.transport, self.factory.write_deadlines.seconds)
                 close_now(self.transport)
@@ -453,10 +453,14 @@ class ServerChannel(Protocol):
         self.reset()
 
     @property
-    def is_stuck(self) -> bool:
-        """Whether no request is under way, though others have come, because the client does not read the answers that
-        it has; or it has not read the last one, behind which this closes, in ``write_timeout``."""
-        return self._active is None and (self._mode == "http" or self._is_slow)
+    def has_answered(self) -> bool:
+        """Whether no request is under way, though others may have come behind those that were answered."""
+        return self._active is None
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether some of an answer that was no refusal is still to be sent."""
+        return self._has_given and (turn.keeps(self.transport) or is_queueing(self.transport))
 
     @property
     def has_said_all(self) -> bool:

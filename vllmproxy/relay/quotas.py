@@ -176,7 +176,7 @@ class Quotas:
         now = self._clock.seconds()
         _, ends = key.budget.period(now)
         message = f"Budget has been exceeded! {_amount(denied.left, rule)} of {_amount(rule.limit, rule)} are left"
-        if denied.left:
+        if denied.left or rule.needed > rule.limit:
             message += f", and this request may use {_amount(rule.needed, rule)}: ask for fewer tokens (max_tokens)"
         message += "."
         if ends is None or rule.needed > rule.limit:  # waiting does not help
