@@ -9,14 +9,12 @@ from typing import Final, Generic
 
 from vllmproxy.http1.message import Head
 from vllmproxy.http1.rules import MOST_DIGITS
+from vllmproxy.recurring import is_worth_keeping
 
 #: A whole line of a head: what follows a line's end is no part of a value (RFC 9112 §5.2: folded ones are refused).
 _LENGTH: Final = re.compile(rb"\r\ncontent-length: ?([0-9]{1,%d})\r\n" % MOST_DIGITS, re.IGNORECASE)
 #: Bytes of the longest head that is kept: there is one for each connection.
 _LONGEST: Final = 2048
-#: After so many heads in a row that were not alike, one in so many is kept to see whether the next is.
-_MISSES: Final = 2
-_EACH: Final = 16
 
 
 class HeadTemplate(Generic[Head]):
@@ -57,7 +55,7 @@ class HeadTemplate(Generic[Head]):
         """
         self._head = None
         self._missed += 1
-        if self._missed == 0 or (self._missed > _MISSES and self._missed % _EACH):
+        if not is_worth_keeping(self._missed):
             return
         if not (head.content_length and head.is_plain):
             return

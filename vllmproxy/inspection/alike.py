@@ -5,12 +5,12 @@ same, byte for byte, and one JSON value of the same kind is all that is between,
 nothing that a body asks for depends on the value.
 """
 
-from json import JSONDecoder
 from mmap import mmap
 from typing import Final
 
-from vllmproxy.inspection.document import MOST_VALUES
+from vllmproxy.inspection.document import MOST_VALUES, scan
 from vllmproxy.inspection.request import BYTES_PER_TOKEN, Asked, read_request
+from vllmproxy.recurring import is_worth_keeping
 
 #: By route, the member that is left open, and how its value may begin: on any other one more may depend.
 _OPEN: Final = {
@@ -22,12 +22,6 @@ _OPEN: Final = {
 }
 #: Bytes around it of the longest body that is kept: there is one for each connection.
 _LONGEST: Final = 2048
-#: After so many bodies in a row that were not alike, one in so many is kept to see whether the next is.
-_MISSES: Final = 2
-_EACH: Final = 16
-
-#: As in :mod:`vllmproxy.inspection.document`.
-_scan: Final = JSONDecoder().scan_once  # type: ignore[attr-defined]
 
 
 class _Template:
@@ -52,7 +46,7 @@ class _Template:
             return False
         try:
             text = str(body, "utf-8")
-            value, end = _scan(text, self._start)
+            value, end = scan(text, self._start)
         except (ValueError, StopIteration, RecursionError):
             return False
         return end == len(text) - self._rest and type(value) is self._kind and value != ""
@@ -97,7 +91,7 @@ class BodyReader:
         """Keep a body for the next ones to be compared with, if they may be alike."""
         self._template = None
         self._missed += 1
-        if self._missed == 0 or (self._missed > _MISSES and self._missed % _EACH):
+        if not is_worth_keeping(self._missed):
             return
         name, beginnings = _OPEN.get(self._route, ("", b""))
         document = asked.document

@@ -22,7 +22,7 @@ MOST_VALUES: Final = 1_000_000
 _STEP: Final = 65_536
 
 #: Returns the value that begins at an index, and where it ends. It raises ``StopIteration`` where none begins.
-_scan: Final = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # typeshed leaves it out
+scan: Final = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # typeshed leaves it out
 
 _BLANK: Final = r"[ \t\n\r]*"
 _OPENING: Final = re.compile(_BLANK + r"\{")
@@ -120,7 +120,7 @@ def _read_members(
             return values, spans, repeated, number
         else:
             name, start = _name_with_escapes(text, end, number)
-        value, end = _scan(text, start)
+        value, end = scan(text, start)
         number += 1
         if number > MOST_MEMBERS:
             raise TooMuch("the body has too many members")
@@ -140,7 +140,7 @@ def _name_with_escapes(text: str, at: int, number: int) -> tuple[str, int]:
     before = _BEFORE[number > 0].match(text, at)
     if before is None or not text.startswith('"', before.end()):
         raise StopIteration
-    name, at = _scan(text, before.end())
+    name, at = scan(text, before.end())
     colon = _COLON.match(text, at)
     if colon is None:
         raise StopIteration
