@@ -76,13 +76,6 @@ class Deadlines(Generic[T]):
             first = next(iter(self._due.values())) - self._clock.seconds()
             self._call = self._clock.callLater(max(first, 0) + self._slack, self._tick)
 
-    def pop(self) -> T | None:
-        """End the wait that is to expire first, and return whose it was; ``None`` where there is none."""
-        item = next(iter(self._due), None)
-        if item is not None:
-            del self._due[item]
-        return item
-
     def pop_newest(self) -> tuple[T, bool] | None:
         """End the wait that was begun last, and return whose it was, and whether it was due; ``None`` where there is
         none."""

@@ -133,9 +133,7 @@ class ServerFactory(Factory):
 
     def _idle(self) -> ServerChannel | None:
         """Return the connection that has been idle longest, but for those whose last answer is on its way."""
-        return self.idle_deadlines.longest(
-            lambda channel, seconds: seconds >= GRACE or not channel.is_sending, looks=_LOOKS
-        )[1]
+        return self.idle_deadlines.longest(_may_give_way, looks=_LOOKS)[1]
 
     def _late(self) -> ServerChannel | None:
         """Return a connection with no request under way whose client has been awaited longest, if one is near: for a
@@ -143,10 +141,7 @@ class ServerFactory(Factory):
         _, channel = max(
             self.head_deadlines.longest(),
             self.body_deadlines.longest(),
-            self.write_deadlines.longest(
-                lambda channel, seconds: channel.has_answered and (seconds >= GRACE or not channel.is_sending),
-                looks=_LOOKS,
-            ),
+            self.write_deadlines.longest(_may_give_way, looks=_LOOKS),
             key=itemgetter(0),
         )
         return channel
@@ -201,3 +196,8 @@ class ServerFactory(Factory):
         self.linger_deadlines.close()
         self.unused_deadlines.close()
         return self._emptied()
+
+
+def _may_give_way(channel: ServerChannel, seconds: float) -> bool:
+    """Tell whether a connection that was given its last answer so long ago may lose its place."""
+    return channel.has_answered and (seconds >= GRACE or not channel.is_sending)
