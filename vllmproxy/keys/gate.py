@@ -194,18 +194,24 @@ class Gate:
         is_doubted = self._doubted.get(token) is look_up
         if is_doubted:
             del self._doubted[token]
-        if not isinstance(result, Failure):
-            if is_current:
-                self._cache.put(token, result)
-            else:
-                if is_doubted:
-                    self._cache.put_doubted(token, result)
-                if look_up.asked < _MOST_ASKED:
-                    look_up.asked += 1
-                    self._ask(token, look_up)
-                    return
-                result = Failure(StoreUnavailable("the key changes faster than it can be looked up"))
-        self._tell(result, token, look_up)
+        if isinstance(result, Failure):
+            self._tell(result, token, look_up)
+        elif is_current:
+            self._cache.put(token, result)
+            self._tell(result, token, look_up)
+        else:
+            if is_doubted:
+                self._cache.put_doubted(token, result)
+            self._ask_again(token, look_up)
+
+    def _ask_again(self, token: str, look_up: _LookUp) -> None:
+        """The key may have changed since the store was asked."""
+        if look_up.asked < _MOST_ASKED:
+            look_up.asked += 1
+            self._ask(token, look_up)
+        else:
+            away = StoreUnavailable("the key changes faster than it can be looked up")
+            self._tell(Failure(away), token, look_up)
 
     def _tell(self, result: VirtualKey | Failure | None, token: str, look_up: _LookUp) -> None:
         known = None
