@@ -114,8 +114,7 @@ class Ahead:
 
     def _fill_soon(self, key: str, stock: "_Stock") -> None:
         """Ask for more when all is done that is to be done for a request, if a good part is missing."""
-        wanted = min(stock.size, stock.most)
-        if not stock.is_due and wanted - len(stock.ready) - stock.asked >= max(1, wanted // 4):
+        if not stock.is_due and stock.is_low:
             stock.is_due = True
             self._clock.callLater(0, self._fill, key, stock)
 
@@ -238,6 +237,12 @@ class _Stock:
         self.most = MOST
         for rule, left in zip(self.rules, remaining, strict=True):
             self.most = min(self.most, left // (_PART * (rule.cost or 1)) if 2 * left >= rule.limit else 0)
+
+    @property
+    def is_low(self) -> bool:
+        """Whether a good part is missing."""
+        wanted = min(self.size, self.most)
+        return wanted - len(self.ready) - self.asked >= max(1, wanted // 4)
 
     @property
     def missing(self) -> int:
