@@ -91,8 +91,7 @@ class Running:
 
     def request(self, model: str, body: Mapping[str, Any] | None = None) -> bytes:
         """Return a chat completion's request. ``body``: what its body has besides the model."""
-        rest = {"messages": [{"role": "user", "content": "Say hello to everybody who waits for a token."}]}
-        data = json.dumps({"model": model, **(rest if body is None else body)}).encode()
+        data = json.dumps({"model": model, **(_says(PROMPTS[0]) if body is None else body)}).encode()
         head = (
             f"POST {self.path}/chat/completions HTTP/1.1\r\nHost: {HOST}:{self.port}\r\nUser-Agent: benchmark\r\n"
             f"Accept: */*\r\n{self.fields}Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
@@ -101,12 +100,11 @@ class Running:
 
     def small(self) -> list[bytes]:
         """Return the requests of :data:`PROMPTS`, which a connection asks one after the other."""
-        return [self.request("small", {"messages": [{"role": "user", "content": prompt}]}) for prompt in PROMPTS]
+        return [self.request("small", _says(prompt)) for prompt in PROMPTS]
 
     def stream(self, model: str) -> bytes:
         """Return the request for a stream."""
-        message = {"role": "user", "content": "Say hello to everybody who waits for a token."}
-        return self.request(model, {"stream": True, "max_tokens": 1000, "messages": [message]})
+        return self.request(model, {"stream": True, "max_tokens": 1000, **_says(PROMPTS[0])})
 
     def with_key(self, number: int) -> "Running":
         """Return the same, asked with another key."""
@@ -115,6 +113,10 @@ class Running:
 
 #: Starts a contestant, for the length of a ``with``.
 Start = Callable[[Place], AbstractContextManager[Running]]
+
+
+def _says(prompt: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": prompt}]}
 
 
 def _bearer(key: str) -> str:
