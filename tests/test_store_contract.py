@@ -589,6 +589,10 @@ def test_a_row_says_what_is_not_as_by_default() -> None:
         '{"token":"t","key_name":"n","max":1}',
         '{"token":"t","key_name":"n","key_type":"newer"}',
         '{"token":"t","key_name":"n","allowed_routes":["newer"]}',
+        '{"token":"t","key_name":"n","rpm_limit":100.0}',
+        '{"token":"t","key_name":"n","blocked":1}',
+        '{"token":"t","key_name":"n","key_alias":5}',
+        '{"token":"t","key_name":"n","model_rpm_limit":{"m":5.5}}',
     ],
 )
 def test_anything_else_is_no_row(text: str) -> None:

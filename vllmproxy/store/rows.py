@@ -1,7 +1,8 @@
 """A virtual key as the text that every store keeps, and names as the bytes it is found by."""
 
 import json
-from typing import Any, Final
+from types import NoneType, UnionType
+from typing import Any, Final, get_args
 
 import attrs
 
@@ -14,6 +15,18 @@ _DEFAULTS: Final = attrs.asdict(
 )
 #: What JSON has lists for.
 _TUPLES: Final = tuple(name for name, value in _DEFAULTS.items() if value == ())
+
+
+def _types_of(annotation: Any) -> frozenset[type]:
+    """Return the types that a field's value may have, none where that is not said by plain ones."""
+    given = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    if not {*given} <= {int, float, str, bool, NoneType}:
+        return frozenset()
+    return frozenset(given) | {int} if float in given else frozenset(given)
+
+
+_TYPES: Final = {each.name: types for each in attrs.fields(VirtualKey) if (types := _types_of(each.type))}
+_COUNTS: Final = ("model_rpm_limit", "model_tpm_limit")
 
 # json.loads would find out the encoding of bytes, and whether it has been told of another decoder, each time.
 _decode = json.JSONDecoder().decode
@@ -40,6 +53,12 @@ def load_row(text: str | bytes) -> VirtualKey:
     """
     fields: Any = _decode(text if isinstance(text, str) else text.decode("ascii"))
     try:
+        for name, value in fields.items():
+            if type(value) not in _TYPES.get(name, (type(value),)):
+                raise TypeError(f"{name} cannot be {value!r}")
+        for name in _COUNTS:
+            if any(type(value) is not int for value in fields.get(name, {}).values()):
+                raise TypeError(f"{name} has whole numbers")
         for name in _TUPLES:
             if name in fields:
                 fields[name] = tuple(fields[name])
