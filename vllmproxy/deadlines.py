@@ -9,7 +9,7 @@ from twisted.logger import Logger
 
 T = TypeVar("T")
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 
 class Deadlines(Generic[T]):

@@ -8,7 +8,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 
 class State(Enum):

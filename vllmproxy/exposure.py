@@ -17,7 +17,7 @@ from vllmproxy.failing import CannotStart
 from vllmproxy.keys.masterkey import weakness
 from vllmproxy.settings import Secret, Settings
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 
 @frozen(kw_only=True)

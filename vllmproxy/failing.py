@@ -7,7 +7,7 @@ from typing import Any
 
 from twisted.logger import Logger
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 
 class CannotStart(Exception):

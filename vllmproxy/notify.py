@@ -9,7 +9,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: Seconds that the manager may take to receive a message; its queue is long.
 _TIMEOUT = 1.0

@@ -20,7 +20,7 @@ from vllmproxy.upstreams.probe import Probe
 if TYPE_CHECKING:
     from vllmproxy.service import Proxy
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 _NAMES: Final = {row.field: row.name for row in TABLE.values()}
 

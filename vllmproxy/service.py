@@ -60,7 +60,7 @@ from vllmproxy.usage.bookkeeper import Bookkeeper
 from vllmproxy.workers.ports import inherit
 from vllmproxy.workers.worker import Worker
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 
 class Proxy:

@@ -16,7 +16,7 @@ from vllmproxy.settings import Settings, SettingsError
 from vllmproxy.settings_kinds import FLAG
 from vllmproxy.settings_table import TABLE, Row
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: How the variables begin that are ours alone, and those that there are, of the command line too.
 _PREFIX: Final = "VLLMPROXY_"

@@ -8,7 +8,7 @@ from twisted.logger import Logger
 
 from vllmproxy.plain import write_now
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: Bytes from which on a piece is not kept for the end of a turn: who sends it is to hear whether the peer takes it.
 _LONG: Final = 16_384

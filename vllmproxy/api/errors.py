@@ -14,7 +14,7 @@ from vllmproxy.keys.gate import store_down
 from vllmproxy.keys.routes import KNOWN_ROUTES
 from vllmproxy.store.interface import StoreUnavailable
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 
 def error_of(failure: Failure, path: bytes = b"") -> ApiError:

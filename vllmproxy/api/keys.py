@@ -31,7 +31,7 @@ from vllmproxy.keys.key import VirtualKey, hash_key
 from vllmproxy.store.interface import AliasTaken, Decide, Store, StoreUnavailable, TokenTaken, Writes
 from vllmproxy.usage.sums import NO_ACCOUNT, Account, Spent
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 Found = Mapping[str, VirtualKey]
 TellUsage = Callable[[], Awaitable[None]]

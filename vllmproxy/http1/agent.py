@@ -18,7 +18,7 @@ from vllmproxy.http1.bodies import is_replayable
 from vllmproxy.http1.client import ClientConnection
 from vllmproxy.http1.message import Limits
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 
 #: What an endpoint, or the TLS handshake after it, fails with.

@@ -21,7 +21,7 @@ from vllmproxy.limits.behind import Behind, Shared
 from vllmproxy.limits.values import BUDGETS, MAX_AMOUNT, Ask, Denied, Granted, Rule
 from vllmproxy.store.interface import StoreUnavailable
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: Seconds for which a reservation may wait for a request.
 AHEAD: Final = 0.5

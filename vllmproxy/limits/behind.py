@@ -12,7 +12,7 @@ from twisted.python.failure import Failure
 from vllmproxy.limits.values import Ask, Denied, Granted, Rule
 from vllmproxy.store.interface import StoreUnavailable
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: The settlement of one request: its key, its id, and what it did cost by each of its rules.
 Settlement = tuple[str, str, tuple[int | None, ...]]

@@ -8,7 +8,7 @@ from twisted.logger import Logger
 from vllmproxy.observers.record import Observer, RequestRecord
 from vllmproxy.soon import Soon, at_once
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 _SECONDS_BETWEEN_COMPLAINTS = 1.0
 

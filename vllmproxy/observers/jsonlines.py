@@ -12,7 +12,7 @@ from twisted.logger import Logger
 from vllmproxy.observers.descriptor import LogDescriptor, log_file, standard_output, whole_lines
 from vllmproxy.observers.record import RequestRecord
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: Lines wait for each other this long, in seconds, and up to this many bytes.
 BATCH_SECONDS: Final = 0.1

@@ -19,7 +19,7 @@ from vllmproxy.usage.tokens import Usage
 _Used = tuple[int, int, int, int, Quality]
 _NOTHING: Final[_Used] = (0, 0, 0, 0, "none")
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 
 @define

@@ -34,7 +34,7 @@ from vllmproxy.relay.waits import Patience
 if TYPE_CHECKING:
     from vllmproxy.relay.relay import Relay
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 _UNSAFE_PATH = (
     "The path has dot segments, //, ;, a backslash, %2f, %5c or %00, which could be read as another path. "

@@ -8,7 +8,7 @@ from vllmproxy.http1.agent import ConnectFailed, SetUpFailed
 from vllmproxy.http1.answer import AnswerLost, UpstreamStalled
 from vllmproxy.http1.message import BadAnswer
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 
 def error_of(reason: Failure) -> ApiError:

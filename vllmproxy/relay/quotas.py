@@ -20,7 +20,7 @@ from vllmproxy.limits.values import BUDGETS, Ask, Denied, Granted, Rule
 from vllmproxy.relay.demand import NO_DEMAND, Demand, rules_of
 from vllmproxy.store.interface import StoreUnavailable
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: Seconds between renewals of the leases of running requests: a third of a lease, so that two may fail.
 RENEWAL = 15.0

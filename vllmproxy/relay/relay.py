@@ -24,7 +24,7 @@ from vllmproxy.usage.bookkeeper import Bookkeeper, CannotWriteDown
 from vllmproxy.usage.prices import Prices
 from vllmproxy.usage.reader import UsageMode
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 _NOT_WRITTEN = "What is used cannot be written down just now. Try again in a moment."
 

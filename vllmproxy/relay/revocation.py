@@ -12,7 +12,7 @@ from vllmproxy.errors import AuthError, ExpiredKey, StoreDown
 from vllmproxy.keys.gate import Gate
 from vllmproxy.relay.relay import Relay
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: Seconds between two tries to find out what has become of a key, while the store is away.
 AGAIN: Final = 1.0

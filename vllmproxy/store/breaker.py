@@ -11,7 +11,7 @@ from twisted.python.failure import Failure
 
 from vllmproxy.store.interface import StoreUnavailable
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: Seconds between a probe that failed and the next one.
 PAUSE: Final = 0.25

@@ -26,7 +26,7 @@ from vllmproxy.authorities import Authorities
 from vllmproxy.store.address import RedisAddress, place
 from vllmproxy.store.interface import StoreUnavailable
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: Seconds for the first connection to be made and greeted in.
 CONNECT_SECONDS: Final = 5.0

@@ -19,7 +19,7 @@ from vllmproxy.store.dialling import CONNECT_SECONDS, EXPECTED, RECONNECT_SECOND
 from vllmproxy.store.interface import SCHEMA_VERSION, StoreUnavailable
 from vllmproxy.store.redis_schema import OLDER_VERSIONS, SCHEMA_KEY, migrate
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: Seconds for the answer to a PING.
 _PING_SECONDS = 1.0

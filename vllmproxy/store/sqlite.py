@@ -36,7 +36,7 @@ from vllmproxy.store.sqlite_schema import BUSY_SECONDS, end_with, prepare
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")

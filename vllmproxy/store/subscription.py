@@ -12,7 +12,7 @@ from txredisapi import RedisError, SubscriberProtocol
 
 from vllmproxy.store.dialling import EXPECTED, RECONNECT_SECONDS, Dialler, Line, describe
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: Where tokens of changed keys are published. Channels belong to no database: those who keep their keys in another
 #: one hear of tokens that they do not know.

@@ -32,7 +32,7 @@ from vllmproxy.usage.ledger import (
 )
 from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: Days that the number of a writer's last event is kept for after it was last heard of.
 WRITER_DAYS: Final = 90

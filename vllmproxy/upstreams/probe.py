@@ -12,7 +12,7 @@ from vllmproxy.http1.answer import Answer, AnswerLost, OutgoingHeaders
 from vllmproxy.http1.message import BadAnswer
 from vllmproxy.upstreams.server import Server
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: Seconds for the whole of a probe, and for which its outcome is believed: who asks more often costs vLLM nothing.
 _TIMEOUT: Final = 2.0

@@ -20,7 +20,7 @@ from vllmproxy.http1.agent import UpstreamAgent
 from vllmproxy.http1.streaming import StreamingClient
 from vllmproxy.upstreams.upstream import Upstream
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 
 @define(eq=False)

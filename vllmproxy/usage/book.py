@@ -13,7 +13,7 @@ from vllmproxy.soon import Soon
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.journal import Ended, Journal, Numbered
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: Events in one call to the store, and events kept in memory for it; more are read from the file again.
 _BATCH: Final = 500

@@ -16,7 +16,7 @@ from vllmproxy.usage.book import Book, Entry, Unwritten
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.journal import Journal, journals_in
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: Seconds between two batches.
 FLUSH_SECONDS: Final = 0.25

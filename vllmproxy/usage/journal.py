@@ -32,7 +32,7 @@ from vllmproxy.usage.event import UsageEvent
 #: What a file system answers that has no disk to wait for, as some of FUSE and of containers do (fdatasync(2)).
 _NOTHING_TO_WAIT_FOR: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 _SUFFIX = ".journal"
 _DRAFT = ".begun"

@@ -10,7 +10,7 @@ from twisted.logger import Logger
 from twisted.protocols.basic import Int32StringReceiver
 from twisted.python.failure import Failure
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 _ANSWER: Final = "answer"
 

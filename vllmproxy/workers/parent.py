@@ -30,7 +30,7 @@ from vllmproxy.workers.seat import Seat, State
 from vllmproxy.workers.sums import Sums, shown
 from vllmproxy.workers.task import Task
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: Seconds that a worker may be stuck for, where systemd does not say.
 STUCK: Final = 30.0

@@ -13,7 +13,7 @@ from vllmproxy.workers.backoff import Backoff
 from vllmproxy.workers.channel import Channel, ChannelLost
 from vllmproxy.workers.process import Ending
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: Seconds from its start to its first sign of life.
 STARTING: Final = 60.0

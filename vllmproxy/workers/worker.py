@@ -17,7 +17,7 @@ from vllmproxy.workers.loads import Loads, Turns
 from vllmproxy.workers.sums import shown
 from vllmproxy.workers.task import LISTENERS, LOADS, Task
 
-_log = Logger()
+_log = Logger(namespace=__name__)
 
 #: Seconds between two signs of life.
 BEAT: Final = 1.0
