@@ -84,22 +84,22 @@ class Deadlines(Generic[T]):
         item, due = self._due.popitem()
         return item, due <= self._clock.seconds()
 
-    def longest(self, among: Callable[[T, float], bool] = lambda *_: True, *, looks: int = 1) -> tuple[float, T | None]:
+    def longest(self, among: Callable[[T, float], bool] | None = None, *, looks: int = 1) -> tuple[float, T | None]:
         """Return for how many seconds the wait that is to expire first has lasted, and whose it is; -1 and ``None``
         where there is none.
 
-        :param among: whose waits are meant, by that and how long they have lasted.
+        :param among: whose waits are meant, by that and how long they have lasted; all where it is ``None``.
         :param looks: how many are looked at.
         """
         began = self._clock.seconds() + self._seconds
         for item, due in islice(self._due.items(), looks):
-            if among(item, began - due):
+            if among is None or among(item, began - due):
                 return began - due, item
         return -1, None
 
     def close(self) -> None:
         """Forget every wait and those to come; nothing expires any more."""
-        self._seconds = 0
+        self._seconds = 0.0
         self.forget()
 
     def forget(self) -> None:

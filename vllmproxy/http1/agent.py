@@ -10,7 +10,7 @@ from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
-from zope.interface import implementer
+from zope.interface import classImplements
 
 from vllmproxy.deadlines import Deadlines
 from vllmproxy.http1.answer import HandshakeFailed, NotExecuted, OutgoingHeaders, Request
@@ -39,7 +39,7 @@ class _ConnectionFactory(Factory):
     def __init__(self, build: Callable[[], ClientConnection]) -> None:
         self._build = build
 
-    def buildProtocol(self, addr: IAddress | None) -> ClientConnection:
+    def buildProtocol(self, addr: IAddress | None) -> ClientConnection:  # type: ignore[override]  # not Twisted's Protocol
         return self._build()
 
 
@@ -65,7 +65,6 @@ class ConnectionDeadlines:
         self.write.close()
 
 
-@implementer(IAgent)
 class UpstreamAgent:
     """Requests to one upstream.
 
@@ -222,6 +221,9 @@ class UpstreamAgent:
         self._deadlines.close()
         for connection in [*idle, *self._busy]:
             connection.abort()
+
+
+classImplements(UpstreamAgent, IAgent)
 
 
 def _send(connection: ClientConnection, request: Request) -> "Deferred[IResponse]":

@@ -9,7 +9,7 @@ from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer, IResponse
-from zope.interface import implementer
+from zope.interface import classImplements
 
 from vllmproxy.http1.message import ResponseHead
 
@@ -86,7 +86,6 @@ class Request:
     chunked: bool = False
 
 
-@implementer(IResponse)
 class Answer:
     """An answer whose head is complete: ``IResponse`` for Twisted and treq, and :meth:`pipe` for who streams it."""
 
@@ -126,6 +125,9 @@ class Answer:
 
     def setPreviousResponse(self, response: IResponse) -> None:
         self.previousResponse = response
+
+
+classImplements(Answer, IResponse)
 
 
 class _ProtocolReceiver:

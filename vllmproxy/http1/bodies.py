@@ -7,7 +7,7 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IConsumer, IPushProducer
 from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
-from zope.interface import implementer
+from zope.interface import classImplements
 
 from vllmproxy.http1.stream import Stream
 
@@ -18,7 +18,6 @@ Piece = bytes | memoryview | mmap
 REPLAYABLE = 65_536
 
 
-@implementer(IBodyProducer, IPushProducer)
 class StreamedBody:
     """Pipes a stream's body into a connection as it comes, and back pressure the other way.
 
@@ -99,7 +98,9 @@ class StreamedBody:
             self._stream.pause_body()
 
 
-@implementer(IBodyProducer, IPushProducer)
+classImplements(StreamedBody, IBodyProducer, IPushProducer)
+
+
 class WholeBody:
     """A body that is all here.
 
@@ -157,6 +158,9 @@ class WholeBody:
     def stopProducing(self) -> None:
         """The connection wants no more."""
         self._paused = True
+
+
+classImplements(WholeBody, IBodyProducer, IPushProducer)
 
 
 def _bits_of(pieces: list[Piece]) -> Iterator[memoryview]:

@@ -92,12 +92,16 @@ class RequestReader:
             except httptools.HttpParserUpgrade as upgrade:
                 data = self._after_upgrade(data[upgrade.args[0] :])
             except (httptools.HttpParserError, WireError) as error:
-                self.error = self.error or _refusal_of(error)
+                self._broke(error)
                 return
         self._silent = 0 if self._progressed else self._silent + size
         if self._silent > self._limits.head:
             most = self._limits.head
             self.error = WireError(431, f"A header line, a chunk extension or a trailer has more than {most} bytes.")
+
+    def _broke(self, error: httptools.HttpParserError | WireError) -> None:
+        """The parser refused something, or a callback of ours did, which has said why."""
+        self.error = self.error or _refusal_of(error)
 
     def _take_alike(self, data: bytes) -> bool:
         """Take ``data`` if it is one whole request whose head is that of the one before but for its length."""

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.interfaces import IAddress, IDelayedCall, IHalfCloseableProtocol, IPushProducer
-from twisted.internet.protocol import Protocol
+from twisted.internet.interfaces import IAddress, IDelayedCall, IHalfCloseableProtocol, IProtocol, IPushProducer
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
-from zope.interface import implementer
+from zope.interface import classImplements
 
 from vllmproxy.deadlines import Deadlines
 from vllmproxy.http1.message import RequestHead, WireError
@@ -42,15 +41,13 @@ _TURN = 8
 LINGER_BYTES = 4 * 1024 * 1024
 
 
-@implementer(IHalfCloseableProtocol, IPushProducer)
-class ServerChannel(Protocol):
+class ServerChannel:
     """A connection from a client: requests one at a time, in order, however they were pipelined."""
-
-    factory: "ServerFactory"
 
     def __init__(self, factory: "ServerFactory", peer: IAddress | None) -> None:
         self.factory = factory
         self.peer = peer
+        self.transport: Any = None
         self.congested = False
         self._queued = 0
         self._has_given = False
@@ -75,8 +72,12 @@ class ServerChannel(Protocol):
 
     # the transport's side
 
+    def makeConnection(self, transport: Any) -> None:
+        self.transport = transport
+        self.connectionMade()
+
     def connectionMade(self) -> None:
-        transport: Any = self.transport
+        transport = self.transport
         self._plain = is_plain(transport)
         self.is_secure = isinstance(transport, TLSMemoryBIOProtocol)
         sock = raw_socket(transport)
@@ -103,7 +104,7 @@ class ServerChannel(Protocol):
             if self._lingered > LINGER_BYTES and not queued_bytes(self.transport):
                 self.abort()
 
-    def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
+    def connectionLost(self, reason: Failure) -> None:
         self._mode = "closed"
         self._unwatch()
         if self._resting is not None:
@@ -379,14 +380,14 @@ class ServerChannel(Protocol):
             self.lose()
         else:
             self._shut = True
-            self._drain(self.transport.loseWriteConnection)  # type: ignore[union-attr]
+            self._drain(self.transport.loseWriteConnection)
 
     def lose(self) -> None:
         """Close once what is queued has left; how long that may take, its progress decides."""
         self._mode = "closed"
         self._unwatch()
         self._wait_for(None)
-        self._drain(self.transport.loseConnection)  # type: ignore[union-attr]
+        self._drain(self.transport.loseConnection)
         if self.is_secure:  # it is kept until the client says goodbye, too
             self.factory.linger_deadlines.set(self)
 
@@ -475,13 +476,13 @@ class ServerChannel(Protocol):
         """Reset."""
         self._unwatch()
         if self.transport is not None:
-            self.transport.abortConnection()  # type: ignore[attr-defined]
+            self.transport.abortConnection()
 
     def _drain(self, end: Callable[[], None]) -> None:
         """Have the transport ``end`` when what is queued has left, and see that it leaves in time."""
         self.factory.write_deadlines.set(self)
         forget_after(self.transport, self.factory.write_deadlines.seconds)
-        self.transport.unregisterProducer()  # type: ignore[union-attr]
+        self.transport.unregisterProducer()
         end()
         self._queued = queued_bytes(self.transport)  # only now has TLS written all that it had gathered
 
@@ -500,3 +501,6 @@ class ServerChannel(Protocol):
         if not self._reading:
             self._reading = True
             transport.resumeProducing()
+
+
+classImplements(ServerChannel, IProtocol, IHalfCloseableProtocol, IPushProducer)

@@ -5,7 +5,7 @@ nothing but the digits of their one Content-Length mean the same, and only a mes
 """
 
 import re
-from typing import Final, Generic
+from typing import Any, Final, Generic
 
 from vllmproxy.http1.message import Head
 from vllmproxy.http1.rules import MOST_DIGITS
@@ -42,7 +42,8 @@ class HeadTemplate(Generic[Head]):
         if not body or int(digits) != len(body):
             return None
         self._missed = 0
-        return head.with_length(len(body)), body
+        alike: Any = head.with_length(len(body))
+        return alike, body
 
     def learn(self, head: Head, data: bytes | bytearray, start: int, room: int) -> None:
         """Take over a head that has passed every check.

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.internet.interfaces import IConsumer
 from twisted.python.failure import Failure
-from zope.interface import implementer
+from zope.interface import classImplements
 
 from vllmproxy.http1.answer import Request
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 _SHORT = 16_384
 
 
-@implementer(IConsumer)
 class Upload:
     """Takes a body from its producer, frames it, and hands it to the connection."""
 
@@ -80,6 +79,9 @@ class Upload:
         cork, self._cork = self._cork, None
         if cork:
             self._connection.write(b"".join(cork))
+
+
+classImplements(Upload, IConsumer)
 
 
 def in_one_chunk(data: bytes) -> bytes:

@@ -158,7 +158,7 @@ class WebExchange:
         return self._stream.peer
 
     def getHost(self) -> Any:
-        return self._stream.channel.transport.getHost()  # type: ignore[union-attr]
+        return self._stream.channel.transport.getHost()
 
     def isSecure(self) -> bool:
         return self._stream.is_secure

@@ -145,11 +145,11 @@ def compile_policy(key_type: str, allowed_routes: Sequence[str], *, granted_by_m
     reads = frozenset() if key_type == "llm_api" else READ_ROUTES
     if not allowed_routes:
         return Policy(by_type, manages=granted_by_master and key_type == "management", reads=reads)
-    names = frozenset(allowed_routes) & ROUTE_GROUPS.keys()
+    names = frozenset(allowed_routes).intersection(ROUTE_GROUPS)
     paths = [parse_route(entry) for entry in allowed_routes if entry not in ROUTE_GROUPS]
     within: frozenset[Group] = by_type
     if granted_by_master and key_type in ("default", "llm_api"):
-        within |= {"admin", "unknown"}
+        within = within.union({"admin", "unknown"})
     may_manage = granted_by_master and key_type in ("default", "management")
     return Policy(
         within.intersection(group for name in names for group in ROUTE_GROUPS[name]),

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final, Literal
 
-from attrs import evolve
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -253,7 +252,8 @@ class _Stock:
 def _rounded(rule: Rule) -> Rule:
     if rule.kind not in _GUESSED or not rule.cost:
         return rule
-    return evolve(rule, cost=min(1 << (rule.cost - 1).bit_length(), MAX_AMOUNT), least=None)
+    cost = min(1 << (rule.cost - 1).bit_length(), MAX_AMOUNT)
+    return Rule(rule.kind, rule.scope, rule.limit, cost, rule.period)
 
 
 def _next_to_nothing(rule: Rule) -> int:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Final, Protocol
 
-from attrs import evolve
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
@@ -67,7 +66,7 @@ class FallbackLimiter:
     def _reserve_here(self, failure: Failure, ask: Ask) -> Granted | Denied:
         if failure.check(StoreUnavailable) is None or any(rule.kind not in LOCAL_KINDS for rule in ask.rules):
             failure.raiseException()
-        decision = self._local.reserve_now(evolve(ask, rules=tuple(map(self._part, ask.rules))))
+        decision = self._local.reserve_now(Ask(ask.key, ask.request_id, tuple(map(self._part, ask.rules)), ask.ahead))
         if isinstance(decision, Granted):
             self._here.add((ask.key, ask.request_id))
         elif decision.never and ask.rules[decision.rule].cost <= ask.rules[decision.rule].limit:
@@ -75,4 +74,5 @@ class FallbackLimiter:
         return decision
 
     def _part(self, rule: Rule) -> Rule:
-        return evolve(rule, limit=max(min(rule.limit, 1), int(rule.limit * self._share)))
+        limit = max(min(rule.limit, 1), int(rule.limit * self._share))
+        return Rule(rule.kind, rule.scope, limit, rule.cost, rule.period, rule.least)

@@ -8,11 +8,11 @@ from typing import Final
 from prometheus_client.core import HistogramMetricFamily, Metric
 
 #: Upper bounds in seconds, for what takes from a tokenised word to a long answer of a reasoning model.
-BOUNDS: Final = (
+BOUNDS: Final[tuple[float, ...]] = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0),
 )
-_LABELS = (*(str(bound) for bound in BOUNDS), "+Inf")
+_LABELS = [*map(str, BOUNDS), "+Inf"]
 
 
 class Histogram:

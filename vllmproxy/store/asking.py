@@ -11,6 +11,7 @@ from vllmproxy.store.calls import is_late
 from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.link import Link, Wire
 
+A = TypeVar("A", bound="Asking")
 W = TypeVar("W")
 T = TypeVar("T")
 
@@ -18,7 +19,7 @@ T = TypeVar("T")
 _SLACK: Final = 0.005
 
 
-class Asked(Generic[W, T]):
+class Asked(Generic[A, W, T]):
     """One call on its way to its answer, without a coroutine or a timer of its own.
 
     :param what: what is asked.
@@ -29,7 +30,7 @@ class Asked(Generic[W, T]):
 
     __slots__ = ("asking", "forgiven", "result", "started", "what", "wire")
 
-    def __init__(self, asking: "Asking", what: W) -> None:
+    def __init__(self, asking: A, what: W) -> None:
         self.asking = asking
         self.what = what
         self.started = asking.clock.seconds()
@@ -67,9 +68,9 @@ class Asking:
         self.clock = clock
         self._link = link
         self._timeout = timeout
-        self._running: Deadlines[Asked[Any, Any]] = Deadlines(clock, timeout, self._late, slack=_SLACK)
+        self._running: Deadlines[Asked[Any, Any, Any]] = Deadlines(clock, timeout, self._late, slack=_SLACK)
 
-    def begin(self, asked: Asked[Any, Any]) -> None:
+    def begin(self, asked: Asked[Any, Any, Any]) -> None:
         """Ask it, as soon as there is a connection."""
         self._running.set(asked)
         wire = self._link.ready
@@ -78,7 +79,7 @@ class Asking:
         else:
             self._link.get().addCallbacks(asked.send, asked.not_sent)
 
-    def ended(self, asked: Asked[Any, Any]) -> None:
+    def ended(self, asked: Asked[Any, Any, Any]) -> None:
         """It has its answer, or nobody waits for it any more."""
         self._running.clear(asked)
 
@@ -89,7 +90,7 @@ class Asking:
         for asked in running:
             asked.fail(StoreUnavailable("the store was closed"))
 
-    def _late(self, asked: Asked[Any, Any]) -> None:
+    def _late(self, asked: Asked[Any, Any, Any]) -> None:
         if not asked.forgiven and is_late(self.clock, asked.started + self._timeout):
             asked.forgiven = True
             self._running.set(asked)

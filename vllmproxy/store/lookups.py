@@ -15,11 +15,10 @@ from vllmproxy.store.redis_schema import key_name
 from vllmproxy.store.rows import load_row, name_bytes
 
 
-class _Lookup(Asked[str, VirtualKey | None]):
+class _Lookup(Asked["Lookups", str, VirtualKey | None]):
     """One look-up on its way to its answer: of a token."""
 
     __slots__ = ()
-    asking: "Lookups"
 
     def send(self, wire: Wire) -> None:
         if not self.result.called:

@@ -74,11 +74,10 @@ class ScriptCall:
         answered(reply)
 
 
-class _Run(Asked[ScriptCall, list[Any]]):
+class _Run(Asked["Scripts", ScriptCall, list[Any]]):
     """One script on its way to its answer."""
 
     __slots__ = ()
-    asking: "Scripts"
 
     def send(self, wire: Wire) -> None:
         if not self.result.called:

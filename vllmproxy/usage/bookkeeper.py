@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, DeferredLock
+from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.task import LoopingCall
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
@@ -109,7 +110,7 @@ class Bookkeeper:
         """Have the store add what there is, and fire when it has, or when that takes longer than somebody should wait.
         Whoever cancels it leaves what is being added alone."""
         waiter: Deferred[None] = Deferred(lambda _: late.cancel())
-        late = self._reactor.callLater(TELL_SECONDS, waiter.callback, None)
+        late: IDelayedCall = self._reactor.callLater(TELL_SECONDS, waiter.callback, None)
 
         def told(_: object) -> None:
             if late.active():

@@ -3,10 +3,8 @@
 from datetime import UTC, datetime
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
-from operator import attrgetter
 from typing import Any, Final, Literal, Self, get_args
 
-import attrs
 from attrs import define
 
 #: Where the token counts come from: vLLM said them; they were counted from events or estimated; the answer may have
@@ -114,14 +112,16 @@ class UsageEvent:
 
         :raises TypeError: they are not an event's, or one of them is not what it can be.
         """
-        event = cls(**{name: value for name, value in fields.items() if name in _KNOWN})
-        texts, numbers = _texts(event), _numbers(event)
-        if not all(isinstance(text, str) for text in texts) or event.quality not in get_args(Quality):
+        known = {name: value for name, value in fields.items() if name in _KNOWN}
+        if not all(isinstance(known.get(name, ""), str) for name in _TEXTS):
             raise TypeError("a text is none")
-        if not all(type(number) is int and 0 <= number <= MOST for number in numbers):
+        if known.get("quality", "none") not in get_args(Quality):
+            raise TypeError("the quality is none")
+        if not all(type(number := known.get(name, 0)) is int and 0 <= number <= MOST for name in _NUMBERS):
             raise TypeError("a number is none")
-        if not isinstance(event.time, int | float) or not 0 <= event.time <= _END_OF_TIME:
+        if not isinstance(known.get("time"), int | float) or not 0 <= known["time"] <= _END_OF_TIME:
             raise TypeError("the time is none")
+        event = cls(**known)
         if (event.held or event.held_tokens) and "held_on" not in fields:
             event.held_on = int(event.time // 86_400)
         return event
@@ -132,9 +132,11 @@ def _date_of(days: int) -> str:
     return datetime.fromtimestamp(days * 86_400, UTC).strftime("%Y-%m-%d")
 
 
-_NAMES = tuple(a.name for a in attrs.fields(UsageEvent))
-_KNOWN = frozenset(_NAMES)
-_texts = attrgetter("key", "model", "end_user", "quality")
-_numbers = attrgetter(*(name for name in _NAMES if name not in ("time", "key", "model", "end_user", "quality")))
+_TEXTS = ("key", "model", "end_user", "quality")
+_NUMBERS = (
+    *("requests", "prompt_tokens", "completion_tokens", "cached_tokens", "audio_ms", "spend", "period"),
+    *("held", "held_tokens", "held_on"),
+)
+_KNOWN = frozenset(("time", *_TEXTS, *_NUMBERS))
 #: The last moment that a calendar of four digits knows.
 _END_OF_TIME = 253_402_300_799

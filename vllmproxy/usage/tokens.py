@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from attrs import define, evolve
+from attrs import define
 
 _MOST_TOKENS = 2**50
 #: A year of audio; what is longer is none.
@@ -93,7 +93,14 @@ def with_prompt_of(usage: Usage, start: Usage | None) -> Usage:
     prompt, completion = start.prompt_tokens, usage.completion_tokens
     total = None if prompt is None or completion is None else prompt + completion
     cached = start.cached_prompt_tokens
-    return evolve(usage, prompt_tokens=prompt, total_tokens=total, cached_prompt_tokens=cached)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=total,
+        cached_prompt_tokens=cached,
+        audio_seconds=usage.audio_seconds,
+        source=usage.source,
+    )
 
 
 def _pair(found: dict[str, object]) -> tuple[int | None, int | None]:
