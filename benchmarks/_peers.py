@@ -13,6 +13,8 @@ from _contestants import nginx_binary
 from _redis import NoRedisServer, redis_binary
 from _running import HERE
 
+from vllmproxy.build import VERSION
+
 #: What is installed, by directory, and whose that is besides.
 WHEELS = {"vllm-router": "vllm-router==0.1.17", "litellm": "litellm[proxy]==1.108.7"}
 _SHARED = {"vllm-router-default": "vllm-router"}
@@ -57,8 +59,9 @@ def environment(names: Collection[str]) -> dict[str, str]:
         "machine": f"{_processor()}, {_cores()} cores, {_memory()}",
         "kernel": f"{platform.system()} {platform.release()}",
         "Python": platform.python_version(),
+        "vllmproxy": VERSION,
     }
-    for package in ("vllmproxy", "Twisted", "treq", "httptools", "txredisapi", "uvloop"):
+    for package in ("Twisted", "treq", "httptools", "txredisapi", "uvloop"):
         found[package] = version(package)
     for name in dict.fromkeys(_SHARED.get(name, name) for name in names):
         if name in WHEELS:

@@ -13,6 +13,7 @@ from twisted.logger import Logger
 from vllmproxy import __version__
 from vllmproxy.api.app import Api
 from vllmproxy.api.branch import ApiBranch
+from vllmproxy.build import VERSION
 from vllmproxy.draining import Draining
 from vllmproxy.exposure import judge_start
 from vllmproxy.failing import CannotStart, complain, end_with_failure, refusal
@@ -338,7 +339,7 @@ class ProxyService(Service):
             for url in urls:
                 _log.info(
                     "vllmproxy {version}: Listening on {url}, for {upstream}",
-                    version=__version__,
+                    version=VERSION,
                     url=url,
                     upstream=self._settings.upstream.name,
                 )

@@ -9,7 +9,7 @@ from twisted.logger import Logger
 from twisted.python.usage import Options as UsageOptions
 from twisted.python.usage import UsageError
 
-from vllmproxy import __version__
+from vllmproxy.build import VERSION
 from vllmproxy.near import nearest
 from vllmproxy.said import Said, read_now
 from vllmproxy.settings import Settings, SettingsError
@@ -51,7 +51,7 @@ class Options(UsageOptions):
 
     def opt_version(self) -> None:
         """Print the version and exit."""
-        print(f"vllmproxy {__version__}")
+        print(f"vllmproxy {VERSION}")
         raise SystemExit(0)
 
     def parseOptions(self, options: Sequence[str] | None = None) -> None:
