@@ -11,6 +11,7 @@ import ast
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,36 +33,39 @@ class CompiledBuildHook(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, and have the wheel take what came of it."""
-        modules = [f"{folder}/{name}.py" for folder, names in self.config["modules"].items() for name in names]
-        place = Path(self.directory, "compiled")
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        with TemporaryDirectory() as work:
-            for built in _compiled(Path(self.root), Path(work), modules):
-                kept = place / built.relative_to(work)
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(built, kept)
-                build_data["force_include"][str(kept)] = str(built.relative_to(work))
+        self._work = TemporaryDirectory()
+        work = Path(self._work.name)
+        _set_up(Path(self.root), work, self.config, "build_ext", "--inplace")
+        for built in (*work.glob("*.so"), *(work / "vllmproxy").rglob("*.so")):
+            build_data["force_include"][str(built)] = str(built.relative_to(work))
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
 
-    def clean(self, versions: list[str]) -> None:
-        """Remove what was compiled."""
-        shutil.rmtree(Path(self.directory, "compiled"), ignore_errors=True)
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Remove what the wheel has taken."""
+        self._work.cleanup()
 
 
-def _compiled(root: Path, work: Path, modules: list[str]) -> Iterator[Path]:
+def check() -> None:
+    """Raise ``RuntimeError`` where mypyc refuses the modules: as much as can be said without a C compiler."""
+    root = Path(__file__).parent
+    targets = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
+    with TemporaryDirectory() as work:
+        _set_up(root, Path(work), targets["wheel"]["hooks"]["custom"], "--name")
+
+
+def _set_up(root: Path, work: Path, config: dict[str, Any], *command: str) -> None:
+    """Translate the modules to C in a copy, and do what else ``command`` says."""
+    modules = [f"{folder}/{name}.py" for folder, names in config["modules"].items() for name in names]
     shutil.copytree(root / "vllmproxy", work / "vllmproxy", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     shutil.copyfile(root / "mypy.ini", work / "mypy.ini")
     for module in modules:
         (work / module).write_text(written_out((root / module).read_text(encoding="utf-8")), encoding="utf-8")
     (work / "setup.py").write_text(_SETUP.format(modules=modules), encoding="utf-8")
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    python = [sys.executable, "setup.py", "--quiet", *command]
+    done = subprocess.run(python, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
         raise RuntimeError(f"the modules were not compiled:\n{done.stdout.decode(errors='replace')[-10_000:]}")
-    yield from work.glob("*.so")
-    yield from (work / "vllmproxy").rglob("*.so")
 
 
 def written_out(source: str) -> str:
