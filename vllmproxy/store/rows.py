@@ -55,7 +55,7 @@ def load_row(text: str | bytes) -> VirtualKey:
     try:
         for name, value in fields.items():
             if type(value) not in _TYPES.get(name, (type(value),)):
-                raise TypeError(f"{name} cannot be {value!r}")
+                raise TypeError(f"{name} cannot be of type {type(value).__name__}")
         for name in _COUNTS:
             if any(type(value) is not int for value in fields.get(name, {}).values()):
                 raise TypeError(f"{name} has whole numbers")
