@@ -13,7 +13,7 @@ import pytest
 from _asking import until
 from twisted.python.usage import UsageError
 
-from vllmproxy import __version__
+from vllmproxy.build import VERSION
 from vllmproxy.settings import Secret
 from vllmproxy.settings_kinds import FLAG
 from vllmproxy.settings_table import TABLE
@@ -107,7 +107,7 @@ def test_version_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse("--version")
     assert caught.value.code == 0
-    assert capsys.readouterr().out == f"vllmproxy {__version__}\n"
+    assert capsys.readouterr().out == f"vllmproxy {VERSION}\n"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_twistd_help_explains_every_option(tmp_path: Path) -> None:
 
 def test_twistd_version(tmp_path: Path) -> None:
     result = twistd("vllmproxy", "--version", cwd=tmp_path)
-    assert (result.returncode, result.stdout, result.stderr) == (0, f"vllmproxy {__version__}\n", "")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"vllmproxy {VERSION}\n", "")
 
 
 @pytest.mark.parametrize("in_checkout", [True, False])
