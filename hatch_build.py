@@ -165,12 +165,8 @@ def _write_out(lines: list[str], made: ast.ClassDef, decorator: ast.expr, asked:
     declared = [node for node in made.body if isinstance(node, ast.AnnAssign)]
     fields = [_Field(node) for node in declared]
     methods = list(_methods(made, fields, asked))
-    room = []
-    for node in declared:
-        assert node.end_lineno is not None
-        room.extend(range(node.lineno - 1, node.end_lineno))
-    _blank(lines, decorator)
-    for number in room:
+    room = [number for node in declared for number in _lines_of(node)]
+    for number in (*_lines_of(decorator), *room):
         lines[number] = ""
     written = [f"    {method}" for method in methods]
     over = written[len(room) - 1 :]  # more than one where there are fewer fields than methods
@@ -178,10 +174,10 @@ def _write_out(lines: list[str], made: ast.ClassDef, decorator: ast.expr, asked:
         lines[number] = method
 
 
-def _blank(lines: list[str], decorator: ast.expr) -> None:
-    assert decorator.end_lineno is not None
-    for number in range(decorator.lineno - 1, decorator.end_lineno):
-        lines[number] = ""
+def _lines_of(node: ast.expr | ast.stmt) -> range:
+    """Return the places of a node's lines, from 0 on."""
+    assert node.end_lineno is not None
+    return range(node.lineno - 1, node.end_lineno)
 
 
 def _methods(made: ast.ClassDef, fields: list[_Field], asked: _Asked) -> Iterator[str]:

@@ -4,6 +4,7 @@ import inspect
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,26 +26,27 @@ class Blank:
     """Something that equals itself only."""
 
 
-def module_of(path: str) -> ModuleType:
+def imported(path: str) -> ModuleType:
+    return import_module(path.removesuffix(".py").replace("/", "."))
+
+
+def written_module(path: str) -> ModuleType:
     """Return the module as the build writes it out, interpreted."""
-    module = ModuleType(path.removesuffix(".py").replace("/", "."))
-    sys.modules[f"written out {path}"] = module
+    module = ModuleType(imported(path).__name__)
     exec(compile(written_out(CHECKOUT.joinpath(path).read_text(encoding="utf-8")), path, "exec"), module.__dict__)
     return module
 
 
 def values() -> Iterator[Any]:
     for path in MODULES:
-        own = path.removesuffix(".py").replace("/", ".")
-        made = __import__(own, fromlist=["_"])
+        made = imported(path)
         for name, value in vars(made).items():
-            if isinstance(value, type) and attrs.has(value) and value.__module__ == own:
-                yield pytest.param(path, name, id=f"{own}.{name}")
+            if isinstance(value, type) and attrs.has(value) and value.__module__ == made.__name__:
+                yield pytest.param(path, name, id=f"{made.__name__}.{name}")
 
 
 def both(path: str, name: str) -> tuple[type, type]:
-    made = getattr(__import__(path.removesuffix(".py").replace("/", "."), fromlist=["_"]), name)
-    return made, getattr(module_of(path), name)
+    return getattr(imported(path), name), getattr(written_module(path), name)
 
 
 def filled(of: type, names: list[str], values: dict[str, object]) -> Any:
