@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from typing import Any, Final, NoReturn
 
-from vllmproxy import __version__
+from vllmproxy.build import VERSION
 from vllmproxy.cli.fields import CLEARABLE, add_fields, fields_of
 from vllmproxy.cli.numbers import number
 from vllmproxy.cli.place import DEFAULT_URL, KEY_VARIABLES, URL_VARIABLE
@@ -52,7 +52,7 @@ def _parser() -> _Parser:
         description="Manages the virtual keys of a running vllmproxy and shows what they used.",
         epilog="Exit status: 0; 1: it failed; 2: wrong arguments. 'vllmproxy COMMAND --help' explains a command.",
     )
-    parser.add_argument("--version", action="version", version=f"vllmproxy {__version__}")
+    parser.add_argument("--version", action="version", version=f"vllmproxy {VERSION}")
     _add_place(parser, lambda default: default)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     keys = commands.add_parser("keys", help="make, show and change virtual keys", description="Virtual keys.")
