@@ -5,6 +5,8 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
+from secrets import token_hex
 
 import pytest
 from _plain import Transport
@@ -197,12 +199,18 @@ class Told(Protocol):
 
 @contextmanager
 def connected(reactor: EPollReactor, end: str) -> Iterator[tuple[Told, socket.socket]]:
-    """A protocol on the server's or the client's end of a TCP connection, and the socket at the other end."""
+    """A protocol on the server's or the client's end of a TCP connection, or on a UNIX socket's server's, and
+    the socket at the other end."""
     told, factory = Told(), ClientFactory()
     factory.noisy = False
     factory.buildProtocol = lambda _: told  # type: ignore[method-assign,assignment]
     with ExitStack() as stack:
-        if end == "server":
+        if end == "unix":
+            name = f"\0vllmproxy-test-{token_hex(8)}"
+            stack.callback(reactor.listenUNIX(name, factory).stopListening)
+            peer = stack.enter_context(socket.socket(socket.AF_UNIX))
+            peer.connect(name)
+        elif end == "server":
             port = reactor.listenTCP(0, factory, interface="127.0.0.1")
             peer = stack.enter_context(socket.create_connection(("127.0.0.1", port.getHost().port)))
         else:
@@ -223,9 +231,11 @@ def turns(reactor: EPollReactor, condition: Callable[[], bool]) -> None:
         reactor.doIteration(0.01)
 
 
-@pytest.mark.parametrize("end", ["server", "client"])
-@pytest.mark.parametrize("how", ["fin", "reset", "broken"])
-def test_tcp_connections_are_read_as_by_twisted(
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [*product(["server", "client"], ["fin", "reset", "broken"]), ("unix", "fin"), ("unix", "broken")],
+)
+def test_connections_are_read_as_by_twisted(
     reactor: EPollReactor, end: str, how: str, logged_errors: list[LogEvent]
 ) -> None:
     with connected(reactor, end) as (told, peer):

@@ -6,12 +6,12 @@ from twisted.internet import tcp, unix
 
 #: The exact classes whose ``socket`` carries our bytes as they are. A TLS transport exposes the raw socket
 #: too, and writing there would put plaintext on the wire: subclasses and wrappers do not count.
-_PLAIN: Final = frozenset([tcp.Server, tcp.Client, unix.Server, unix.Client])
+PLAIN: Final = frozenset([tcp.Server, tcp.Client, unix.Server, unix.Client])
 
 
 def is_plain(transport: Any) -> bool:
     """Whether bytes written to the transport's socket are the bytes the peer reads."""
-    return type(transport) in _PLAIN and not getattr(transport, "TLS", False)
+    return type(transport) in PLAIN and not getattr(transport, "TLS", False)
 
 
 def write_now(transport: Any, data: bytes | memoryview) -> None:
