@@ -13,7 +13,7 @@ from zope.interface import implementer
 from vllmproxy.http1.agent import UpstreamAgent
 from vllmproxy.http1.answer import Answer, OutgoingHeaders
 from vllmproxy.http1.factory import ServerFactory
-from vllmproxy.http1.message import Limits, WireError
+from vllmproxy.http1.message import Limits, ResponseHead, WireError
 from vllmproxy.http1.server import ServerChannel
 from vllmproxy.http1.stream import Stream
 from vllmproxy.http1.streaming import StreamingClient
@@ -126,6 +126,21 @@ ORIGIN = b"http://vllm:8000"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
+class Informed:
+    """An asker that makes a Deferred, as the agent's own does, and hands on informational answers."""
+
+    def __init__(self, inform: Callable[[ResponseHead], None]) -> None:
+        self.informed = inform
+        self.answer: Deferred[Any] = Deferred(lambda _: self.request.cancel())
+        self.request: Any = None
+
+    def answered(self, answer: Answer) -> None:
+        self.answer.callback(answer)
+
+    def not_answered(self, reason: Failure) -> None:
+        self.answer.errback(reason)
+
+
 class Pending:
     """A request under way: its answer, body and end as they come."""
 
@@ -173,8 +188,12 @@ class Upstream:
         inform: Any = None,
         pipe: bool = True,
     ) -> Pending:
-        headers = OutgoingHeaders(b"host: vllm\r\n", upgrade=upgrade, inform=inform)
-        return Pending(self.agent.request(method, ORIGIN + b"/v1/x?y", headers, body), pipe)
+        url, headers = ORIGIN + b"/v1/x?y", OutgoingHeaders(b"host: vllm\r\n", upgrade=upgrade)
+        if inform is None:
+            return Pending(self.agent.request(method, url, headers, body), pipe)
+        asker = Informed(inform)
+        asker.request = self.agent.ask(method, url, headers, body, asker)
+        return Pending(asker.answer, pipe)
 
     @property
     def wires(self) -> list[MemoryTransport]:

@@ -3,20 +3,20 @@
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.defer import CancelledError, Deferred, fail, maybeDeferred
+from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 from twisted.internet.error import ConnectError, DNSLookupError, TimeoutError
 from twisted.internet.interfaces import IAddress, IReactorTime, IStreamClientEndpoint
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
+from twisted.web.iweb import IAgent, IBodyProducer, IResponse
 from zope.interface import classImplements
 
 from vllmproxy.deadlines import Deadlines
-from vllmproxy.http1.answer import HandshakeFailed, NotExecuted, OutgoingHeaders, Request
+from vllmproxy.http1.answer import Answer, Asker, HandshakeFailed, NotExecuted, OutgoingHeaders, Request
 from vllmproxy.http1.bodies import is_replayable
 from vllmproxy.http1.client import ClientConnection
-from vllmproxy.http1.message import Limits
+from vllmproxy.http1.message import Limits, ResponseHead
 
 _log = Logger(namespace=__name__)
 
@@ -31,6 +31,27 @@ class ConnectFailed(Exception):
 
 class SetUpFailed(ConnectFailed):
     """No connection could be made, and that is a fault of the proxy's: the log has it. Nothing was sent."""
+
+
+class _Waiter:
+    """Makes a Deferred of what becomes of a request."""
+
+    def __init__(self) -> None:
+        self.request: Request | None = None
+        self.answer: Deferred[IResponse] = Deferred(self._cancelled)
+
+    def _cancelled(self, _: "Deferred[IResponse]") -> None:
+        if self.request is not None:
+            self.request.cancel()
+
+    def informed(self, head: ResponseHead) -> None:
+        """A Deferred fires once."""
+
+    def answered(self, answer: Answer) -> None:
+        self.answer.callback(answer)
+
+    def not_answered(self, reason: Failure) -> None:
+        self.answer.errback(reason)
 
 
 class _ConnectionFactory(Factory):
@@ -110,27 +131,29 @@ class UpstreamAgent:
         headers: OutgoingHeaders | None = None,
         bodyProducer: IBodyProducer | None = None,
     ) -> "Deferred[IResponse]":
-        """Send a request. ``uri`` begins with the origin; ``headers`` are :class:`OutgoingHeaders`.
+        """Do what :meth:`ask` does, for who waits by a Deferred. Cancelling it cancels the request."""
+        assert headers is not None
+        waiter = _Waiter()
+        waiter.request = self.ask(method, uri, headers, bodyProducer, waiter)
+        return waiter.answer
 
-        Fails with :class:`ConnectFailed`, :class:`~vllmproxy.http1.answer.AnswerLost` or
+    def ask(
+        self, method: bytes, uri: bytes, headers: OutgoingHeaders, body: IBodyProducer | None, asker: Asker
+    ) -> Request:
+        """Send a request. ``uri`` begins with the origin.
+
+        It fails with :class:`ConnectFailed`, :class:`~vllmproxy.http1.answer.AnswerLost` or
         :class:`~vllmproxy.http1.message.BadAnswer`, and with whatever else goes wrong; it raises nothing. Cancelling
         resets the connection.
         """
-        assert headers is not None
         assert uri.startswith(self._origin)
-        request = Request(
-            method,
-            uri[self._origin_length :],
-            headers,
-            bodyProducer,
-            getattr(bodyProducer, "whole", None),
-            chunked=bodyProducer is not None and bodyProducer.length is UNKNOWN_LENGTH,
-        )
+        request = Request(method, uri[self._origin_length :], headers, body, asker)
         connection = self._take()
         if connection is None:
-            return self._send_on_new(request)
-        sent: Deferred[Any] = _send(connection, request)
-        return sent.addErrback(self._again, request)
+            self._send_on_new(request)
+        else:
+            _send(connection, request)
+        return request
 
     def _take(self) -> ClientConnection | None:
         while (newest := self._idle.pop_newest()) is not None:
@@ -141,9 +164,10 @@ class UpstreamAgent:
             connection.abort()
         return None
 
-    def _send_on_new(self, request: Request) -> "Deferred[IResponse]":
-        connecting: Deferred[Any] = self._connect()
-        return connecting.addCallbacks(self._connected, self._not_connected, callbackArgs=(request,))
+    def _send_on_new(self, request: Request) -> None:
+        connecting = self._connect()
+        request.stop = connecting.cancel
+        connecting.addCallbacks(self._connected, self._not_connected, callbackArgs=(request,), errbackArgs=(request,))
 
     def _connect(self) -> "Deferred[ClientConnection]":
         """Make a connection, within its time: endpoints have none for looking a name up. What is cancelled fails with
@@ -172,34 +196,33 @@ class UpstreamAgent:
         connecting.addCallbacks(attempt.callback, failed)
         return attempt
 
-    def _connected(self, connection: ClientConnection, request: Request) -> "Deferred[IResponse]":
+    def _connected(self, connection: ClientConnection, request: Request) -> None:
         if not self._reachable:
             self._reachable = True
             _log.info("{origin} can be reached again", origin=self._name)
         self._busy.add(connection)
-        return _send(connection, request)
+        _send(connection, request)
 
-    def _not_connected(self, reason: Failure) -> Failure:
+    def _not_connected(self, reason: Failure, request: Request) -> None:
         if reason.check(*_CONNECT_ERRORS):
             if self._reachable:
                 self._reachable = False
                 _log.warn("{origin} cannot be reached: {reason}", origin=self._name, reason=reason.getErrorMessage())
-            return Failure(ConnectFailed())
-        if reason.check(CancelledError):
-            return reason
-        _log.failure("Setting up a connection to {origin} failed", reason, origin=self._name)
-        return Failure(SetUpFailed())
+            reason = Failure(ConnectFailed())
+        elif not reason.check(CancelledError):
+            _log.failure("Setting up a connection to {origin} failed", reason, origin=self._name)
+            reason = Failure(SetUpFailed())
+        request.fail(reason)
 
-    def _again(self, reason: Failure, request: Request) -> Any:
-        if reason.check(NotExecuted) is None:
-            return reason
+    def _not_executed(self, request: Request) -> None:
         request.headers.sent = False
-        if not is_replayable(request.body):
-            return reason
-        return self._send_on_new(request)
+        if is_replayable(request.body):
+            self._send_on_new(request)
+        else:
+            request.fail(Failure(NotExecuted("the connection ended before the request")))
 
     def _build(self) -> ClientConnection:
-        return ClientConnection(self._released, self._gone, self._limits, self._deadlines)
+        return ClientConnection(self._released, self._gone, self._not_executed, self._limits, self._deadlines)
 
     def _released(self, connection: ClientConnection) -> None:
         self._busy.discard(connection)
@@ -226,12 +249,10 @@ class UpstreamAgent:
 classImplements(UpstreamAgent, IAgent)
 
 
-def _send(connection: ClientConnection, request: Request) -> "Deferred[IResponse]":
+def _send(connection: ClientConnection, request: Request) -> None:
     """Send, or fail and leave no connection behind that waits for nobody."""
     request.headers.sent = True
     try:
-        return connection.send(request)
+        connection.send(request)
     except Exception:  # nothing is awaited here
-        reason = Failure()
-        connection.abort()
-        return fail(reason)
+        connection.fail(Failure())

@@ -37,6 +37,19 @@ class NotExecuted(AnswerLost):
     """
 
 
+class Asker(Protocol):
+    """Waits for an answer. It raises nothing."""
+
+    def informed(self, head: ResponseHead) -> None:
+        """The head of an informational answer."""
+
+    def answered(self, answer: "Answer") -> None:
+        """The answer's head is complete."""
+
+    def not_answered(self, reason: Failure) -> None:
+        """There will be none; perhaps before the call that asked for it has returned."""
+
+
 class AnswerReceiver(Protocol):
     """Takes an answer's body."""
 
@@ -59,31 +72,66 @@ class OutgoingHeaders:
 
     :ivar lines: header lines with their CRLF, Host and framing included.
     :ivar upgrade: the request asks for a tunnel, so that a 101 is allowed.
-    :ivar inform: takes the heads of informational answers.
     :ivar sent: the request was given to a connection, so that the upstream may have seen some of it.
     """
 
     lines: bytes
     upgrade: bool = False
-    inform: Callable[[ResponseHead], None] | None = None
     sent: bool = False
 
 
-@define(slots=True, eq=False)
 class Request:
     """A request on its way.
 
     :ivar target: origin-form.
     :ivar whole: all of the body, where it is at hand.
     :ivar chunked: frame the body's pieces as chunks.
+    :param asker: is told what becomes of it, as long as that is not known.
+    :ivar stop: what cancelling it does now.
     """
 
-    method: bytes
-    target: bytes
-    headers: OutgoingHeaders
-    body: IBodyProducer | None = None
-    whole: bytes | None = None
-    chunked: bool = False
+    __slots__ = ("_asker", "body", "chunked", "headers", "method", "stop", "target", "whole")
+
+    def __init__(
+        self,
+        method: bytes,
+        target: bytes,
+        headers: OutgoingHeaders,
+        body: IBodyProducer | None,
+        asker: "Asker",
+    ) -> None:
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.body = body
+        self.whole: bytes | None = getattr(body, "whole", None)
+        self.chunked = body is not None and body.length is UNKNOWN_LENGTH
+        self.stop: Callable[[], None] | None = None
+        self._asker: Asker | None = asker
+
+    def cancel(self) -> None:
+        """Take it back, whatever has become of it; nobody is told of anything any more."""
+        self._asker = None
+        stop, self.stop = self.stop, None
+        if stop is not None:
+            stop()
+
+    def informed(self, head: ResponseHead) -> None:
+        """An informational answer has come."""
+        if self._asker is not None:
+            self._asker.informed(head)
+
+    def answered(self, answer: "Answer") -> None:
+        """The answer's head is complete."""
+        asker, self._asker, self.stop = self._asker, None, None
+        if asker is not None:
+            asker.answered(answer)
+
+    def fail(self, reason: Failure) -> None:
+        """There will be no answer."""
+        asker, self._asker, self.stop = self._asker, None, None
+        if asker is not None:
+            asker.not_answered(reason)
 
 
 class Answer:

@@ -10,7 +10,6 @@ from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener, IProtocol, IPushProducer
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
-from twisted.web.iweb import IResponse
 from zope.interface import alsoProvides, classImplements
 
 from vllmproxy.http1.answer import (
@@ -18,7 +17,6 @@ from vllmproxy.http1.answer import (
     AnswerLost,
     AnswerReceiver,
     HandshakeFailed,
-    NotExecuted,
     Request,
     UpstreamStalled,
 )
@@ -47,6 +45,8 @@ class ClientConnection:
 
     :param released: called with the connection when it can take another request.
     :param gone: called with the connection as soon as it cannot be used again, and again when it is closed.
+    :param not_executed: called with a request instead of failing it, where a reused connection turned out closed and
+        vLLM cannot have seen a byte of it.
     """
 
     __provides__: Any  # where zope.interface keeps what one instance provides
@@ -55,10 +55,11 @@ class ClientConnection:
         self,
         released: Callable[["ClientConnection"], None],
         gone: Callable[["ClientConnection"], None],
+        not_executed: Callable[[Request], None],
         limits: Limits,
         deadlines: "ConnectionDeadlines",
     ) -> None:
-        # It has 28 attributes. With 30, CPython 3.11 gives each instance a dictionary of its
+        # It has 29 attributes. With 30, CPython 3.11 gives each instance a dictionary of its
         # own names, of 1.6 KiB instead of 0.3.
         self.transport: Any = None
         self._deadlines = deadlines
@@ -68,6 +69,7 @@ class ClientConnection:
         self._shaking: Deferred[ClientConnection] | None = None
         self._released = released
         self._gone = gone
+        self._not_executed = not_executed
         self._plain = False
         self._sock: socket | None = None
         self._descriptor = -1
@@ -80,7 +82,8 @@ class ClientConnection:
         #: Bytes that were given to a plain transport.
         self._given = 0
         self._request: Request | None = None
-        self._waiting: Deferred[IResponse] | None = None
+        #: The request, as long as it has no answer.
+        self._waiting: Request | None = None
         self._receiver: AnswerReceiver | None = None
         self._producer: Any = None
         self._upload: Upload | None = None
@@ -153,16 +156,13 @@ class ClientConnection:
             self._listen = listen_to(self._sock)
         return bool(self._listen(0))
 
-    def send(self, request: Request) -> "Deferred[IResponse]":
-        """Send ``request``; the result is an :class:`Answer` when its head is complete.
-
-        Fails with :class:`AnswerLost`, :class:`NotExecuted` or :class:`BadAnswer`. Cancelling resets the connection.
-        """
-        waiting: Deferred[IResponse] = Deferred(self._cancelled)
-        self._waiting = waiting
-        self._request = request
+    def send(self, request: Request) -> None:
+        """Send ``request``. It fails with :class:`AnswerLost` or :class:`BadAnswer`. Cancelling it resets the
+        connection."""
+        request.stop = self._cancelled
+        self._waiting = self._request = request
         headers = request.headers
-        self._reader.begin(request.method, upgrade=headers.upgrade, inform=headers.inform)
+        self._reader.begin(request.method, upgrade=headers.upgrade, inform=request.informed)
         self._verdict.begin(reused=self._used, given=self._given if self._plain else None)
         self._used = True
         head = b"%s %s HTTP/1.1\r\n%s\r\n" % (request.method, request.target, headers.lines)
@@ -173,7 +173,6 @@ class ClientConnection:
         else:
             self._upload = Upload(self, request)
             self._upload.begin(head)
-        return waiting
 
     def write(self, data: bytes | memoryview) -> None:
         """Send some of a request, or after a 101 of what passes in the tunnel."""
@@ -288,7 +287,7 @@ class ClientConnection:
             self._producer = None
             upload.stop()
 
-    def _cancelled(self, _: "Deferred[IResponse]") -> None:
+    def _cancelled(self) -> None:
         self._waiting = None
         self.abort()
 
@@ -309,7 +308,7 @@ class ClientConnection:
             return
         if self._waiting is not None and reader.head is not None:
             waiting, self._waiting = self._waiting, None
-            waiting.callback(Answer(reader.head, self))
+            waiting.answered(Answer(reader.head, self))
         if self._receiver is not None:
             self._deliver(self._receiver)
 
@@ -356,7 +355,7 @@ class ClientConnection:
         receiver = self._receiver
         self.abort()
         if waiting is not None:
-            waiting.errback(reason)
+            waiting.fail(reason)
         elif receiver is not None:
             receiver.answer_failed(reason)
 
@@ -395,8 +394,10 @@ class ClientConnection:
         waiting, self._waiting = self._waiting, None
         self._receiver = None
         if waiting is not None:
-            error = NotExecuted if self._verdict.unseen and not reader.fed and reader.head is None else AnswerLost
-            waiting.errback(Failure(error("the connection ended before the answer's head")))
+            if self._verdict.unseen and not reader.fed and reader.head is None:
+                self._not_executed(waiting)
+            else:
+                waiting.fail(Failure(AnswerLost("the connection ended before the answer's head")))
         elif receiver is not None:
             if clean and reader.ends_with_connection:
                 receiver.answer_finished()

@@ -6,7 +6,8 @@ from treq.client import HTTPClient
 from twisted.internet.defer import Deferred
 from twisted.web.iweb import IBodyProducer
 
-from vllmproxy.http1.answer import OutgoingHeaders
+from vllmproxy.http1.agent import UpstreamAgent
+from vllmproxy.http1.answer import Asker, OutgoingHeaders, Request
 
 
 class StreamingClient(HTTPClient):
@@ -18,6 +19,8 @@ class StreamingClient(HTTPClient):
     would unpack what the client is to get as it is.
     """
 
+    _agent: UpstreamAgent
+
     def request(  # type: ignore[override]  # what treq would encode, parse or follow has no place here
         self, method: bytes, url: bytes, *, headers: OutgoingHeaders, data: IBodyProducer | None = None
     ) -> "Deferred[Any]":
@@ -25,4 +28,10 @@ class StreamingClient(HTTPClient):
 
         :param url: the agent's origin with an origin-form target behind it, byte for byte as it is to be sent.
         """
-        return self._agent.request(method, url, headers, data)  # type: ignore[arg-type]  # our agent's headers
+        return self._agent.request(method, url, headers, data)
+
+    def ask(
+        self, method: bytes, url: bytes, headers: OutgoingHeaders, data: IBodyProducer | None, asker: Asker
+    ) -> Request:
+        """Do what :meth:`request` does for who can be called: a Deferred takes as long as all else that this does."""
+        return self._agent.ask(method, url, headers, data, asker)

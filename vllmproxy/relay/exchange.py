@@ -1,14 +1,14 @@
 """One request on its way to vLLM and back, as a state machine with its table at the end."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from vllmproxy.errors import ApiError, AuthError, BadRequest, Internal, UpstreamTimeout
-from vllmproxy.http1.answer import Answer, OutgoingHeaders
+from vllmproxy.http1.answer import Answer, OutgoingHeaders, Request
 from vllmproxy.http1.bodies import StreamedBody, WholeBody
 from vllmproxy.http1.message import ResponseHead, WireError
 from vllmproxy.http1.stream import Stream
@@ -57,7 +57,7 @@ class Exchange:
         self._headers: OutgoingHeaders | None = None
         self._released = self._settled = False
         self._body: StreamedBody | WholeBody | None = None
-        self._sending: Deferred[Any] | None = None
+        self._sending: Request | None = None
         self._answer: Answer | None = None
         self._passing: Passing | None = None
         self._tunnel: Tunnel | None = None
@@ -186,21 +186,20 @@ class Exchange:
         self._state = State.WAITING
         stream, facts = self._stream, self._facts
         self._headers = headers = headers_of(stream, self._admission, self._id)
-        headers.inform = self._inform
         self._body = body_of(stream, self._admission)
         if not isinstance(self._body, StreamedBody):
             self._patience.for_answer(facts.way.route)
-        sending = facts.server.client.request(stream.head.method, facts.url, headers=headers, data=self._body)
-        self._sending = sending
-        sending.addCallbacks(self._got_answer, self._got_none)
+        self._sending = facts.server.client.ask(stream.head.method, facts.url, headers, self._body, self)
 
-    def _got_answer(self, answer: Answer) -> None:
+    # what becomes of it (vllmproxy.http1.answer.Asker)
+
+    def answered(self, answer: Answer) -> None:
         self.feed(Event.ANSWERED, answer)
 
-    def _got_none(self, reason: Failure) -> None:
+    def not_answered(self, reason: Failure) -> None:
         self.feed(Event.NO_ANSWER, reason)
 
-    def _inform(self, head: ResponseHead) -> None:
+    def informed(self, head: ResponseHead) -> None:
         if self._state is State.WAITING:
             lines = answer_lines(head, self._id, self._facts.server.upstream)
             self._stream.inform(head.status, head.reason, lines)
@@ -213,7 +212,7 @@ class Exchange:
         self._explain(UpstreamTimeout("vLLM did not begin to answer in time."), "upstream_failed")
 
     def _cancel(self) -> None:
-        """Take the request back; the result, a cancellation, meets a state that ignores it."""
+        """Take the request back."""
         self._state = State.OVER
         if self._sending is not None:
             self._sending.cancel()
@@ -419,7 +418,7 @@ class Exchange:
             return
         self._released = True
         self._admission.release()
-        headers, self._headers = self._headers, None  # which lead here
+        headers = self._headers
         try:
             if self._passing is not None:
                 self._passing.read()
@@ -456,7 +455,7 @@ class Exchange:
                 self._broke(Failure())
 
 
-_TABLE: dict[tuple[State, Event], Callable[..., None]] = {
+_TABLE: Final[dict[tuple[State, Event], Callable[..., None]]] = {
     (State.ADMITTING, Event.ADMITTED): Exchange._admitted,
     (State.ADMITTING, Event.RESERVED): Exchange._reserved,
     (State.ADMITTING, Event.REFUSED): Exchange._refused,
