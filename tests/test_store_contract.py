@@ -564,7 +564,8 @@ def test_rows_round_trip(value: VirtualKey) -> None:
 @given(virtual_keys)
 def test_a_row_that_says_everything_is_the_same_key(value: VirtualKey) -> None:
     """As versions wrote it that left nothing out."""
-    assert load_row(json.dumps(attrs.asdict(value, recurse=False))) == value
+    fields = attrs.asdict(value, recurse=False, filter=lambda a, _: a.init)
+    assert load_row(json.dumps(fields)) == value
 
 
 def test_a_row_says_what_is_not_as_by_default() -> None:

@@ -1,8 +1,6 @@
 """How much a key may spend, and since when that counts. Pure."""
 
-from functools import cached_property
-
-from attrs import frozen
+from attrs import field, frozen
 
 from vllmproxy.keys.durations import seconds_of
 
@@ -16,6 +14,8 @@ class Budget:
     :ivar tokens: prompt and completion tokens that may be used in a period.
     :ivar duration: of a period (:mod:`vllmproxy.keys.durations`), ``None``: there is one, without end.
     :ivar start: when the period began that counts until ``reset_at``.
+    :ivar is_priced: whether it takes money to keep it.
+    :ivar is_limited: whether anything has to be kept account of before a request.
     """
 
     money: int | None = None
@@ -24,16 +24,13 @@ class Budget:
     duration: str | None = None
     start: int = 0
     reset_at: int | None = None
+    is_priced: bool = field(init=False, eq=False, repr=False)
+    is_limited: bool = field(init=False, eq=False, repr=False)
 
-    @cached_property
-    def is_priced(self) -> bool:
-        """Whether it takes money to keep it."""
-        return self.money is not None or self.soft is not None
-
-    @cached_property
-    def is_limited(self) -> bool:
-        """Whether anything has to be kept account of before a request."""
-        return self.is_priced or self.tokens is not None
+    def __attrs_post_init__(self) -> None:
+        is_priced = self.money is not None or self.soft is not None
+        object.__setattr__(self, "is_priced", is_priced)
+        object.__setattr__(self, "is_limited", is_priced or self.tokens is not None)
 
     def period(self, now: float) -> tuple[int, int | None]:
         """Return when the period of ``now`` began, and when it ends, if ever. Periods follow on each other."""

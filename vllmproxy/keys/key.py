@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 from attrs import field, frozen
@@ -35,6 +35,14 @@ class VirtualKey:
     :ivar soft_budget: micro-units after which somebody is told.
     :ivar budget_start: see :class:`~vllmproxy.keys.budget.Budget`, as for ``budget_reset_at``.
     :ivar granted_by_master: the master key set type and routes: only then do they open admin routes or the key API.
+    :ivar model_rules: which models it may use, and what it calls them.
+    :ivar budget: what it may spend.
+    :ivar counts_tokens: whether a limit or a budget needs the tokens of each request.
+    :ivar needs_model: whether a request has to say plainly which model it is for.
+    :ivar needs_body: whether a request's body has to be read before it is forwarded.
+    :ivar policy: what it opens.
+
+    :raises ValueError: a key type or a route that is none.
     """
 
     token: str
@@ -66,16 +74,17 @@ class VirtualKey:
     budget_duration: str | None = None
     budget_start: int = 0
     budget_reset_at: int | None = None
+    # What follows from these. It is made with the key: to make it when first asked for would take a ``__getattr__``,
+    # which makes each look at any of the others slower.
+    model_rules: Models = field(init=False, eq=False, repr=False)
+    budget: Budget = field(init=False, eq=False, repr=False)
+    counts_tokens: bool = field(init=False, eq=False, repr=False)
+    needs_model: bool = field(init=False, eq=False, repr=False)
+    needs_body: bool = field(init=False, eq=False, repr=False)
+    policy: Policy = field(init=False, eq=False, repr=False)
 
-    @cached_property
-    def model_rules(self) -> Models:
-        """Which models this key may use, and what it calls them; compiled when first asked for."""
-        return Models(frozenset(self.models), self.aliases)
-
-    @cached_property
-    def budget(self) -> Budget:
-        """What this key may spend."""
-        return Budget(
+    def __attrs_post_init__(self) -> None:
+        budget = Budget(
             money=self.max_budget,
             soft=self.soft_budget,
             tokens=self.max_budget_tokens,
@@ -83,26 +92,15 @@ class VirtualKey:
             start=self.budget_start,
             reset_at=self.budget_reset_at,
         )
-
-    @cached_property
-    def counts_tokens(self) -> bool:
-        """Whether a limit or a budget needs the tokens of each request."""
-        return self.tpm_limit is not None or bool(self.model_tpm_limit) or self.budget.is_limited
-
-    @cached_property
-    def needs_model(self) -> bool:
-        """Whether a request has to say plainly which model it is for."""
-        return bool(self.models or self.model_rpm_limit or self.model_tpm_limit) or self.budget.is_priced
-
-    @cached_property
-    def needs_body(self) -> bool:
-        """Whether a request's body has to be read before it is forwarded."""
-        return self.needs_model or bool(self.aliases) or self.counts_tokens
-
-    @cached_property
-    def policy(self) -> Policy:
-        """What this key opens; compiled when first asked for."""
-        return _policy_of(self.key_type, self.allowed_routes, self.granted_by_master)
+        counts_tokens = self.tpm_limit is not None or bool(self.model_tpm_limit) or budget.is_limited
+        needs_model = bool(self.models or self.model_rpm_limit or self.model_tpm_limit) or budget.is_priced
+        put = object.__setattr__
+        put(self, "model_rules", Models(frozenset(self.models), self.aliases))
+        put(self, "budget", budget)
+        put(self, "counts_tokens", counts_tokens)
+        put(self, "needs_model", needs_model)
+        put(self, "needs_body", needs_model or bool(self.aliases) or counts_tokens)
+        put(self, "policy", _policy_of(self.key_type, self.allowed_routes, self.granted_by_master))
 
 
 @lru_cache(maxsize=1024)

@@ -39,7 +39,7 @@ def dump_row(key: VirtualKey) -> str:
     ASCII, because ``metadata`` may hold anything that JSON can say, lone surrogates among it, which neither
     SQLite nor a UTF-8 connection would take.
     """
-    fields = attrs.asdict(key, recurse=False)
+    fields = attrs.asdict(key, recurse=False, filter=lambda a, _: a.init)
     return _dump({name: value for name, value in fields.items() if name not in _DEFAULTS or value != _DEFAULTS[name]})
 
 
@@ -63,7 +63,6 @@ def load_row(text: str | bytes) -> VirtualKey:
             if name in fields:
                 fields[name] = tuple(fields[name])
         key = VirtualKey(**fields)
-        key.policy  # noqa: B018  # compiled here, so that a key which cannot be judged is never in anybody's hands
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"not a row of a virtual key: {error}") from error
     return key
