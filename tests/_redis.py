@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from _ports import free_port
 
@@ -156,3 +157,10 @@ def held_tokens(server: RedisServer, token: str) -> int:
     """Return how many tokens are held of a key's budget, on whatever day."""
     answer = server.command("HMGET", f"vllmproxy:{{{token}}}:budget", "held_tokens0", "held_tokens1")
     return sum(map(int, re.findall(rb"\$\d+\r\n(\d+)\r\n", answer)))
+
+
+def too_late(words: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a command that has Redis run a script (``EVALSHA``, name, number of keys, keys, ARGV) with a time after
+    which it does nothing that is long past."""
+    until = 3 + words[2]
+    return *words[:until], b"1", *words[until + 1 :]

@@ -11,7 +11,7 @@ import pytest
 import pytest_twisted
 from _limits import START, TOKEN, RedisBench, close_link, limiter_on, parallel, requests, tokens, virtual_time
 from _reactor import until
-from _redis import RedisServer, held_tokens
+from _redis import RedisServer, held_tokens, too_late
 from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.task import Clock, deferLater
@@ -198,13 +198,13 @@ async def test_what_was_taken_unheard_is_given_back_over_the_next_connection(
     """Redis ran it, and the connection was lost before its answer came. What a budget holds has no time to live."""
     limiter = limiter_on(links[0])
     wire = await links[0].get()
-    run = wire.run
+    ask_it = wire.ask
 
-    def lose(*call: Any) -> None:
+    def lose(words: tuple[Any, ...], answered: Callable[[Any], None], *, now: bool) -> None:
         monkeypatch.undo()
-        run(*call[:-1], lambda _: wire.drop())
+        ask_it(words, lambda _: wire.drop(), now=now)
 
-    monkeypatch.setattr(wire, "run", lose)
+    monkeypatch.setattr(wire, "ask", lose)
     with pytest.raises(StoreUnavailable):
         await limiter.reserve(ask("unheard", requests(10), Rule("budget_tokens", "", 100, 60)))
     assert held_tokens(server, TOKEN) == 60
@@ -230,17 +230,17 @@ async def test_what_was_given_back_too_late_is_given_back_again(server: RedisSer
     """Redis's clock was set on meanwhile, by which the script that gives back is late."""
     limiter = limiter_on(links[0])
     wire = await links[0].get()
-    run = wire.run
+    ask_it = wire.ask
 
-    def lose(*call: Any) -> None:
-        wire.run = late  # type: ignore[method-assign]
-        run(*call[:-1], lambda _: None)  # nobody hears of it
+    def lose(words: tuple[Any, ...], answered: Callable[[Any], None], *, now: bool) -> None:
+        wire.ask = late  # type: ignore[method-assign]
+        ask_it(words, lambda _: None, now=now)  # nobody hears of it
 
-    def late(script: str, names: list[bytes], words: list[bytes], answered: Callable[[Any], None]) -> None:
-        wire.run = run  # type: ignore[method-assign]
-        run(script, names, [b"1", *words[1:]], answered)
+    def late(words: tuple[Any, ...], answered: Callable[[Any], None], *, now: bool) -> None:
+        wire.ask = ask_it  # type: ignore[method-assign]
+        ask_it(too_late(words), answered, now=now)
 
-    wire.run = lose  # type: ignore[method-assign]
+    wire.ask = lose  # type: ignore[method-assign]
     with pytest.raises(StoreUnavailable):
         await limiter.reserve(ask("unheard", Rule("budget_tokens", "", 100, 60)))
     await until(lambda: not held_tokens(server, TOKEN))
@@ -488,13 +488,13 @@ async def test_an_answer_that_makes_no_sense_is_a_failure_and_given_back(
 ) -> None:
     limiter = limiter_on(links[0])
     wire = await links[0].get()
-    run = wire.run
+    ask_it = wire.ask
 
-    def garble(*call: Any) -> None:
+    def garble(words: tuple[Any, ...], answered: Callable[[Any], None], *, now: bool) -> None:
         monkeypatch.undo()
-        run(*call[:-1], lambda reply: call[-1]([*reply[:2], *answers]))
+        ask_it(words, lambda reply: answered([*reply[:2], *answers]), now=now)
 
-    monkeypatch.setattr(wire, "run", garble)
+    monkeypatch.setattr(wire, "ask", garble)
     with pytest.raises(StoreUnavailable):
         await limiter.reserve(ask("odd"))
     assert await limiter.reserve(ask("next")) == FIRST

@@ -3,10 +3,11 @@
 import re
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import pytest_twisted
-from _redis import RedisServer
+from _redis import RedisServer, too_late
 from _stores import add_key, last_usage, say_spent
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList
@@ -150,17 +151,17 @@ async def test_what_runs_after_its_time_does_nothing(server: RedisServer, store:
 async def call_late(store: RedisStore, call: object) -> None:
     """Have a call be late for good: a clock that is only wrong is noticed and the call is made again."""
     wire = await store._link.get()
-    sent = wire.run
+    sent = wire.ask
 
-    def slow(script: str, names: list[bytes], words: list[bytes], answered: Callable[[object], None]) -> None:
-        sent(script, names, [b"0", *words[1:]], answered)
+    def slow(words: tuple[Any, ...], answered: Callable[[object], None], *, now: bool) -> None:
+        sent(too_late(words), answered, now=now)
 
-    wire.run = slow
+    wire.ask = slow
     try:
         with pytest.raises(StoreUnavailable, match="late"):
             await call()  # type: ignore[operator]
     finally:
-        del wire.run
+        del wire.ask
 
 
 @pytest_twisted.ensureDeferred

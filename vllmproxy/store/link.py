@@ -1,9 +1,7 @@
 """The connection to Redis that all calls share: made again when it was lost, dropped when it is mute."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import cache
-from hashlib import sha1
+from collections.abc import Callable
 from typing import Any
 
 from hiredis import pack_command
@@ -48,6 +46,7 @@ class Wire(Line):
     """One connection that calls are made over.
 
     :ivar offset: the server's clock minus ours, in seconds.
+    :ivar has_run: the scripts that Redis knows by their names, as far as this connection has seen.
     """
 
     def __init__(self) -> None:
@@ -55,50 +54,27 @@ class Wire(Line):
         self.offset = 0.0
         self.replyQueue = Replies()
         self._plain = False
-        self._has_run: set[str] = set()
+        self.has_run: set[str] = set()
         self._unanswered_since: float | None = None
-
-    def run(self, script: str, names: Sequence[bytes], words: Sequence[bytes], answered: Callable[[Any], None]) -> None:
-        """Have Redis run ``script``: by name when this connection has run it before, and again in full if Redis forgot
-        it. ``answered`` gets the reply, or the ``RedisError`` that it failed with.
-
-        txredisapi's ``eval`` takes several Deferreds for that, and converts each word.
-        """
-        if not self.connected:
-            answered(ConnectionError("Not connected"))
-            return
-
-        by_name = script in self._has_run
-
-        def received(reply: Any) -> None:
-            if by_name and isinstance(reply, ResponseError) and str(reply).startswith("NOSCRIPT"):
-                self._has_run.discard(script)
-                self.run(script, names, words, answered)
-                return
-            if not by_name and not isinstance(reply, RedisError):
-                self._has_run.add(script)
-            answered(reply)
-
-        how = (b"EVALSHA", _name_of(script)) if by_name else (b"EVAL", script.encode())
-        self.replyQueue.waiting.append(received)
-        command = pack_command((*how, len(names), *names, *words))  # type: ignore[arg-type]  # its stubs
-        if self._plain:
-            write_now(self.transport, command)
-        else:
-            self.transport.write(command)
 
     def connectionMade(self) -> None:
         super().connectionMade()
         self._plain = is_plain(self.transport)
 
-    def ask(self, words: tuple[bytes, ...], answered: Callable[[Any], None]) -> None:
-        """Send one command, together with others of this turn: nobody gathers them. ``answered`` gets the reply, or the
-        ``RedisError`` that it failed with."""
+    def ask(self, words: tuple[bytes | int, ...], answered: Callable[[Any], None], *, now: bool = False) -> None:
+        """Send one command. ``answered`` gets the reply, or the ``RedisError`` that it failed with.
+
+        :param now: at once; else it leaves together with others of this turn.
+        """
         if not self.connected:
             answered(ConnectionError("Not connected"))
             return
         self.replyQueue.waiting.append(answered)
-        self.transport.write(pack_command(words))  # type: ignore[arg-type]  # its stubs
+        command = pack_command(words)  # type: ignore[arg-type]  # its stubs
+        if now and self._plain:
+            write_now(self.transport, command)
+        else:
+            self.transport.write(command)
 
     def dataReceived(self, data: bytes, unpause: bool = False) -> None:
         """Do what txredisapi does, without what it does for transactions."""
@@ -241,8 +217,3 @@ class Link:
         _log.info("lost {address}: {why}", address=str(self._address), why=wire.why)
         if self._breaker.reason is None:
             self._start_dialling()
-
-
-@cache
-def _name_of(script: str) -> bytes:
-    return sha1(script.encode(), usedforsecurity=False).hexdigest().encode()

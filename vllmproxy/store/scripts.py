@@ -6,10 +6,13 @@ happened, a number, and the time on the server's clock.
 """
 
 from collections.abc import Callable
+from functools import cache
+from hashlib import sha1
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
+from txredisapi import ResponseError
 
 from vllmproxy.limits.spans import micros
 from vllmproxy.store.asking import Asked, Asking
@@ -28,7 +31,10 @@ if now > tonumber(ARGV[1]) then return {-1, now} end
 
 
 class ScriptCall:
-    """A script with what it is given.
+    """A script with what it is given. Redis runs it by its name where the connection has run it before, and in full if
+    it has forgotten it.
+
+    txredisapi's ``eval`` takes several Deferreds for that, and converts each word.
 
     :param words: ARGV, but the first.
     :param not_after: on our clock.
@@ -36,7 +42,18 @@ class ScriptCall:
     :ivar is_extended: it was given longer once.
     """
 
-    __slots__ = ("_answered", "_clock", "_names", "_not_after", "_script", "_sent", "_words", "is_extended", "wire")
+    __slots__ = (
+        "_answered",
+        "_by_name",
+        "_clock",
+        "_names",
+        "_not_after",
+        "_script",
+        "_sent",
+        "_words",
+        "is_extended",
+        "wire",
+    )
 
     def __init__(
         self, clock: IReactorTime, script: str, names: list[bytes], words: list[bytes], not_after: float
@@ -47,6 +64,7 @@ class ScriptCall:
         self._words = words
         self._not_after = not_after
         self._answered: Callable[[Any], None] | None = None
+        self._by_name = False
         self.is_extended = False
         self.wire: Wire | None = None
 
@@ -60,17 +78,25 @@ class ScriptCall:
         self.wire = wire
         self._answered = answered
         self._sent = self._clock.seconds()
+        self._by_name = self._script in wire.has_run
+        how = (b"EVALSHA", _name_of(self._script)) if self._by_name else (b"EVAL", self._script.encode())
         not_after = b"%d" % micros(self._not_after + wire.offset)
-        wire.run(self._script, self._names, [not_after, *self._words], self._received)
+        wire.ask((*how, len(self._names), *self._names, not_after, *self._words), self._received, now=True)
 
     def _received(self, reply: Any) -> None:
+        wire = self.wire
+        assert wire is not None
         if isinstance(reply, list):
+            wire.has_run.add(self._script)
             # Clocks drift and are set: the server's showed that time after we sent and before we received.
-            told, wire = reply[1] / 1e6, self.wire
-            assert wire is not None
+            told = reply[1] / 1e6
             wire.offset = min(max(wire.offset, told - self._clock.seconds()), told - self._sent)
         answered, self._answered = self._answered, None  # it leads back here, and is not to wait for the collector
         assert answered is not None
+        if self._by_name and isinstance(reply, ResponseError) and str(reply).startswith("NOSCRIPT"):
+            wire.has_run.discard(self._script)
+            self.send(wire, answered)
+            return
         answered(reply)
 
 
@@ -119,3 +145,8 @@ class Scripts(Asking):
         """Wait for it as long again."""
         run.what.extend(self.clock.seconds() + self._timeout)
         self._running.set(run)
+
+
+@cache
+def _name_of(script: str) -> bytes:
+    return sha1(script.encode(), usedforsecurity=False).hexdigest().encode()
