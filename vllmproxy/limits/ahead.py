@@ -24,8 +24,8 @@ _log = Logger(namespace=__name__)
 
 #: Seconds for which a reservation may wait for a request.
 AHEAD: Final = 0.5
-#: The most that wait for one key.
-MOST: Final = 32
+#: The most that wait for one key, which are one reservation like fewer of them.
+MOST: Final = 128
 #: Seconds that they should do for.
 _FILLING: Final = 0.005
 #: They take no more than this part of what is left, and there are none where less than half of a limit is left.
@@ -198,7 +198,8 @@ class _Stock:
         if len(rules) != len(self.rules):
             return "not"
         found: Literal["fits", "too much"] = "fits"
-        for ours, theirs in zip(self.rules, rules, strict=True):
+        for place, ours in enumerate(self.rules):
+            theirs = rules[place]
             if theirs is ours:
                 continue
             if (

@@ -31,7 +31,7 @@ _MOST_KEPT: Final = 10_000
 #: one elsewhere.
 _AT_A_TIME: Final = 4
 #: The most that go together: a store does nothing else in that time.
-_TOGETHER: Final = 64
+_TOGETHER: Final = 128
 
 
 class Shared(Protocol):
