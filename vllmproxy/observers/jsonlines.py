@@ -3,16 +3,19 @@
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import lru_cache
-from json.encoder import encode_basestring_ascii as _quoted
+from json.encoder import encode_basestring_ascii
 from typing import Final
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
+from vllmproxy.decimals import decimal
 from vllmproxy.observers.descriptor import LogDescriptor, log_file, standard_output, whole_lines
 from vllmproxy.observers.record import RequestRecord
 
 _log = Logger(namespace=__name__)
+
+_quoted: Final = encode_basestring_ascii
 
 #: Lines wait for each other this long, in seconds, and up to this many bytes.
 BATCH_SECONDS: Final = 0.1
@@ -31,7 +34,7 @@ def line_of(record: RequestRecord) -> bytes:
     """
     seconds, milliseconds = divmod(int(record.time * 1000), 1000)
     text = (
-        f'{{"time":"{_second(seconds)}.{milliseconds:03}Z","request_id":{_quoted(record.request_id)}'
+        f'{{"time":"{_second(seconds)}.{str(1000 + milliseconds)[1:]}Z","request_id":{_quoted(record.request_id)}'
         f',"method":{_quoted(record.method)},"route":{_quoted(record.route)},"client":{_quoted(record.client)}'
     )
     if record.key_id is not None:
@@ -44,10 +47,10 @@ def line_of(record: RequestRecord) -> bytes:
         text += f',"model":{_quoted(record.model)}'
     text += f',"status":{record.status},"bytes_in":{record.bytes_in},"bytes_out":{record.bytes_out}'
     if record.time_to_first_byte is not None:
-        text += f',"time_to_first_byte":{record.time_to_first_byte:.6f}'
+        text += f',"time_to_first_byte":{decimal(record.time_to_first_byte)}'
     if record.streamed is not None:
         text += ',"streamed":true' if record.streamed else ',"streamed":false'
-    text += f',"duration":{record.duration:.6f}{_tokens(record)},"ended":"{record.ended}"'
+    text += f',"duration":{decimal(record.duration)}{_tokens(record)},"ended":"{record.ended}"'
     if record.error is not None:
         text += f',"error":{_quoted(record.error)}'
     return f"{text}}}\n".encode("ascii")

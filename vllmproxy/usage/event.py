@@ -7,6 +7,10 @@ from typing import Any, Final, Literal, Self, get_args
 
 from attrs import define
 
+from vllmproxy.decimals import decimal
+
+_quoted: Final = encode_basestring_ascii
+
 #: Where the token counts come from: vLLM said them; they were counted from events or estimated; the answer may have
 #: used some and nobody could read how many; there was nothing to count (``GET /metrics``).
 Quality = Literal["reported", "estimated", "unknown", "none"]
@@ -20,7 +24,8 @@ MOST: Final = 1 << 53
 class UsageEvent:
     """One request's use.
 
-    :ivar time: when it was admitted, seconds since the epoch; its sums are those of that UTC day.
+    :ivar time: when it was admitted, seconds since the epoch, written down to the microsecond; its sums are those of
+        that UTC day.
     :ivar key: the virtual key's token (sha256 hex), ``"master"``, or ``""`` while authentication is off.
     :ivar model: as vLLM named it, ``""`` where nobody did.
     :ivar end_user: ``""`` where none was named.
@@ -72,11 +77,11 @@ class UsageEvent:
 
         It is written by hand because that takes a fraction of the time of :func:`json.dumps`, twice for each request.
         """
-        text = f'{{"time":{self.time!r},"key":{encode_basestring_ascii(self.key)}'
+        text = f'{{"time":{decimal(self.time)},"key":{_quoted(self.key)}'
         if self.model:
-            text += f',"model":{encode_basestring_ascii(self.model)}'
+            text += f',"model":{_quoted(self.model)}'
         if self.end_user:
-            text += f',"end_user":{encode_basestring_ascii(self.end_user)}'
+            text += f',"end_user":{_quoted(self.end_user)}'
         if self.requests != 1:
             text += f',"requests":{self.requests}'
         if self.prompt_tokens:
