@@ -22,7 +22,6 @@ from vllmproxy.http1.factory import ServerFactory
 from vllmproxy.http1.hangup import HangupWatcher
 from vllmproxy.http1.message import RequestHead, WireError
 from vllmproxy.http1.places import Places
-from vllmproxy.http1.stream import Stream
 from vllmproxy.ids import fresh_id
 from vllmproxy.keys.cache import KeyCache
 from vllmproxy.keys.gate import Gate
@@ -45,7 +44,6 @@ from vllmproxy.relay.quotas import Quotas
 from vllmproxy.relay.refuse import wire_refusal
 from vllmproxy.relay.relay import Relay
 from vllmproxy.relay.revocation import Revocation
-from vllmproxy.relay.targets import is_under_prefix
 from vllmproxy.reloading import limits_of, reload, timeouts_of
 from vllmproxy.settings import Settings, SettingsError
 from vllmproxy.settings_table import TABLE
@@ -54,6 +52,7 @@ from vllmproxy.simulated import base_url, start_simulator, what_to_try
 from vllmproxy.store.interface import CannotOpenStore
 from vllmproxy.store.limits_memory import MemoryLimiter
 from vllmproxy.store.opening import make_store
+from vllmproxy.tree import Tree
 from vllmproxy.turn import turn
 from vllmproxy.upstreams.probe import Probe
 from vllmproxy.upstreams.server import Server, make_server
@@ -128,7 +127,7 @@ class Proxy:
         self.hangups = HangupWatcher(reactor)
         self.factory = ServerFactory(
             reactor,
-            self.handle,
+            Tree(self.relay.handle, self.api.handle).handle,
             self.refuse_wire,
             self.hangups,
             limits=limits_of(settings),
@@ -188,13 +187,6 @@ class Proxy:
 
     def _is_well(self) -> Deferred[bool]:
         return self.probe.is_well()
-
-    def handle(self, stream: Stream) -> None:
-        """Send a request down its branch of the tree."""
-        if is_under_prefix(stream.head.target):
-            self.relay.handle(stream)
-        else:
-            self.api.handle(stream)
 
     def refuse_wire(self, error: WireError, head: RequestHead | None, peer: IAddress | None) -> bytes:
         """Report and render the refusal of a request that is no HTTP."""
