@@ -38,7 +38,7 @@ class Deadlines(Generic[T]):
         """Begin (or begin again) the wait of ``item``."""
         if not self._seconds:
             return
-        self._due.pop(item, None)
+        self.clear(item)
         self._due[item] = self._clock.seconds() + self._seconds
         if self._call is None and not self._ticking:
             self._call = self._clock.callLater(self._seconds + self._slack, self._tick)
@@ -61,7 +61,8 @@ class Deadlines(Generic[T]):
 
     def clear(self, item: T) -> None:
         """End the wait of ``item``, if there is one."""
-        self._due.pop(item, None)
+        if item in self._due:
+            del self._due[item]
 
     def change(self, seconds: float) -> None:
         """Have every wait last ``seconds``, those under way too, each from when it began."""

@@ -6,7 +6,7 @@ from typing import Final
 #: How many ids the bytes of one call into the kernel do for.
 _AT_ONCE: Final = 64
 
-_pool: list[bytes] = []
+_pool: Final[list[bytes]] = []
 
 
 def fresh_id() -> bytes:

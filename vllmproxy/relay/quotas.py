@@ -27,10 +27,8 @@ RENEWAL = 15.0
 #: Leases renewed in one call.
 _BATCH = 500
 #: Header lines of a limit of the whole key, in LiteLLM's names.
-_TOLD: Final[dict[str, bytes]] = {
-    kind: b"x-ratelimit-api_key-limit-%b: %%d\r\nx-ratelimit-api_key-remaining-%b: %%d\r\n" % (name, name)
-    for kind, name in (("requests", b"requests"), ("tokens", b"tokens"))
-}
+_LIMIT: Final = "x-ratelimit-api_key-limit-"
+_REMAINING: Final = "x-ratelimit-api_key-remaining-"
 #: Keys that are remembered as told of; who is forgotten is told of again.
 _MOST_TOLD = 10_000
 
@@ -56,11 +54,12 @@ class Reservation:
     @property
     def lines(self) -> bytes:
         """Header lines that tell the caller how much is left of the key's limits."""
-        lines = b""
-        for rule, remaining in zip(self.ask.rules, self.remaining, strict=True):
-            if rule.kind in _TOLD and not rule.scope:
-                lines += _TOLD[rule.kind] % (rule.limit, remaining)
-        return lines
+        lines = ""
+        for place, rule in enumerate(self.ask.rules):
+            kind, left = rule.kind, self.remaining[place]
+            if kind in ("requests", "tokens") and not rule.scope:
+                lines += f"{_LIMIT}{kind}: {rule.limit}\r\n{_REMAINING}{kind}: {left}\r\n"
+        return lines.encode("ascii")
 
     def held(self, kind: str) -> int:
         """Return what a budget holds for this request until its usage event is added."""
@@ -160,11 +159,11 @@ class Quotas:
             if not held:
                 del self._leases[ask.key]
         costs: list[int | None] = []
-        for rule, taken in zip(ask.rules, reservation.taken, strict=True):
+        for place, rule in enumerate(ask.rules):
             if not forwarded or (rule.kind in BUDGETS and not counted):
                 costs.append(0)
             elif rule.kind == "tokens":
-                costs.append(min(taken, rule.cost) if tokens is None else tokens)
+                costs.append(min(reservation.taken[place], rule.cost) if tokens is None else tokens)
             else:
                 costs.append(None)
         self._limiter.settle(ask.key, reservation.request_id, tuple(costs))

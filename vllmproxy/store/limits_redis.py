@@ -247,12 +247,12 @@ def _place_of(request_id: str) -> tuple[bytes, bytes]:
 def _each_of(all_of_them: Granted, request_ids: Sequence[str]) -> list[Granted]:
     """Return what each of several was granted, as if one after the other."""
     remaining, taken = all_of_them.remaining, all_of_them.taken
-    pairs = list(zip(remaining, taken, strict=True))
-    after = range(len(request_ids) - 1, -1, -1)
-    return [
-        Granted(tuple([left + later * cost for left, cost in pairs]), taken, request_id, all_of_them.day)
-        for later, request_id in zip(after, request_ids, strict=True)
-    ]
+    last = len(request_ids) - 1
+    each = []
+    for place, request_id in enumerate(request_ids):
+        left = tuple([remaining[rule] + (last - place) * cost for rule, cost in enumerate(taken)])
+        each.append(Granted(left, taken, request_id, all_of_them.day))
+    return each
 
 
 def _counted(key: bytes, rules: tuple[Rule, ...]) -> tuple[list[bytes], bytes]:

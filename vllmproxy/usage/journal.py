@@ -161,10 +161,10 @@ class Journal:
         number, end = self.written, self.size
         self._append("\n".join(lines))
         numbered = []
-        for (id, event), line in zip(ended, lines, strict=True):
+        for place, (id, event) in enumerate(ended):
             self.open.pop(id, None)
             number += 1
-            end += len(line) + 1  # all of it is ASCII
+            end += len(lines[place]) + 1  # all of it is ASCII
             numbered.append(Numbered(number, event, end))
         self.written = number
         return numbered
