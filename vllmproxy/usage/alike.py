@@ -10,6 +10,8 @@ _CHUNK: Final = re.compile(
     rb'(data:[^\n]*?"choices":[^\n]*?"(?:content|reasoning|reasoning_content|text)":")[^"\\\n]*("[},][^\n]*\n\n)'
 )
 _LONGEST: Final = 4096
+#: A number: to look for bytes, Python tries first whether they are one, and fails.
+_QUOTE: Final = ord('"')
 #: So many events are looked at for one that the others may be like; more would not pay.
 _MOST_LOOKS: Final = 8
 
@@ -51,7 +53,7 @@ class Alike:
         if not data.startswith(self._before) or not data.endswith(self._behind):
             return 0
         text = data[self._begin : self._end]
-        if b'"' not in text:
+        if _QUOTE not in text:
             return 1
         texts = text.split(self._between)
-        return 0 if b'"' in b"".join(texts) else len(texts)
+        return 0 if _QUOTE in b"".join(texts) else len(texts)
