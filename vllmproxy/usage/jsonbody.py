@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from typing import Final
 
 from vllmproxy.usage.outermost import Outermost
 from vllmproxy.usage.tokens import Usage, member, model_from, usage_from
@@ -15,13 +16,14 @@ HEAD = 4 << 10
 TAIL = 64 << 10
 
 _USAGE = b'"usage"'
-#: How vLLM begins a chat or a completion, and how it ends one (``ChatCompletionResponse``, ``CompletionResponse``).
-_BEGINNING = re.compile(rb'\{"id":"[^"\\]*","object":"[^"\\]*","created":[0-9]+,"model":"([ !#-\[\]-~]{1,256})",')
+#: How vLLM begins a chat or a completion, and how it ends one (``ChatCompletionResponse``, ``CompletionResponse``). A
+#: set of what may come is a third quicker to match than one of what may not.
+_TEXT = rb"[ !#-\[\]-~]"
+_BEGINNING = re.compile(rb'\{"id":"%b*","object":"[a-z._]*","created":[0-9]+,"model":"(%b{1,256})",' % (_TEXT, _TEXT))
 _COUNT = rb"(0|[1-9][0-9]{0,8})"
-_END = re.compile(
-    rb'"usage":\{"prompt_tokens":%b,"total_tokens":%b,"completion_tokens":%b(?:,"[a-z_]+_details":null)*\}'
-    rb'(?:,"[a-z_]+":null)*\}' % ((_COUNT,) * 3)
-)
+_COUNTS = re.compile(rb'"usage":\{"prompt_tokens":%b,"total_tokens":%b,"completion_tokens":%b' % ((_COUNT,) * 3))
+_REST = re.compile(rb'(?:,"[a-z_]+_details":null)*\}(?:,"[a-z_]+":null)*\}')
+_LONGEST_REST = 1024
 _TRIES = 8
 _decoder = json.JSONDecoder()
 _raw_decode = _decoder.raw_decode
@@ -80,6 +82,24 @@ class JsonReader:
         return model, usage
 
 
+class _Ends:
+    """How answers go on behind the counts: those of one server as the one before."""
+
+    def __init__(self) -> None:
+        self._last = b""
+
+    def are(self, rest: bytes) -> bool:
+        """Tell whether an answer may go on so."""
+        if rest != self._last:
+            if len(rest) > _LONGEST_REST or _REST.fullmatch(rest) is None:
+                return False
+            self._last = rest
+        return True
+
+
+_ends: Final = _Ends()
+
+
 def _of_chat(body: bytes) -> tuple[str | None, Usage | None] | None:
     """Return what :func:`_of_document` does where ``body`` begins and ends as nearly all do, in a third of the time.
 
@@ -87,10 +107,10 @@ def _of_chat(body: bytes) -> tuple[str | None, Usage | None] | None:
     outermost object, as in :func:`_of_tail`.
     """
     begins = _BEGINNING.match(body)
-    ends = None if begins is None else _END.fullmatch(body, body.rfind(_USAGE))
-    if begins is None or ends is None:
+    counts = None if begins is None else _COUNTS.match(body, body.rfind(_USAGE))
+    if begins is None or counts is None or not _ends.are(body[counts.end() :]):
         return None
-    prompt, total, completion = ends.groups()
+    prompt, total, completion = counts.groups()
     usage = Usage(prompt_tokens=int(prompt), completion_tokens=int(completion), total_tokens=int(total))
     return begins[1].decode("ascii"), usage
 
