@@ -8,9 +8,11 @@ refused.
 """
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +34,15 @@ class CompiledBuildHook(BuildHookInterface[Any]):
     """Compiles the ``modules`` of the hook's table in ``pyproject.toml``: folder → names."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile, and have the wheel take what came of it."""
+        """Compile, and have the wheel take what came of it.
+
+        :raises RuntimeError: that cannot be done, and why.
+        """
+        if missing := _missing():
+            raise RuntimeError(
+                f"there is no {missing}, which compiling takes: install it (Debian: gcc python3-dev), "
+                "or leave HATCH_BUILD_HOOK_ENABLE_CUSTOM unset"
+            )
         self._work = TemporaryDirectory()
         work = Path(self._work.name)
         _set_up(Path(self.root), work, self.config, "build_ext", "--inplace")
@@ -52,6 +62,15 @@ def check() -> None:
     targets = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
     with TemporaryDirectory() as work:
         _set_up(root, Path(work), targets["wheel"]["hooks"]["custom"], "--name")
+
+
+def _missing() -> str | None:
+    """Return what is not here that compiling takes, before minutes are spent on translating."""
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
+    if shutil.which(compiler) is None:
+        return f"C compiler ({compiler})"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.is_file() else str(header)
 
 
 def _set_up(root: Path, work: Path, config: dict[str, Any], *command: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT))
 
-from hatch_build import written_out  # noqa: E402  # the build's, and in no package
+from hatch_build import _missing, written_out  # noqa: E402  # the build's, and in no package
 
 BUILD = tomllib.loads(CHECKOUT.joinpath("pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
 FOLDERS = BUILD["targets"]["wheel"]["hooks"]["custom"]["modules"]
@@ -111,3 +111,13 @@ def test_a_logger_says_its_name(path: str) -> None:
 def test_what_is_not_known_is_refused(source: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         written_out(source)
+
+
+def test_what_compiling_takes_is_looked_for_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", sys.executable)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    assert _missing() == str(tmp_path / "Python.h")
+    (tmp_path / "Python.h").touch()
+    assert _missing() is None
+    monkeypatch.setenv("CC", "/nonexistent/gcc -O2")
+    assert _missing() == "C compiler (/nonexistent/gcc)"

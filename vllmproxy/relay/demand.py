@@ -48,7 +48,7 @@ class Demand:
     @property
     def names(self) -> tuple[str, ...]:
         """What a limit for its model may call that."""
-        return tuple(dict.fromkeys(name for name in (self.asked, self.model) if name is not None))
+        return tuple(dict.fromkeys([name for name in (self.asked, self.model) if name is not None]))
 
 
 NO_DEMAND: Final = Demand()

@@ -95,7 +95,7 @@ class RedisUsage:
     async def account(self, token: str) -> Account:
         values = await self._run(ACCOUNT, [account_name(name_bytes(token))], [])
         try:
-            return Account(*(int(value or 0) for value in values))
+            return Account(*[int(value or 0) for value in values])
         except ValueError as error:
             raise StoreUnavailable(f"it holds something else than an account: {error}") from error
 
