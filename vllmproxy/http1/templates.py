@@ -35,11 +35,10 @@ class HeadTemplate(Generic[Head]):
             return None
         start = len(before)
         end = data.find(b"\r", start, start + self._most + 1)
-        digits = data[start:end]
-        if not digits.isdigit() or not data.startswith(after, end):
+        if end < 0 or not data.startswith(after, end):
             return None
         body = data[end + len(after) :]
-        if not body or int(digits) != len(body):
+        if not body or data[start:end] != str(len(body)).encode("ascii"):
             return None
         self._missed = 0
         alike: Any = head.with_length(len(body))

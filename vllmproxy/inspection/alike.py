@@ -45,7 +45,7 @@ class _Template:
         if len(body) > MOST_VALUES or body.find(b'"data') >= 0:  # it may be too much, or have attachments
             return False
         try:
-            text = str(body, "utf-8")
+            text = body.decode("utf-8")
             value, end = scan(text, self._start)
         except (ValueError, StopIteration, RecursionError):
             return False
