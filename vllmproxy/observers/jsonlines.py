@@ -35,12 +35,8 @@ def line_of(record: RequestRecord) -> bytes:
     seconds, milliseconds = divmod(int(record.time * 1000), 1000)
     text = (
         f'{{"time":"{_second(seconds)}.{str(1000 + milliseconds)[1:]}Z","request_id":{_quoted(record.request_id)}'
-        f',"method":{_quoted(record.method)},"route":{_quoted(record.route)},"client":{_quoted(record.client)}'
+        + _who(record.method, record.route, record.client, record.key_id, record.key_alias)
     )
-    if record.key_id is not None:
-        text += f',"key_id":{_quoted(record.key_id)}'
-    if record.key_alias is not None:
-        text += f',"key_alias":{_quoted(record.key_alias)}'
     if record.end_user is not None:
         text += f',"end_user":{_quoted(record.end_user)}'
     if record.model is not None:
@@ -54,6 +50,17 @@ def line_of(record: RequestRecord) -> bytes:
     if record.error is not None:
         text += f',"error":{_quoted(record.error)}'
     return f"{text}}}\n".encode("ascii")
+
+
+@lru_cache(maxsize=256)  # a route may be as long as a request line
+def _who(method: str, route: str, client: str, key_id: str | None, key_alias: str | None) -> str:
+    """Return the members that one caller's lines have in common."""
+    text = f',"method":{_quoted(method)},"route":{_quoted(route)},"client":{_quoted(client)}'
+    if key_id is not None:
+        text += f',"key_id":{_quoted(key_id)}'
+    if key_alias is not None:
+        text += f',"key_alias":{_quoted(key_alias)}'
+    return text
 
 
 def _tokens(record: RequestRecord) -> str:
