@@ -418,14 +418,13 @@ class Exchange:
             return
         self._released = True
         self._admission.release()
-        headers = self._headers
         try:
             if self._passing is not None:
                 self._passing.read()
             bill, self._bill = self._bill, None
             if bill is not None:
                 status = 0 if self._answer is None else self._answer.head.status
-                was_sent = headers is not None and headers.sent  # else it costs nothing
+                was_sent = self._headers is not None and self._headers.sent  # else it costs nothing
                 bill.settle(Outcome(why, was_sent, status, self._passing))
         finally:
             self._relay.line.leave(self)
