@@ -1,5 +1,6 @@
 """The reactor's polling, on reactors of its own: what Twisted's does, and no more."""
 
+import select
 import socket
 import struct
 import time
@@ -254,6 +255,38 @@ def test_connections_are_read_as_by_twisted(
     assert told.told[-1] is {"fin": ConnectionDone, "reset": ConnectionLost, "broken": KeyError}[how]
     assert len(logged_errors) == (how == "broken")
     logged_errors.clear()
+
+
+class Poller:
+    """Epoll, as it tells of a reset or a FIN that it looks at while the kernel is noting it: not yet readable."""
+
+    def __init__(self, poller: select.epoll, hidden: int) -> None:
+        self._poller = poller
+        self._hidden = hidden
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._poller, name)
+
+    def poll(self, timeout: float, most: int) -> list[tuple[int, int]]:
+        events = self._poller.poll(timeout, most)
+        return [(fd, event & ~self._hidden if event & select.EPOLLHUP else event) for fd, event in events]
+
+
+@pytest.mark.parametrize("hidden", [select.EPOLLIN | select.EPOLLHUP, select.EPOLLIN | select.EPOLLRDHUP])
+@pytest.mark.parametrize("end", ["server", "client"])
+def test_a_reset_is_none_the_less_one_where_nothing_can_be_read_yet(
+    reactor: EPollReactor, end: str, hidden: int
+) -> None:
+    with connected(reactor, end) as (told, peer):
+        poller = reactor._poller
+        reactor._poller = Poller(poller, hidden)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.send(b"the last of it")
+        peer.close()
+        turns(reactor, lambda: isinstance(told.told[-1], type))
+        reactor._poller = poller
+    assert b"".join(each for each in told.told if isinstance(each, bytes)).endswith(b"the last of it")
+    assert told.told[-1] is ConnectionLost
 
 
 class Running:

@@ -5,6 +5,11 @@ for log lines of the old kind that would otherwise have none, and asks for the d
 closed. That is 6 µs an event, as much as a quarter of what a streamed token costs. Loggers name themselves, and who is
 closed is not polled any more. Between two polls it looks through what is due in eight calls, where one does. What a
 connection has received is read here and not in its own two calls, which are never compiled.
+
+One thing it does differently: where the kernel tells of an error or a hang-up and not that something can be read,
+Twisted takes that for a clean end. Of resets, the kernel does so now and then: ``tcp_poll`` looks at a socket that the
+reset is just being noted in (net/ipv4/tcp.c). Of 970,000 resets on two cores 9,600 were told of in that way, and an
+answer that is framed by the connection's end would have looked whole. Here the descriptor is read, and says itself.
 """
 
 import errno
@@ -20,6 +25,7 @@ from vllmproxy.plain import PLAIN
 from vllmproxy.turn import turn
 
 _READABLE: Final = select.EPOLLIN
+_HUNG_UP: Final = select.EPOLLHUP | select.EPOLLERR
 
 
 def lighten(reactor: Any) -> None:
@@ -67,6 +73,8 @@ def _act_on(reactor: Any, selectables: Any, fd: int, event: int) -> None:
             _read(reactor, selectable)
         else:
             turn.prepare()  # Twisted's own queue may leave
+            if event & _HUNG_UP and fd in reactor._reads:
+                event |= _READABLE
             reactor._doReadOrWrite(selectable, fd, event)
     except Exception:  # nothing is awaited; what raises when it is told of its end must not hold up the others
         log.err()
