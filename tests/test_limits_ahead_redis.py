@@ -29,10 +29,10 @@ HUNG = 20.0
 
 def counted(server: RedisServer, key: str = TOKEN) -> tuple[int, int, int]:
     """Return how many requests, tokens and places count."""
-    totals = [server.command("HGET", f"vllmproxy:{{{key}}}:{kind}:", "total") for kind in ("requests", "tokens")]
-    places = server.command("ZCARD", f"vllmproxy:{{{key}}}:max_parallel_requests:")
-    taken, used = (int(total.split(b"\r\n")[1]) if total != b"$-1\r\n" else 0 for total in totals)
-    return taken, used, int(places[1:])
+    fields = ("requests", "total"), ("tokens", "total"), ("places", ":total")
+    totals = [server.command("HGET", f"vllmproxy:{{{key}}}:{kind}:", field) for kind, field in fields]
+    taken, used, places = (int(total.split(b"\r\n")[1]) if total != b"$-1\r\n" else 0 for total in totals)
+    return taken, used, places
 
 
 async def quiet(server: RedisServer, expected: tuple[int, int, int]) -> None:

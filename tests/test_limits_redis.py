@@ -78,7 +78,8 @@ def ids(count: int, of: str = "some") -> list[str]:
 
 def is_settled(server: RedisServer, reservation: str, unit: str = "") -> bool:
     """Tell whether Redis knows a reservation, and as settled."""
-    return server.command("HGET", f"vllmproxy:{{{TOKEN}}}:request:{reservation}", f"u{unit}") == b"$0\r\n\r\n"
+    settled = server.command("HGET", f"vllmproxy:{{{TOKEN}}}:request:{reservation}", "settled").split(b"\r\n")
+    return len(settled) > 1 and settled[1][int(unit or 0)] == ord("1")
 
 
 def runs_of(server: RedisServer) -> int:
@@ -97,7 +98,7 @@ async def test_everything_has_a_time_to_live_and_one_hash_tag(server: RedisServe
     await limiter.settle_all([(TOKEN, "settled", (None, 5000, None, 0, 0))])
     assert await limiter.renew(TOKEN, ["renewed", "settled", "unknown"]) == ["settled", "unknown"]
     kept = left_behind(server)
-    counters = [f"{kind}:{scope}" for kind in ("requests", "tokens", "max_parallel_requests") for scope in ("", "m")]
+    counters = [f"{kind}:{scope}" for kind in ("requests", "tokens", "places") for scope in ("", "m")]
     held = ["clock", *counters, *(f"request:{name}" for name in ("open", "settled", "renewed"))]
     assert sorted(kept) == sorted(f"vllmproxy:{{{TOKEN}}}:{name}" for name in held)
     assert all(0 < milliseconds <= 62_000 for milliseconds in kept.values())
@@ -132,16 +133,38 @@ async def test_what_a_window_says_of_its_oldest_bucket_may_be_missing_or_too_ear
 
 @pytest_twisted.ensureDeferred
 async def test_places_of_leases_that_ended_are_cleared_away(server: RedisServer, links: list[Link]) -> None:
-    name = f"vllmproxy:{{{TOKEN}}}:max_parallel_requests:"
+    name = f"vllmproxy:{{{TOKEN}}}:places:"
     with virtual_time():
         bench = RedisBench(server, links[0])
         for _ in range(3):
             assert isinstance(await bench.reserve(parallel(3)), Granted)
+        assert server.command("HLEN", name) == b":5\r\n"
         bench.advance(45)
         assert await bench.reserve(parallel(3)) == Granted((2,))
-        bench.advance(0.000_016 - bench.now % 16 / 1e6)
         assert await bench.reserve(parallel(3)) == Granted((1,))
-        assert server.command("ZCARD", name) == b":2\r\n"
+        assert server.command("HLEN", name) == b":4\r\n"
+
+
+@pytest_twisted.ensureDeferred
+async def test_places_that_are_renewed_are_kept_when_others_are_cleared_away(
+    server: RedisServer, links: list[Link]
+) -> None:
+    """Those of several that are alike are held by one lease, until the last of them is settled."""
+    with virtual_time():
+        bench = RedisBench(server, links[0])
+        limiter = bench.limiter
+        assert isinstance(await bench.reserve(parallel(9)), Granted)
+        first, *others = await limiter.reserve_ahead(TOKEN, (parallel(9),), ids(4), 0.0)
+        await limiter.settle_all([(TOKEN, each.request_id, (None,)) for each in others[:2]])
+        bench.advance(30)
+        assert await limiter.renew(TOKEN, [first.request_id, others[0].request_id]) == [others[0].request_id]
+        bench.advance(15)
+        assert await bench.reserve(parallel(9)) == Granted((6,))
+        await limiter.settle_all([(TOKEN, each.request_id, (None,)) for each in (first, others[2])])
+        assert await bench.reserve(parallel(9)) == Granted((7,))
+        bench.advance(45)
+        assert await limiter.renew(TOKEN, [first.request_id]) == [first.request_id]
+        assert await bench.reserve(parallel(9)) == Granted((8,))
 
 
 @pytest_twisted.ensureDeferred
@@ -149,7 +172,7 @@ async def test_settling_and_renewing_revive_nothing(server: RedisServer, links: 
     """What Redis has let go of stays away: a counter without a time to live would count for ever."""
     limiter = limiter_on(links[0])
     assert await limiter.reserve(ask("one")) == FIRST
-    for kind in ("requests", "tokens", "max_parallel_requests"):
+    for kind in ("requests", "tokens", "places"):
         server.command("DEL", f"vllmproxy:{{{TOKEN}}}:{kind}:")
     assert await limiter.renew(TOKEN, ["one"]) == ["one"]
     await limiter.settle_all([(TOKEN, "one", (0, 5000))])
@@ -296,8 +319,8 @@ async def test_a_late_script_does_nothing(server: RedisServer, links: list[Link]
     lengths, rules = [60_000_000, 476_191, 45_000_000, 1_000_000, 61_000], '["requests",10,1,0,1]'
     calls = [
         (RESERVE, ["clock", "fresh", "counter"], [late, *lengths, 0, "fresh", 0, rules]),
-        (SETTLE, [name], [late, 5000, "one", 1, "", "0 0"]),
-        (RENEW, ["clock", name], [late, 45_000_000, 61_000, "one", ""]),
+        (SETTLE, [name], [late, 5000, "one", "[[-1],[0],[0]]"]),
+        (RENEW, ["clock", name], [late, 45_000_000, 61_000, "one", -1]),
     ]
     for script, names, arguments in calls:
         what, told = await wire.eval(script, names, arguments)

@@ -5,14 +5,16 @@ A window is a hash: ``head`` and ``tail``, the numbers of the oldest and the new
 began, ``total``, and for each bucket N ``tN``, when it took something last, and ``aN``, its amount; ``leaves`` is a
 time before which the oldest does not leave: it may be missing, or too early. What is reserved for requests that come
 later is taken when the last of them may come; ``latest`` is that time, and what is taken before it counts from it, too,
-so that buckets leave in their order. Places are a sorted set of request ids by the end of their lease. An account is a
-hash: ``period``, ``spend`` and ``tokens``, and what requests under way hold of it since ``day``, days since the epoch,
-``heldP`` and ``held_tokensP``, P being that day's number modulo 2, and since the day before it, with the other P. What
-was held before that is held no more: it was lost with a proxy. A reservation is a hash: ``taken``, what was taken for
-a request, or for each of several that are alike, ``units``, how many these are (0: it is one request's), and ``uN``
-once unit N is settled, or ``u``; only the proxy that made it reads it, and one that holds of a budget is kept for a
-day, so that it can be given back that late. A request's id is the reservation's, and that of one of several ``ID:N``.
-All times are microseconds. What every script begins with is said in :mod:`vllmproxy.store.scripts`.
+so that buckets leave in their order. Places are a hash: of each reservation that holds any, how many and when its lease
+ends, ``:total``, how many that are, and ``:until``, a time before which none of these leases ends: it may be too early.
+An account is a hash: ``period``, ``spend`` and ``tokens``, and what requests under way hold of it since ``day``, days
+since the epoch, ``heldP`` and ``held_tokensP``, P being that day's number modulo 2, and since the day before it, with
+the other P. What was held before that is held no more: it was lost with a proxy. A reservation is a hash: ``taken``,
+what was taken for a request, or for each of several that are alike, ``units``, how many these are (0: it is one
+request's), and once one of them is settled ``settled``, for each of them 1 or 0; only the proxy that made it reads it,
+and one that holds of a budget is kept for a day, so that it can be given back that late. A request's id is the
+reservation's, and that of one of several ``ID:N``: a lease is of all of these together. All times are microseconds.
+What every script begins with is said in :mod:`vllmproxy.store.scripts`.
 """
 
 from typing import Final
@@ -50,18 +52,18 @@ local function let_go(account, field, amount)
 end
 """
 
-# A key's clock is read once in a call; the three locals are of the key whose request is being decided.
+# A key's clock is read once in a call; 'steady' is of the key whose request is being decided.
 _CLOCK = """
-local clocks, steady, now_text, ends_text = {}, nil, nil, nil
+local clocks, steady = {}, nil
 
 local function clock_of(name)
   local clock = clocks[name]
   if not clock then
     local time = steady_time(name, now, kept)
-    clock = {steady = time, now_text = format('%d', time), ends_text = format('%d', time + lease)}
+    clock = {steady = time, now_text = format('%d', time)}
     clocks[name] = clock
   end
-  steady, now_text, ends_text = clock.steady, clock.now_text, clock.ends_text
+  steady = clock.steady
   return clock
 end
 """
@@ -135,6 +137,54 @@ local function wait(name, window, limit, cost)
 end
 """
 
+#: Places as they are kept, of each reservation. Wants the local 'call'.
+HOLD: Final = """
+local function hold(name, id, count, ends)
+  call('HSET', name, id, string.format('%d %d', count, ends))
+end
+
+local function held_by(name, id)
+  local count, ends = string.match(call('HGET', name, id) or '', '(%d+) (%d+)')
+  return tonumber(count), tonumber(ends)
+end
+"""
+
+# As of the windows. A lease that is renewed ends later than it was to, so that all are looked through now and then.
+_PLACES = """
+local places = {}
+
+local function clear(name, found)
+  found.total, found.ends, found.is_changed = 0, math.huge, true
+  local all = call('HGETALL', name)
+  for at = 1, #all, 2 do
+    local count, ends = string.match(all[at + 1], '(%d+) (%d+)')
+    if not count then
+      -- It is no reservation's.
+    elseif tonumber(ends) > steady then
+      found.total, found.ends = found.total + count, math.min(found.ends, ends)
+    else
+      call('HDEL', name, all[at])
+    end
+  end
+end
+
+local function places_of(name, clock)
+  local found = places[name]
+  if found then return found end
+  local fields = call('HMGET', name, ':total', ':until')
+  found = {total = tonumber(fields[1] or 0), ends = tonumber(fields[2]) or math.huge, clock = clock, is_changed = false}
+  if steady >= found.ends then clear(name, found) end
+  places[name] = found
+  return found
+end
+
+local function write_places(name, found)
+  local ends = math.min(found.ends, found.clock.steady + lease)
+  call('HSET', name, ':total', format('%d', found.total), ':until', format('%d', ends))
+  call('PEXPIRE', name, kept)
+end
+"""
+
 #: A period that begins later is ahead of this clock: it follows on no other, and gives way to the one before.
 LATEST: Final = "local latest = now / 1000000 + 60\n"
 
@@ -192,7 +242,7 @@ end
 """
 
 _ONE = """
-local places, known, reserved = {}, {}, {}
+local known, reserved = {}, {}
 
 local function reserve(from, id, units, rules)
   local one_of = units > 0
@@ -211,8 +261,7 @@ local function reserve(from, id, units, rules)
       used[place] = account[spent[kind]] + account[holds[kind]] + account[held_earlier[kind]]
       if used[place] + least > limit then delay = math.huge end
     elseif kind == 'max_parallel_requests' then
-      places[name] = places[name] or {count = call('ZCOUNT', name, '(' .. now_text, '+inf'), clock = clock}
-      used[place] = places[name].count
+      used[place] = places_of(name, clock).total
       if used[place] >= limit then delay = pause end
     else
       local window = window_of(name, clock)
@@ -245,12 +294,9 @@ local function reserve(from, id, units, rules)
       account.is_changed, bucket = true, holds[kind] .. today % 2
       remembered, held_on = day_long, today
     elseif kind == 'max_parallel_requests' then
-      local held = places[name]
-      held.count = held.count + units
-      for unit = 1, units do
-        held[#held + 1] = ends_text
-        held[#held + 1] = one_of and id .. ':' .. unit - 1 or id
-      end
+      local found = places[name]
+      found.total, found.is_changed = found.total + units, true
+      hold(name, id, units, steady + lease)
     else
       local window = windows[name]
       if window.head > window.tail or steady >= window.start + width then
@@ -287,6 +333,8 @@ local kept, ahead = ARGV[6], tonumber(ARGV[7])
     + STEADY
     + _CLOCK
     + _WINDOW
+    + HOLD
+    + _PLACES
     + LATEST
     + _ACCOUNT
     + _ONE
@@ -300,13 +348,8 @@ end
 for name, window in pairs(windows) do
   if window.added then write_window(name, window) end
 end
-for name, held in pairs(places) do
-  if #held > 0 then
-    call('ZADD', name, unpack(held))
-    call('PEXPIRE', name, kept)
-    -- Those whose lease is over do not count, and are cleared away now and then.
-    if held.clock.steady % 16 == 0 then call('ZREMRANGEBYSCORE', name, '-inf', held.clock.now_text) end
-  end
+for name, found in pairs(places) do
+  if found.is_changed then write_places(name, found) end
 end
 for name, account in pairs(accounts) do write_account(name, account) end
 for _, each in ipairs(reserved) do

@@ -5,7 +5,7 @@ What is kept, all of it but the account with a time to live, and all of a key un
     vllmproxy:{TOKEN}:clock                               steady time, see vllmproxy.limits.steady
     vllmproxy:{TOKEN}:requests:MODEL                      a window; no MODEL: of the whole key
     vllmproxy:{TOKEN}:tokens:MODEL                        a window
-    vllmproxy:{TOKEN}:max_parallel_requests:MODEL         who holds a place
+    vllmproxy:{TOKEN}:places:MODEL                        who holds places of max_parallel_requests
     vllmproxy:{TOKEN}:request:ID                          what was taken for a request, or for several that are alike
     vllmproxy:{TOKEN}:budget                              the account, for as long as there is the key
 """
@@ -118,15 +118,14 @@ class RedisLimiter:
         return told.addCallback(lambda _: None)
 
     def _settling(self, settlements: Sequence[Settlement], seconds: float | None = None) -> ScriptCall:
-        units: dict[tuple[str, bytes], list[bytes]] = {}
+        together: dict[tuple[str, bytes], list[tuple[int, tuple[int | None, ...]]]] = {}
         for key, request_id, costs in settlements:
             reservation, unit = _place_of(request_id)
-            used = [b"-" if cost is None else b"%d" % min(max(cost, 0), MAX_AMOUNT) for cost in costs]
-            units.setdefault((key, reservation), []).extend((unit, b" ".join(used)))
+            together.setdefault((key, reservation), []).append((unit, costs))
         names, words = [], [self._memory]
-        for (key, reservation), of_units in units.items():
+        for (key, reservation), settled in together.items():
             names.append(_name(key, b"request", reservation))
-            words += reservation, b"%d" % (len(of_units) // 2), *of_units
+            words += reservation, _used(*zip(*settled, strict=True))
         return self._scripts.call(SETTLE, names, words, seconds)
 
     def _send_reserves(self, asked: list["_Reserve"]) -> None:
@@ -195,7 +194,7 @@ class RedisLimiter:
         for request_id in request_ids:
             reservation, unit = _place_of(request_id)
             names.append(_name(key, b"request", reservation))
-            words += name_bytes(request_id), unit
+            words += reservation, b"%d" % unit
         lost = self._scripts.run(self._scripts.call(RENEW, names, words))
         return lost.addCallback(lambda reply: [request_ids[place] for place in reply[2:]])
 
@@ -238,10 +237,24 @@ class _Reserve:
         words += id, b"0", text
 
 
-def _place_of(request_id: str) -> tuple[bytes, bytes]:
-    """Return the name of the reservation that a request is of, and which of its units; empty: it is its only one's."""
+def _place_of(request_id: str) -> tuple[bytes, int]:
+    """Return the name of the reservation that a request is of, and which of its units; -1: it is its only one's."""
     reservation, _, unit = name_bytes(request_id).partition(b":")
-    return reservation, unit
+    return reservation, int(unit) if unit.isdigit() else -1
+
+
+def _used(units: Sequence[int], costs: Sequence[tuple[int | None, ...]]) -> bytes:
+    """Return what :data:`SETTLE` wants to know of units of one reservation."""
+    lists = [_list_of(units)]
+    for of_rule in zip_longest(*costs):
+        was_told = any(cost is not None for cost in of_rule)
+        clamped = [-1 if cost is None else min(max(cost, 0), MAX_AMOUNT) for cost in of_rule] if was_told else []
+        lists.append(_list_of(clamped) if was_told else b"false")
+    return b"[%b]" % b",".join(lists)
+
+
+def _list_of(numbers: Sequence[int]) -> bytes:
+    return b"[%b]" % b",".join([b"%d" % number for number in numbers])
 
 
 def _each_of(all_of_them: Granted, request_ids: Sequence[str]) -> list[Granted]:
@@ -263,7 +276,8 @@ def _counted(key: bytes, rules: tuple[Rule, ...]) -> tuple[list[bytes], bytes]:
         if rule.kind in BUDGETS:
             names.append(b"vllmproxy:{%b}:budget" % key)
         else:
-            names.append(b"vllmproxy:{%b}:%b:%b" % (key, kind, name_bytes(rule.scope)))
+            counter = b"places" if rule.kind == "max_parallel_requests" else kind
+            names.append(b"vllmproxy:{%b}:%b:%b" % (key, counter, name_bytes(rule.scope)))
         words.append(b'"%b",%d,%d,%d,%d' % (kind, rule.limit, rule.cost, rule.period, rule.needed))
     return names, b"[%b]" % b",".join(words)
 

@@ -2,36 +2,51 @@
 
 from typing import Final
 
-from vllmproxy.store.limits_lua import LET_GO, STEADY
+from vllmproxy.store.limits_lua import HOLD, LET_GO, STEADY
 from vllmproxy.store.scripts import PUNCTUAL
 
-#: KEYS: the reservations. ARGV: not after, milliseconds to remember that one is settled; of each its id, how many of
-#: its units, and of each of these its number (empty where it is one request's), and in one text of each rule what was
-#: used, or ``-`` where all was.
+#: KEYS: the reservations. ARGV: not after, milliseconds to remember that one is settled; of each its id, and as one
+#: list in JSON the numbers of its units (-1: it is one request's), and for each rule what each of them used (-1: what
+#: was taken), or false where that goes for all.
 SETTLE: Final = (
     PUNCTUAL
     + """
 local call, format = redis.call, string.format
-local changes, ended = {}, {}
+local changes = {}
 """
     + LET_GO
+    + HOLD
     + """
 local function add(name, bucket, change)
   changes[name] = changes[name] or {}
   changes[name][bucket] = (changes[name][bucket] or 0) + change
 end
 
-local function settle(request, taken, text)
-  local words = string.gmatch(text, '%S+')
+-- What those at 'fresh' used beyond what was taken for each of them.
+local function excess(used, fresh, cost)
+  local sum = 0
+  for _, at in ipairs(used and fresh or {}) do
+    if used[at] >= 0 then sum = sum + used[at] - cost end
+  end
+  return sum
+end
+
+local function leave(name, id, count)
+  local held, ends = held_by(name, id)
+  if not held then return end  -- its lease is over
+  if held > count then hold(name, id, held - count, ends) else call('HDEL', name, id) end
+  call('HINCRBY', name, ':total', -math.min(count, held))
+end
+
+local function settle(id, taken, told, fresh)
   for at = 1, #taken, 4 do
     local name, bucket, cost = taken[at], taken[at + 1], taken[at + 2]
-    local change = (tonumber(words() or '') or cost) - cost
+    local change = bucket and excess(told[(at + 7) / 4], fresh, cost)
     if not bucket then
-      ended[name] = ended[name] or {}
-      table.insert(ended[name], request)
+      leave(name, id, #fresh)
     elseif type(bucket) == 'number' then
       add(name, bucket, change)
-    elseif tonumber(call('HGET', name, 'period') or -1) == taken[at + 3] then
+    elseif change ~= 0 and tonumber(call('HGET', name, 'period') or -1) == taken[at + 3] then
       let_go(name, bucket, -change)
     end
   end
@@ -39,29 +54,27 @@ end
 
 local place = 3
 for _, reservation in ipairs(KEYS) do
-  local id, count, asked, settled, written = ARGV[place], tonumber(ARGV[place + 1]), {'taken', 'units'}, {}, {}
-  for at = place + 2, place + 2 * count, 2 do asked[#asked + 1] = 'u' .. ARGV[at] end
-  local found = call('HMGET', reservation, unpack(asked))
-  local taken, units = found[1] and cmsgpack.unpack(found[1]), tonumber(found[2])
-  for number = 3, taken and #asked or 0 do
-    local unit, text = ARGV[place + 2 * number - 4], ARGV[place + 2 * number - 3]
-    local which = tonumber(unit)
-    local is_there = unit == '' and units == 0
-                     or which and which < units and format('%d', math.abs(which)) == unit
-    if is_there and not found[number] and not settled[unit] then
-      settled[unit] = true
-      written[#written + 1] = asked[number]
-      written[#written + 1] = ''
-      settle(unit == '' and id or id .. ':' .. unit, taken, text)
+  local id, told = ARGV[place], cjson.decode(ARGV[place + 1])
+  local units, found, fresh = told[1], call('HMGET', reservation, 'taken', 'units', 'settled'), {}
+  if found[1] then
+    local count = tonumber(found[2])
+    local first = count == 0 and 2 or 1
+    local settled = {string.byte(found[3] or string.rep('0', math.max(count, 1)), 1, -1)}
+    for at, unit in ipairs(units) do
+      if settled[unit + first] == 48 then
+        settled[unit + first] = 49
+        fresh[#fresh + 1] = at
+      end
+    end
+    if #fresh > 0 then
+      local written = string.char(unpack(settled))
+      call('HSET', reservation, 'settled', written)
+      if not string.find(written, '0', 1, true) then call('PEXPIRE', reservation, ARGV[2]) end
+      settle(id, cmsgpack.unpack(found[1]), told, fresh)
     end
   end
-  if #written > 0 then
-    call('HSET', reservation, unpack(written))
-    if call('HLEN', reservation) - 2 == math.max(units, 1) then call('PEXPIRE', reservation, ARGV[2]) end
-  end
-  place = place + 2 + 2 * count
+  place = place + 2
 end
-for name, requests in pairs(ended) do call('ZREM', name, unpack(requests)) end
 for name, buckets in pairs(changes) do
   for bucket, change in pairs(buckets) do
     local field, by = format('a%d', bucket), format('%d', change)
@@ -80,24 +93,28 @@ return {1, now}
 )
 
 #: KEYS: the key's clock, of each request its reservation. ARGV: not after, the length of a lease, milliseconds to keep
-#: things; of each its id and its unit's number. Answers 1, now, those (from 0) that have no lease any more.
+#: things; of each its reservation's id and its unit's number (-1: it has none). Answers 1, now, those (from 0) that
+#: have no lease any more.
 RENEW: Final = (
     PUNCTUAL
     + STEADY
+    + HOLD
     + """
 local lease, kept = tonumber(ARGV[2]), ARGV[3]
 local steady = steady_time(KEYS[1], now, kept)
 local answer = {1, now}
 for place = 2, #KEYS do
   local id, lost = ARGV[2 * place], true
-  local found = call('HMGET', KEYS[place], 'taken', 'u' .. ARGV[2 * place + 1])
-  if found[1] and not found[2] then
+  local found = call('HMGET', KEYS[place], 'taken', 'units', 'settled')
+  local at = ARGV[2 * place + 1] + (found[2] == '0' and 2 or 1)
+  if found[1] and string.byte(found[3] or '', at) ~= 49 then
     local taken = cmsgpack.unpack(found[1])
     for at = 1, #taken, 4 do
       local name, bucket = taken[at], taken[at + 1]
-      local ends = not bucket and call('ZSCORE', name, id)
-      if ends and tonumber(ends) > steady then
-        call('ZADD', name, steady + lease, id)
+      local count, ends
+      if not bucket then count, ends = held_by(name, id) end
+      if ends and ends > steady then
+        hold(name, id, count, steady + lease)
         call('PEXPIRE', name, kept)
         lost = false
       end
