@@ -27,7 +27,7 @@ AHEAD: Final = 0.5
 #: The most that wait for one key, which are one reservation like fewer of them.
 MOST: Final = 128
 #: Seconds that they should do for.
-_FILLING: Final = 0.005
+_FILLING: Final = 0.01
 #: They take no more than this part of what is left, and there are none where less than half of a limit is left.
 _PART: Final = 32
 #: What one request takes more of than another, as it is expected to use more.
@@ -215,11 +215,12 @@ class _Stock:
         return found
 
     def spoilt(self, now: float) -> list[Granted]:
-        """Take out what has waited for too long: there was too much of it. Or the clock was set back."""
+        """Take out what has waited for too long: there was too much of it, of which up to half was missing. Or the
+        clock was set back."""
         out = []
         while self.ready and not 0 <= now - self.ready[0][0] < AHEAD:
             out.append(self.ready.popleft()[1])
-        self.size = max(self.size - len(out), 1)
+        self.size = max(self.size - 2 * len(out), 1)
         return out
 
     @property
@@ -240,9 +241,9 @@ class _Stock:
 
     @property
     def is_low(self) -> bool:
-        """Whether a good part is missing."""
+        """Whether half of it is missing: a store needs as long for many as for few."""
         wanted = min(self.size, self.most)
-        return wanted - len(self.ready) - self.asked >= max(1, wanted // 4)
+        return wanted - len(self.ready) - self.asked >= max(1, wanted // 2)
 
     @property
     def missing(self) -> int:

@@ -245,16 +245,14 @@ def _place_of(request_id: str) -> tuple[bytes, int]:
 
 def _used(units: Sequence[int], costs: Sequence[tuple[int | None, ...]]) -> bytes:
     """Return what :data:`SETTLE` wants to know of units of one reservation."""
-    lists = [_list_of(units)]
+    lists = [str(list(units))]
     for of_rule in zip_longest(*costs):
-        was_told = any(cost is not None for cost in of_rule)
-        clamped = [-1 if cost is None else min(max(cost, 0), MAX_AMOUNT) for cost in of_rule] if was_told else []
-        lists.append(_list_of(clamped) if was_told else b"false")
-    return b"[%b]" % b",".join(lists)
-
-
-def _list_of(numbers: Sequence[int]) -> bytes:
-    return b"[%b]" % b",".join([b"%d" % number for number in numbers])
+        told: Sequence[int | None] = of_rule
+        if told.count(None) == len(told):
+            lists.append("false")
+        else:
+            lists.append(str([-1 if cost is None else min(max(cost, 0), MAX_AMOUNT) for cost in told]))
+    return f"[{','.join(lists)}]".encode("ascii")
 
 
 def _each_of(all_of_them: Granted, request_ids: Sequence[str]) -> list[Granted]:
