@@ -43,7 +43,7 @@ def test_there_are_more_the_more_are_asked_for_and_never_too_many() -> None:
     most = 0
     for _ in range(600):
         house.asked(FAR)
-        house.clock.advance(LATENCY / 4)
+        house.clock.advance(LATENCY / 16)
         most = max(most, house.ready)
     assert MOST // 2 < most <= MOST
     assert len(house.shared.of("reserve")) < 20

@@ -25,7 +25,7 @@ _log = Logger(namespace=__name__)
 #: Seconds for which a reservation may wait for a request.
 AHEAD: Final = 0.5
 #: The most that wait for one key, which are one reservation like fewer of them.
-MOST: Final = 128
+MOST: Final = 256
 #: Seconds that they should do for.
 _FILLING: Final = 0.01
 #: They take no more than this part of what is left, and there are none where less than half of a limit is left.
@@ -131,6 +131,7 @@ class Ahead:
         self._untouched.set(key)
         one = fresh_id().decode("ascii")
         ids = [f"{one}:{number}" for number in range(missing)]
+        self._behind.tell(key)  # a store that is busy anyway is so for a little longer
         stock.asked += missing
         asked = self._limiter.reserve_ahead(key, stock.rules, ids, AHEAD)
         self._asking[asked] = key, stock, missing, now

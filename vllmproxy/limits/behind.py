@@ -18,7 +18,7 @@ _log = Logger(namespace=__name__)
 Settlement = tuple[str, str, tuple[int | None, ...]]
 
 #: Seconds that one may wait for others, where nobody waits for what it gives back.
-PAUSE: Final = 0.01
+PAUSE: Final = 0.05
 #: Seconds between tries while the store is away, for how long it matters, and how many calls are kept.
 RETRY: Final = 1.0
 MATTERS: Final = 60.0
@@ -31,7 +31,7 @@ _MOST_KEPT: Final = 10_000
 #: one elsewhere.
 _AT_A_TIME: Final = 4
 #: The most that go together: a store does nothing else in that time.
-_TOGETHER: Final = 128
+_TOGETHER: Final = 256
 
 
 class Shared(Protocol):
