@@ -3,6 +3,7 @@
 import json
 import re
 
+from vllmproxy.usage.jsonbody import decoded
 from vllmproxy.usage.tokens import Usage, member, model_from, usage_from, with_prompt_of
 
 #: A line, or an event's data, longer than this is passed over.
@@ -135,10 +136,9 @@ class SseReader:
 def _decoded(data: bytes) -> object:
     """Return the JSON value of an event's data, or ``None``."""
     try:
-        value: object = json.loads(data[5:])
+        return decoded(data[5:].lstrip(b" "))
     except (ValueError, RecursionError):
         return None
-    return value
 
 
 def _usage_of(event: object) -> Usage | None:

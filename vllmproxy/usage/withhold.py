@@ -9,9 +9,10 @@ things that a client can see, whatever the model, ``n``, tools or log probabilit
 So this takes the one out, and puts the other back where the stream would have had it.
 """
 
-import json
 import re
 from typing import Final
+
+from vllmproxy.usage.jsonbody import decoded
 
 #: An event longer than this passes as it comes, neither taken out nor added to.
 LONGEST_EVENT: Final = 64 << 10
@@ -136,7 +137,7 @@ def _is_extra(event: bytes) -> bool:
     if not line.startswith(b"data:") or b"\n" in line:
         return False
     try:
-        chunk: object = json.loads(line[5:])
+        chunk = decoded(line[5:].lstrip(b" "))
     except (ValueError, RecursionError):
         return False
     return isinstance(chunk, dict) and chunk.get("choices") == [] and isinstance(chunk.get("usage"), dict)
