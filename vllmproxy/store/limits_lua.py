@@ -137,10 +137,10 @@ local function wait(name, window, limit, cost)
 end
 """
 
-#: Places as they are kept, of each reservation. Wants the local 'call'.
-HOLD: Final = """
-local function hold(name, id, count, ends)
-  call('HSET', name, id, string.format('%d %d', count, ends))
+#: Places as they are kept of each reservation. Wants the local 'call'.
+HELD: Final = """
+local function held(count, ends)
+  return string.format('%d %d', count, ends)
 end
 
 local function held_by(name, id)
@@ -180,7 +180,7 @@ end
 
 local function write_places(name, found)
   local ends = math.min(found.ends, found.clock.steady + lease)
-  call('HSET', name, ':total', format('%d', found.total), ':until', format('%d', ends))
+  call('HSET', name, ':total', format('%d', found.total), ':until', format('%d', ends), unpack(found))
   call('PEXPIRE', name, kept)
 end
 """
@@ -296,7 +296,8 @@ local function reserve(from, id, units, rules)
     elseif kind == 'max_parallel_requests' then
       local found = places[name]
       found.total, found.is_changed = found.total + units, true
-      hold(name, id, units, steady + lease)
+      found[#found + 1] = id
+      found[#found + 1] = held(units, steady + lease)
     else
       local window = windows[name]
       if window.head > window.tail or steady >= window.start + width then
@@ -333,7 +334,7 @@ local kept, ahead = ARGV[6], tonumber(ARGV[7])
     + STEADY
     + _CLOCK
     + _WINDOW
-    + HOLD
+    + HELD
     + _PLACES
     + LATEST
     + _ACCOUNT

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from vllmproxy.store.limits_lua import HOLD, LET_GO, STEADY
+from vllmproxy.store.limits_lua import HELD, LET_GO, STEADY
 from vllmproxy.store.scripts import PUNCTUAL
 
 #: KEYS: the reservations. ARGV: not after, milliseconds to remember that one is settled; of each its id, and as one
@@ -15,7 +15,7 @@ local call, format = redis.call, string.format
 local changes = {}
 """
     + LET_GO
-    + HOLD
+    + HELD
     + """
 local function add(name, bucket, change)
   changes[name] = changes[name] or {}
@@ -31,19 +31,25 @@ local function excess(used, fresh, cost)
   return sum
 end
 
-local function leave(name, id, count)
-  local held, ends = held_by(name, id)
-  if not held then return end  -- its lease is over
-  if held > count then hold(name, id, held - count, ends) else call('HDEL', name, id) end
-  call('HINCRBY', name, ':total', -math.min(count, held))
+-- So many of one reservation have ended, the last of them if 'is_over'. Where it has no places, its lease is over.
+local function leave(name, id, count, is_over)
+  if is_over then
+    if call('HDEL', name, id) == 1 then call('HINCRBY', name, ':total', -count) end
+    return
+  end
+  local left, ends = held_by(name, id)
+  if left then
+    call('HSET', name, id, held(left - count, ends))
+    call('HINCRBY', name, ':total', -count)
+  end
 end
 
-local function settle(id, taken, told, fresh)
+local function settle(id, taken, told, fresh, is_over)
   for at = 1, #taken, 4 do
     local name, bucket, cost = taken[at], taken[at + 1], taken[at + 2]
     local change = bucket and excess(told[(at + 7) / 4], fresh, cost)
     if not bucket then
-      leave(name, id, #fresh)
+      leave(name, id, #fresh, is_over)
     elseif type(bucket) == 'number' then
       add(name, bucket, change)
     elseif change ~= 0 and tonumber(call('HGET', name, 'period') or -1) == taken[at + 3] then
@@ -69,8 +75,9 @@ for _, reservation in ipairs(KEYS) do
     if #fresh > 0 then
       local written = string.char(unpack(settled))
       call('HSET', reservation, 'settled', written)
-      if not string.find(written, '0', 1, true) then call('PEXPIRE', reservation, ARGV[2]) end
-      settle(id, cmsgpack.unpack(found[1]), told, fresh)
+      local is_over = not string.find(written, '0', 1, true)
+      if is_over then call('PEXPIRE', reservation, ARGV[2]) end
+      settle(id, cmsgpack.unpack(found[1]), told, fresh, is_over)
     end
   end
   place = place + 2
@@ -98,7 +105,7 @@ return {1, now}
 RENEW: Final = (
     PUNCTUAL
     + STEADY
-    + HOLD
+    + HELD
     + """
 local lease, kept = tonumber(ARGV[2]), ARGV[3]
 local steady = steady_time(KEYS[1], now, kept)
@@ -114,7 +121,7 @@ for place = 2, #KEYS do
       local count, ends
       if not bucket then count, ends = held_by(name, id) end
       if ends and ends > steady then
-        hold(name, id, count, steady + lease)
+        call('HSET', name, id, held(count, steady + lease))
         call('PEXPIRE', name, kept)
         lost = false
       end
