@@ -168,6 +168,25 @@ async def test_places_that_are_renewed_are_kept_when_others_are_cleared_away(
 
 
 @pytest_twisted.ensureDeferred
+async def test_of_very_many_leases_not_each_that_ends_has_all_looked_through(
+    server: RedisServer, links: list[Link]
+) -> None:
+    name, many = f"vllmproxy:{{{TOKEN}}}:places:", 1200
+    with virtual_time():
+        bench = RedisBench(server, links[0])
+        for _ in range(many):
+            bench.advance(0.001)
+            assert isinstance(await bench.reserve(parallel(2 * many)), Granted)
+        bench.advance(45.001 - many / 1000)  # the first ends now
+        assert await bench.reserve(parallel(2 * many)) == Granted((many,))
+        bench.advance(0.02)  # and twenty more
+        assert await bench.reserve(parallel(2 * many)) == Granted((many - 1,))
+        bench.advance(0.02)
+        assert await bench.reserve(parallel(2 * many)) == Granted((many + 38,))
+        assert server.command("HLEN", name) == b":%d\r\n" % (many - 38 + 2)
+
+
+@pytest_twisted.ensureDeferred
 async def test_settling_and_renewing_revive_nothing(server: RedisServer, links: list[Link]) -> None:
     """What Redis has let go of stays away: a counter without a time to live would count for ever."""
     limiter = limiter_on(links[0])

@@ -9,7 +9,7 @@ connection has received is read here and not in its own two calls, which are nev
 One thing it does differently: where the kernel tells of an error or a hang-up and not that something can be read,
 Twisted takes that for a clean end. Of resets, the kernel does so now and then: ``tcp_poll`` looks at a socket that the
 reset is just being noted in (net/ipv4/tcp.c). Of 970,000 resets on two cores 9,600 were told of in that way, and an
-answer that is framed by the connection's end would have looked whole. Here the descriptor is read, and says itself.
+answer that is framed by the connection's end would have looked whole. Here a connection is read, and says itself.
 """
 
 import errno
@@ -73,7 +73,7 @@ def _act_on(reactor: Any, selectables: Any, fd: int, event: int) -> None:
             _read(reactor, selectable)
         else:
             turn.prepare()  # Twisted's own queue may leave
-            if event & _HUNG_UP and fd in reactor._reads:
+            if event & _HUNG_UP and fd in reactor._reads and type(selectable) in PLAIN:
                 event |= _READABLE
             reactor._doReadOrWrite(selectable, fd, event)
     except Exception:  # nothing is awaited; what raises when it is told of its end must not hold up the others

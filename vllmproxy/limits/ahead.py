@@ -45,7 +45,7 @@ class Ahead:
         self._behind = Behind(limiter, clock)
         self._clock = clock
         self._stocks: dict[str, _Stock] = {}
-        self._untouched: Deadlines[str] = Deadlines(clock, AHEAD, self._drop)
+        self._untouched: Deadlines[str] = Deadlines(clock, AHEAD, self._renew)
         #: Calls that ask for more: the key, for which stock, how many, since when.
         self._asking: dict[Deferred[list[Granted]], tuple[str, _Stock, int, float]] = {}
         self._closed = False
@@ -58,7 +58,8 @@ class Ahead:
                 self._give_back(ask.key, stock.spoilt(now))
             if stock.ready and stock.fit(ask.rules) == "fits":
                 _, made = stock.ready.popleft()
-                self._fill_soon(ask.key, stock)
+                stock.taken += 1
+                self._fill_soon(ask.key, stock, now)
                 return made
         return self._ask(ask)
 
@@ -107,13 +108,15 @@ class Ahead:
                 self._untouched.set(ask.key)
         elif fit == "fits":
             stock.left(decision.remaining)
-            stock.grow()
-            self._fill_soon(ask.key, stock)
+            stock.taken += 1
+            stock.size = min(stock.size + 1, MOST)
+            self._fill_soon(ask.key, stock, self._clock.seconds())
         return decision
 
-    def _fill_soon(self, key: str, stock: "_Stock") -> None:
-        """Ask for more when all is done that is to be done for a request, if a good part is missing."""
-        if not stock.is_due and stock.is_low:
+    def _fill_soon(self, key: str, stock: "_Stock", now: float) -> None:
+        """Ask for more when all is done that is to be done for a request, if a good part is missing, or what there is
+        will soon have waited for too long."""
+        if not stock.is_due and (stock.is_low or now - stock.filled > AHEAD / 2):
             stock.is_due = True
             self._clock.callLater(0, self._fill, key, stock)
 
@@ -125,6 +128,7 @@ class Ahead:
         if now < stock.filled + _FILLING:
             stock.grow()
         stock.filled = now
+        stock.taken = 0
         missing = stock.missing
         if missing <= 0:  # little is left by now
             return
@@ -155,6 +159,19 @@ class Ahead:
         self._drop(key)
         reason.trap(StoreUnavailable)  # whose request asks next, hears of it
 
+    def _renew(self, key: str) -> None:
+        """No more was asked for in a while. What is ahead is given back, and as many made anew as were taken meanwhile:
+        some ask many times at once, and then wait."""
+        stock = self._stocks[key]
+        unused = [made for _, made in stock.ready]
+        stock.ready.clear()
+        self._give_back(key, unused)
+        stock.size = min(stock.taken, MOST)
+        if stock.missing > 0:
+            self._fill(key, stock)
+        else:
+            self._drop(key)
+
     def _drop(self, key: str) -> None:
         """Nobody has asked for this key for a while, or others need what is left."""
         self._untouched.clear(key)
@@ -176,10 +193,10 @@ class _Stock:
     :ivar ready: when each was asked for, oldest first.
     :ivar most: how many the limits afford; 0 where they are not far away.
     :ivar asked: how many are on their way. :ivar is_due: whether more are about to be asked for.
-    :ivar filled: when some were asked for last.
+    :ivar filled: when some were asked for last. :ivar taken: how many requests came since.
     """
 
-    __slots__ = ("asked", "filled", "is_due", "most", "ready", "rules", "size")
+    __slots__ = ("asked", "filled", "is_due", "most", "ready", "rules", "size", "taken")
 
     def __init__(self, rules: tuple[Rule, ...], before: "_Stock | None") -> None:
         self.rules = tuple(map(_rounded, rules))
@@ -192,6 +209,7 @@ class _Stock:
         self.asked = 0
         self.is_due = False
         self.filled = 0.0
+        self.taken = 0
         self.most = 0
 
     def fit(self, rules: tuple[Rule, ...]) -> Literal["fits", "too much", "not"]:
@@ -216,12 +234,13 @@ class _Stock:
         return found
 
     def spoilt(self, now: float) -> list[Granted]:
-        """Take out what has waited for too long: there was too much of it, of which up to half was missing. Or the
-        clock was set back."""
+        """Take out what has waited for too long: there was too much of it. Or the clock was set back."""
         out = []
         while self.ready and not 0 <= now - self.ready[0][0] < AHEAD:
             out.append(self.ready.popleft()[1])
-        self.size = max(self.size - 2 * len(out), 1)
+        self.size = max(self.size - len(out), 1)
+        if not self.ready:  # who takes them out waits, and makes it grow again
+            self.size = max(self.size // 2, 1)
         return out
 
     @property
@@ -231,7 +250,7 @@ class _Stock:
         return tuple([(rule, count * rule.cost) for rule in self.rules]) if count else ()
 
     def grow(self) -> None:
-        """A request has found nothing here, or would soon."""
+        """Requests would soon find nothing here."""
         self.size = min(2 * self.size, MOST)
 
     def left(self, remaining: tuple[int, ...]) -> None:
