@@ -45,7 +45,7 @@ class Ahead:
         self._behind = Behind(limiter, clock)
         self._clock = clock
         self._stocks: dict[str, _Stock] = {}
-        self._untouched: Deadlines[str] = Deadlines(clock, AHEAD, self._renew)
+        self._untouched: Deadlines[str] = Deadlines(clock, AHEAD, self._refresh)
         #: Calls that ask for more: the key, for which stock, how many, since when.
         self._asking: dict[Deferred[list[Granted]], tuple[str, _Stock, int, float]] = {}
         self._closed = False
@@ -159,7 +159,7 @@ class Ahead:
         self._drop(key)
         reason.trap(StoreUnavailable)  # whose request asks next, hears of it
 
-    def _renew(self, key: str) -> None:
+    def _refresh(self, key: str) -> None:
         """No more was asked for in a while. What is ahead is given back, and as many made anew as were taken meanwhile:
         some ask many times at once, and then wait."""
         stock = self._stocks[key]
