@@ -27,7 +27,7 @@ AHEAD: Final = 0.5
 #: The most that wait for one key, which are one reservation like fewer of them.
 MOST: Final = 256
 #: Seconds that they should do for.
-_FILLING: Final = 0.01
+_FILLING: Final = 0.05
 #: They take no more than this part of what is left, and there are none where less than half of a limit is left.
 _PART: Final = 32
 #: What one request takes more of than another, as it is expected to use more.
