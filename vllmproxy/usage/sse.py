@@ -74,7 +74,7 @@ class SseReader:
         """Return the model and the usage; one that no event reported is ``"counted"``, if anything was."""
         if self._data is not None:
             self._dispatch(self._data)
-        usage = None if self._report is None else self._reported(_decoded(self._report))
+        usage = None if self._report is None else self._reported(decoded_event(self._report))
         if usage is None and (self.counted or self._start):
             usage = Usage(completion_tokens=self.counted, source="counted")
         return self._model, usage and with_prompt_of(usage, self._start)
@@ -126,15 +126,15 @@ class SseReader:
     def _begin(self, data: bytes) -> None:
         """Read the stream's first event, which names the model."""
         self._begun = True
-        event = _decoded(data)
+        event = decoded_event(data)
         self._model = model_from(event)
         self._start = usage_from(member(member(event, "message"), "usage"))
         if _ROLE_ONLY.search(data):
             self.counted -= 1
 
 
-def _decoded(data: bytes) -> object:
-    """Return the JSON value of an event's data, or ``None``."""
+def decoded_event(data: bytes) -> object:
+    """Return the JSON value of an event's data, which begins with its ``data:``; ``None`` where it has none."""
     try:
         return decoded(data[5:].lstrip(b" "))
     except (ValueError, RecursionError):

@@ -12,7 +12,7 @@ So this takes the one out, and puts the other back where the stream would have h
 import re
 from typing import Final
 
-from vllmproxy.usage.jsonbody import decoded
+from vllmproxy.usage.sse import decoded_event
 
 #: An event longer than this passes as it comes, neither taken out nor added to.
 LONGEST_EVENT: Final = 64 << 10
@@ -136,10 +136,7 @@ def _is_extra(event: bytes) -> bool:
     line = event.strip()
     if not line.startswith(b"data:") or b"\n" in line:
         return False
-    try:
-        chunk = decoded(line[5:].lstrip(b" "))
-    except (ValueError, RecursionError):
-        return False
+    chunk = decoded_event(line)
     return isinstance(chunk, dict) and chunk.get("choices") == [] and isinstance(chunk.get("usage"), dict)
 
 
