@@ -6,7 +6,7 @@ began, ``total``, and for each bucket N ``tN``, when it took something last, and
 time before which the oldest does not leave: it may be missing, or too early. What is reserved for requests that come
 later is taken when the last of them may come; ``latest`` is that time, and what is taken before it counts from it, too,
 so that buckets leave in their order. Places are a hash: of each reservation that holds any, how many and when its lease
-ends, ``:total``, how many that are, and ``:until``, a time before which none of these leases ends: it may be too early.
+ends, ``:total``, how many that are, and ``:until``, when to look again for leases that have ended.
 An account is a hash: ``period``, ``spend`` and ``tokens``, and what requests under way hold of it since ``day``, days
 since the epoch, ``heldP`` and ``held_tokensP``, P being that day's number modulo 2, and since the day before it, with
 the other P. What was held before that is held no more: it was lost with a proxy. A reservation is a hash: ``taken``,
@@ -143,9 +143,13 @@ local function held(count, ends)
   return string.format('%d %d', count, ends)
 end
 
-local function held_by(name, id)
-  local count, ends = string.match(call('HGET', name, id) or '', '(%d+) (%d+)')
+local function read_held(text)
+  local count, ends = string.match(text or '', '(%d+) (%d+)')
   return tonumber(count), tonumber(ends)
+end
+
+local function held_by(name, id)
+  return read_held(call('HGET', name, id))
 end
 """
 
@@ -159,10 +163,10 @@ local function clear(name, found)
   local all = call('HGETALL', name)
   local soonest = #all > 2000 and steady + #all * 12.5 or 0
   for at = 1, #all, 2 do
-    local count, ends = string.match(all[at + 1], '(%d+) (%d+)')
+    local count, ends = read_held(all[at + 1])
     if not count then
       -- It is no reservation's.
-    elseif tonumber(ends) > steady then
+    elseif ends > steady then
       found.total, found.ends = found.total + count, math.min(found.ends, ends)
     else
       call('HDEL', name, all[at])

@@ -113,8 +113,8 @@ local answer = {1, now}
 for place = 2, #KEYS do
   local id, lost = ARGV[2 * place], true
   local found = call('HMGET', KEYS[place], 'taken', 'units', 'settled')
-  local at = ARGV[2 * place + 1] + (found[2] == '0' and 2 or 1)
-  if found[1] and string.byte(found[3] or '', at) ~= 49 then
+  local flag = ARGV[2 * place + 1] + (found[2] == '0' and 2 or 1)
+  if found[1] and string.byte(found[3] or '', flag) ~= 49 then
     local taken = cmsgpack.unpack(found[1])
     for at = 1, #taken, 4 do
       local name, bucket = taken[at], taken[at + 1]
