@@ -51,7 +51,7 @@ def test_one_that_is_prompt_is_told_at_once() -> None:
     house = House()
     house.settle("a", prompt=True)
     assert house.told == [["a"]]
-    house.pass_by(0.1)
+    house.pass_by(2 * PAUSE)
     assert house.told == [["a"]]
     house.assert_nothing_is_left()
 
@@ -68,7 +68,7 @@ def test_others_wait_for_each_other_and_no_longer_than_said() -> None:
     house.settle("d")
     house.clock.advance(PAUSE)
     assert house.told[1:] == [["d"]]
-    house.pass_by(0.1)
+    house.pass_by(2 * PAUSE)
     house.assert_nothing_is_left()
 
 
@@ -77,7 +77,7 @@ def test_a_prompt_one_takes_along_what_waits() -> None:
     house.settle("a")
     house.settle("b", prompt=True)
     assert house.told == [["a", "b"]]
-    house.pass_by(0.1)
+    house.pass_by(2 * PAUSE)
     assert house.told == [["a", "b"]]
     house.assert_nothing_is_left()
 
@@ -130,8 +130,22 @@ def test_what_is_due_is_told_when_somebody_is_about_to_ask() -> None:
     house.shared.mode = "up"
     for call in list(house.shared.under_way):
         call.answer()
-    house.pass_by(0.1)
+    house.pass_by(2 * PAUSE)
     assert house.told == [["a"], ["b", "c"], ["d"]]  # and the prompt one not again
+    house.assert_nothing_is_left()
+
+
+def test_what_comes_after_others_were_told_waits_for_as_long_as_those_did() -> None:
+    house = House()
+    house.settle("a")
+    house.clock.advance(PAUSE * 0.9)
+    house.behind.tell(TOKEN)
+    house.settle("b")
+    house.clock.advance(PAUSE * 0.9)
+    assert house.told == [["a"]]
+    house.clock.advance(PAUSE * 0.2)
+    assert house.told == [["a"], ["b"]]
+    house.pass_by(2 * PAUSE)
     house.assert_nothing_is_left()
 
 
@@ -142,7 +156,7 @@ def test_no_more_go_together_than_a_store_has_patience_for() -> None:
     house.clock.advance(PAUSE)
     assert [len(each) for each in house.told] == [_TOGETHER, _TOGETHER, 1]
     assert [each for together in house.told for each in together] == ids
-    house.pass_by(0.1)
+    house.pass_by(2 * PAUSE)
     house.assert_nothing_is_left()
 
 

@@ -103,8 +103,6 @@ class Behind:
     async def finish(self) -> None:
         """Tell all, and return when it has arrived; what does not arrive now ends by itself."""
         self._closed = True
-        if self._pause is not None:
-            self._pause.cancel()
         self._tell_all()
         if self._kept:
             self._retry()
@@ -118,6 +116,9 @@ class Behind:
         self._tell_all()
 
     def _tell_all(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
         due, self._due = self._due, []
         self._keys.clear()
         self._is_hasty = False
