@@ -54,7 +54,7 @@ class House:
     def ready(self) -> int:
         """How many are ahead."""
         stock = self.ahead._stocks.get(TOKEN)
-        return 0 if stock is None else len(stock.ready)
+        return 0 if stock is None else stock.here
 
     @property
     def counted(self) -> dict[tuple[str, str], int]:

@@ -9,7 +9,7 @@ from twisted.internet.task import Clock
 from vllmproxy.limits.behind import Settlement
 from vllmproxy.limits.leases import Leases
 from vllmproxy.limits.spans import Spans, micros
-from vllmproxy.limits.values import MAX_AMOUNT, Ask, Denied, Granted, Rule
+from vllmproxy.limits.values import MAX_AMOUNT, Ask, Denied, Granted, Lot, Rule
 from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.limits_memory import MemoryLimiter
 from vllmproxy.usage.event import UsageEvent
@@ -98,11 +98,10 @@ class Shared:
     def reserve(self, ask: Ask) -> Deferred[Granted | Denied]:
         return self._call("reserve", ask.key, [ask.request_id], lambda: self._reserve_now(ask))
 
-    def reserve_ahead(
-        self, key: str, rules: tuple[Rule, ...], request_ids: Sequence[str], ahead: float
-    ) -> Deferred[list[Granted]]:
-        assert request_ids
-        return self._call("ahead", key, request_ids, lambda: self._ahead(key, rules, request_ids, ahead))
+    def reserve_ahead(self, key: str, rules: tuple[Rule, ...], name: str, count: int, ahead: float) -> Deferred[Lot]:
+        assert count
+        request_ids = [f"{name}:{number}" for number in range(count)]
+        return self._call("ahead", key, request_ids, lambda: self._ahead(key, rules, name, request_ids, ahead))
 
     def settle_all(self, settlements: Sequence[Settlement]) -> Deferred[None]:
         ids = [request_id for _, request_id, _ in settlements]
@@ -164,15 +163,15 @@ class Shared:
             self.reserved_at[ask.request_id] = self.clock.seconds()
         return decision
 
-    def _ahead(self, key: str, rules: tuple[Rule, ...], request_ids: Sequence[str], ahead: float) -> list[Granted]:
-        made = []
+    def _ahead(self, key: str, rules: tuple[Rule, ...], name: str, request_ids: Sequence[str], ahead: float) -> Lot:
+        lot = Lot(name, 0)
         for request_id in request_ids:
             decision = self._reserve_now(Ask(key, request_id, rules))
-            if isinstance(decision, Granted):
-                decision.request_id = request_id
-                made.append(decision)
-                self._begin_longer(key, ahead)
-        return made
+            if isinstance(decision, Denied):
+                break
+            lot = Lot(name, lot.granted + 1, decision.remaining, decision.taken, decision.day)
+            self._begin_longer(key, ahead)
+        return lot
 
     def _begin_longer(self, key: str, ahead: float) -> None:
         now = self._limiter._now()

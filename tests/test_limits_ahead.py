@@ -288,7 +288,7 @@ def test_when_a_limit_is_less_than_it_was_costs_are_learnt_anew() -> None:
 
 def test_who_costs_more_finds_as_many() -> None:
     house = House()
-    for _ in range(300):
+    for _ in range(900):
         house.asked(tokens(10**6, 1))
         house.clock.advance(LATENCY / 4)
     house.warm(tokens(10**6, 2))

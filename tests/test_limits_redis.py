@@ -16,7 +16,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.task import Clock, deferLater
 
-from vllmproxy.limits.values import Ask, Denied, Granted, Rule
+from vllmproxy.limits.values import Ask, Denied, Granted, Lot, Rule
 from vllmproxy.store.interface import StoreUnavailable
 from vllmproxy.store.limits_lua import RESERVE
 from vllmproxy.store.limits_memory import MemoryLimiter
@@ -71,9 +71,9 @@ def left_behind(server: RedisServer) -> dict[str, int]:
     return {name: int(server.command("PTTL", name)[1:]) for name in names}
 
 
-def ids(count: int, of: str = "some") -> list[str]:
-    """Return the ids of so many that are reserved ahead together."""
-    return [f"{of}:{number}" for number in range(count)]
+def all_of(lot: Lot) -> list[Granted]:
+    """Return what each of a lot's requests was granted."""
+    return [lot.take() for _ in range(lot.granted)]
 
 
 def is_settled(server: RedisServer, reservation: str, unit: str = "") -> bool:
@@ -154,7 +154,7 @@ async def test_places_that_are_renewed_are_kept_when_others_are_cleared_away(
         bench = RedisBench(server, links[0])
         limiter = bench.limiter
         assert isinstance(await bench.reserve(parallel(9)), Granted)
-        first, *others = await limiter.reserve_ahead(TOKEN, (parallel(9),), ids(4), 0.0)
+        first, *others = all_of(await limiter.reserve_ahead(TOKEN, (parallel(9),), "some", 4, 0.0))
         await limiter.settle_all([(TOKEN, each.request_id, (None,)) for each in others[:2]])
         bench.advance(30)
         assert await limiter.renew(TOKEN, [first.request_id, others[0].request_id]) == [others[0].request_id]
@@ -550,9 +550,9 @@ async def test_what_is_reserved_ahead_counts_from_when_its_requests_may_come(
         bench = RedisBench(server, links[0])
         limiter = bench.limiter
         assert isinstance(limiter, RedisLimiter)
-        made = await limiter.reserve_ahead(TOKEN, (requests(4), parallel(9)), ids(2), 0.5)
+        made = all_of(await limiter.reserve_ahead(TOKEN, (requests(4), parallel(9)), "some", 2, 0.5))
         assert made == [Granted((3, 8)), Granted((2, 7))]
-        assert [each.request_id for each in made] == ids(2)
+        assert [each.request_id for each in made] == ["some:0", "some:1"]
         bench.advance(0.1)
         assert await bench.reserve(requests(4)) == Granted((1,))  # which does not make that bucket leave sooner
         bench.advance(0.8)
@@ -571,9 +571,10 @@ async def test_what_is_reserved_ahead_counts_from_when_its_requests_may_come(
 @pytest_twisted.ensureDeferred
 async def test_of_what_is_reserved_ahead_some_may_be_granted(links: list[Link]) -> None:
     limiter = limiter_on(links[0])
-    made = await limiter.reserve_ahead(TOKEN, (requests(3),), ids(4), 0.5)
-    assert [each.request_id for each in made] == ids(3)
-    await limiter.settle_all([(TOKEN, id, (0,)) for id in ids(3)])
+    made = all_of(await limiter.reserve_ahead(TOKEN, (requests(3),), "some", 4, 0.5))
+    assert [each.request_id for each in made] == ["some:0", "some:1", "some:2"]
+    assert (await limiter.reserve_ahead(TOKEN, (requests(3),), "more", 4, 0.5)).granted == 0
+    await limiter.settle_all([(TOKEN, each.request_id, (0,)) for each in made])
     assert await limiter.reserve(ask("one", requests(3))) == Granted((2,))
 
 
@@ -582,7 +583,8 @@ async def test_each_of_what_is_reserved_ahead_is_settled_once_and_for_itself(
     server: RedisServer, links: list[Link]
 ) -> None:
     limiter = limiter_on(links[0])
-    one, two, three = await limiter.reserve_ahead(TOKEN, (tokens(1000, 100), parallel(9)), ids(3), 0.5)
+    lot = await limiter.reserve_ahead(TOKEN, (tokens(1000, 100), parallel(9)), "some", 3, 0.5)
+    one, two, three = all_of(lot)
     assert (one.taken, three.taken) == ((100, 1), (100, 1))
     for _ in range(2):
         await limiter.settle_all([(TOKEN, one.request_id, (7, 0)), (TOKEN, one.request_id, (0, 0))])
@@ -606,9 +608,9 @@ async def test_several_alike_are_decided_as_one_after_the_other(links: list[Link
         cost = choose.choice([1, 7, 30, 0])
         some = requests(40), tokens(900, cost), Rule("budget_tokens", "", 800, cost), parallel(20, "m")
         rules = tuple(choose.sample(some, choose.randint(1, 4)))
-        wanted = ids(choose.choice([1, 2, 5, 16]), f"r{round}")
-        made = await limiter.reserve_ahead(TOKEN, rules, wanted, 0.0)
-        expected = [alone.reserve_now(Ask(TOKEN, id, rules)) for id in wanted]
+        name, count = f"r{round}", choose.choice([1, 2, 5, 16])
+        made = all_of(await limiter.reserve_ahead(TOKEN, rules, name, count, 0.0))
+        expected = [alone.reserve_now(Ask(TOKEN, f"{name}:{number}", rules)) for number in range(count)]
         granted = [each for each in expected if isinstance(each, Granted)]
         assert [(each.remaining, each.taken) for each in made] == [(each.remaining, each.taken) for each in granted]
         running += [(each.request_id, len(rules)) for each in made]
@@ -624,7 +626,7 @@ async def test_several_alike_are_decided_as_one_after_the_other(links: list[Link
 async def test_what_was_reserved_ahead_unheard_is_given_back(server: RedisServer, links: list[Link]) -> None:
     limiter = limiter_on(links[0])
     await limiter.settle_all([(TOKEN, "unknown", ())])
-    await unheard(server, links[0], lambda: limiter.reserve_ahead(TOKEN, RULES, ids(2), 0.5))
+    await unheard(server, links[0], lambda: limiter.reserve_ahead(TOKEN, RULES, "some", 2, 0.5))
     assert await eventually(limiter, "after") == FIRST
     assert is_settled(server, "some", unit="0")
     assert is_settled(server, "some", unit="1")

@@ -6,7 +6,7 @@ again and again, while its limits are far away, so that what nobody takes is no 
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, Literal
 
 from twisted.internet.defer import Deferred, DeferredList
@@ -17,7 +17,7 @@ from twisted.python.failure import Failure
 from vllmproxy.deadlines import Deadlines
 from vllmproxy.ids import fresh_id
 from vllmproxy.limits.behind import Behind, Shared
-from vllmproxy.limits.values import BUDGETS, MAX_AMOUNT, Ask, Denied, Granted, Rule
+from vllmproxy.limits.values import BUDGETS, MAX_AMOUNT, Ask, Denied, Granted, Lot, Rule
 from vllmproxy.store.interface import StoreUnavailable
 
 _log = Logger(namespace=__name__)
@@ -25,9 +25,9 @@ _log = Logger(namespace=__name__)
 #: Seconds for which a reservation may wait for a request.
 AHEAD: Final = 0.5
 #: The most that wait for one key, which are one reservation like fewer of them.
-MOST: Final = 256
-#: Seconds that they should do for.
-_FILLING: Final = 0.05
+MOST: Final = 1024
+#: Seconds that they should do for: each call holds up whatever else is done then.
+_FILLING: Final = 0.1
 #: They take no more than this part of what is left, and there are none where less than half of a limit is left.
 _PART: Final = 32
 #: What one request takes more of than another, as it is expected to use more.
@@ -47,7 +47,7 @@ class Ahead:
         self._stocks: dict[str, _Stock] = {}
         self._untouched: Deadlines[str] = Deadlines(clock, AHEAD, self._refresh)
         #: Calls that ask for more: the key, for which stock, how many, since when.
-        self._asking: dict[Deferred[list[Granted]], tuple[str, _Stock, int, float]] = {}
+        self._asking: dict[Deferred[Lot], tuple[str, _Stock, int, float]] = {}
         self._closed = False
 
     def reserve(self, ask: Ask) -> Granted | Denied | Deferred[Granted | Denied]:
@@ -57,8 +57,7 @@ class Ahead:
             if not 0 <= now - stock.ready[0][0] < AHEAD:
                 self._give_back(ask.key, stock.spoilt(now))
             if stock.ready and stock.fit(ask.rules) == "fits":
-                _, made = stock.ready.popleft()
-                stock.taken += 1
+                made = stock.take()
                 self._fill_soon(ask.key, stock, now)
                 return made
         return self._ask(ask)
@@ -133,27 +132,25 @@ class Ahead:
         if missing <= 0:  # little is left by now
             return
         self._untouched.set(key)
-        one = fresh_id().decode("ascii")
-        ids = [f"{one}:{number}" for number in range(missing)]
         self._behind.tell(key)  # a store that is busy anyway is so for a little longer
         stock.asked += missing
-        asked = self._limiter.reserve_ahead(key, stock.rules, ids, AHEAD)
+        asked = self._limiter.reserve_ahead(key, stock.rules, fresh_id().decode("ascii"), missing, AHEAD)
         self._asking[asked] = key, stock, missing, now
         asked.addCallbacks(self._made, self._not_made, (asked,), errbackArgs=(asked,))
         asked.addErrback(_failed)
 
-    def _made(self, made: list[Granted], asked: Deferred[list[Granted]]) -> None:
+    def _made(self, lot: Lot, asked: Deferred[Lot]) -> None:
         key, stock, count, at = self._asking.pop(asked)
         stock.asked -= count
         if self._stocks.get(key) is not stock:
-            self._give_back(key, made)
-        elif made:
-            stock.left(made[-1].remaining)
-            stock.ready.extend([(at, each) for each in made])
-        if len(made) < count:
+            self._give_back(key, [lot])
+        elif lot.granted:
+            stock.left(lot.remaining)
+            stock.add(at, lot)
+        if lot.granted < count:
             self._drop(key)
 
-    def _not_made(self, reason: Failure, asked: Deferred[list[Granted]]) -> None:
+    def _not_made(self, reason: Failure, asked: Deferred[Lot]) -> None:
         key, stock, count, _ = self._asking.pop(asked)
         stock.asked -= count
         self._drop(key)
@@ -163,9 +160,7 @@ class Ahead:
         """No more was asked for in a while. What is ahead is given back, and as many made anew as were taken meanwhile:
         some ask many times at once, and then wait."""
         stock = self._stocks[key]
-        unused = [made for _, made in stock.ready]
-        stock.ready.clear()
-        self._give_back(key, unused)
+        self._give_back(key, stock.all())
         stock.size = min(stock.taken, MOST)
         if stock.missing > 0:
             self._fill(key, stock)
@@ -177,11 +172,12 @@ class Ahead:
         self._untouched.clear(key)
         stock = self._stocks.pop(key, None)
         if stock is not None:
-            self._give_back(key, [made for _, made in stock.ready])
+            self._give_back(key, stock.all())
 
-    def _give_back(self, key: str, unused: Sequence[Granted]) -> None:
-        for made in unused:
-            self._behind.settle(key, made.request_id, (0,) * len(made.taken), prompt=True)
+    def _give_back(self, key: str, unused: Iterable[Lot]) -> None:
+        for lot in unused:
+            while lot.left:
+                self._behind.settle(key, lot.take().request_id, (0,) * len(lot.taken), prompt=True)
 
 
 class _Stock:
@@ -190,13 +186,14 @@ class _Stock:
     :param rules: what a request asks for.
     :param before: the stock that did not do for it. Costs are powers of two, so that most requests find theirs.
     :ivar size: how many it should be, as far as the limits afford that.
-    :ivar ready: when each was asked for, oldest first.
+    :ivar ready: when each lot was asked for, oldest first; none of them is used up. :ivar here: how many requests they
+        do for.
     :ivar most: how many the limits afford; 0 where they are not far away.
     :ivar asked: how many are on their way. :ivar is_due: whether more are about to be asked for.
     :ivar filled: when some were asked for last. :ivar taken: how many requests came since.
     """
 
-    __slots__ = ("asked", "filled", "is_due", "most", "ready", "rules", "size", "taken")
+    __slots__ = ("asked", "filled", "here", "is_due", "most", "ready", "rules", "size", "taken")
 
     def __init__(self, rules: tuple[Rule, ...], before: "_Stock | None") -> None:
         self.rules = tuple(map(_rounded, rules))
@@ -205,7 +202,8 @@ class _Stock:
             pairs = zip(before.rules, self.rules, strict=True)
             self.rules = tuple(old if new.cost < old.cost <= _next_to_nothing(old) else new for old, new in pairs)
             self.size = before.size
-        self.ready: deque[tuple[float, Granted]] = deque()
+        self.ready: deque[tuple[float, Lot]] = deque()
+        self.here = 0
         self.asked = 0
         self.is_due = False
         self.filled = 0.0
@@ -233,12 +231,36 @@ class _Stock:
                 found = "too much"
         return found
 
-    def spoilt(self, now: float) -> list[Granted]:
+    def add(self, at: float, lot: Lot) -> None:
+        """It was asked for then."""
+        self.ready.append((at, lot))
+        self.here += lot.left
+
+    def take(self) -> Granted:
+        """A request has come, and takes one of what is here."""
+        lot = self.ready[0][1]
+        made = lot.take()
+        if not lot.left:
+            self.ready.popleft()
+        self.here -= 1
+        self.taken += 1
+        return made
+
+    def all(self) -> list[Lot]:
+        """Take all out."""
+        out = [lot for _, lot in self.ready]
+        self.ready.clear()
+        self.here = 0
+        return out
+
+    def spoilt(self, now: float) -> list[Lot]:
         """Take out what has waited for too long: there was too much of it. Or the clock was set back."""
         out = []
         while self.ready and not 0 <= now - self.ready[0][0] < AHEAD:
-            out.append(self.ready.popleft()[1])
-        self.size = max(self.size - len(out), 1)
+            lot = self.ready.popleft()[1]
+            self.here -= lot.left
+            self.size = max(self.size - lot.left, 1)
+            out.append(lot)
         if not self.ready:  # who takes them out waits, and makes it grow again
             self.size = max(self.size // 2, 1)
         return out
@@ -246,8 +268,7 @@ class _Stock:
     @property
     def held(self) -> tuple[tuple[Rule, int], ...]:
         """Each rule, and how much of it is reserved here."""
-        count = len(self.ready)
-        return tuple([(rule, count * rule.cost) for rule in self.rules]) if count else ()
+        return tuple([(rule, self.here * rule.cost) for rule in self.rules]) if self.here else ()
 
     def grow(self) -> None:
         """Requests would soon find nothing here."""
@@ -263,12 +284,12 @@ class _Stock:
     def is_low(self) -> bool:
         """Whether half of it is missing: a store needs as long for many as for few."""
         wanted = min(self.size, self.most)
-        return wanted - len(self.ready) - self.asked >= max(1, wanted // 2)
+        return wanted - self.here - self.asked >= max(1, wanted // 2)
 
     @property
     def missing(self) -> int:
         """How many are to be asked for."""
-        return min(self.size, self.most) - len(self.ready) - self.asked
+        return min(self.size, self.most) - self.here - self.asked
 
 
 def _rounded(rule: Rule) -> Rule:

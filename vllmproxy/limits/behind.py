@@ -9,7 +9,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from vllmproxy.limits.values import Ask, Denied, Granted, Rule
+from vllmproxy.limits.values import Ask, Denied, Granted, Lot, Rule
 from vllmproxy.store.interface import StoreUnavailable
 
 _log = Logger(namespace=__name__)
@@ -18,7 +18,7 @@ _log = Logger(namespace=__name__)
 Settlement = tuple[str, str, tuple[int | None, ...]]
 
 #: Seconds that one may wait for others, where nobody waits for what it gives back.
-PAUSE: Final = 0.05
+PAUSE: Final = 0.1
 #: Seconds between tries while the store is away, for how long it matters, and how many calls are kept.
 RETRY: Final = 1.0
 MATTERS: Final = 60.0
@@ -46,13 +46,11 @@ class Shared(Protocol):
     def reserve(self, ask: Ask) -> Granted | Denied | Deferred[Granted | Denied]:
         """Take from all of the ask's limits, or from none."""
 
-    def reserve_ahead(
-        self, key: str, rules: tuple[Rule, ...], request_ids: Sequence[str], ahead: float
-    ) -> Deferred[list[Granted]]:
-        """Take the same for each of several requests that may come within ``ahead`` seconds: what is taken counts so
-        much longer. Return what was granted.
+    def reserve_ahead(self, key: str, rules: tuple[Rule, ...], name: str, count: int, ahead: float) -> Deferred[Lot]:
+        """Take the same for each of ``count`` requests that may come within ``ahead`` seconds: what is taken counts so
+        much longer. Return what was granted, maybe to fewer, or to none.
 
-        :param request_ids: ``ID:0``, ``ID:1`` … of one new ID. No other request's id has a colon.
+        :param name: of the lot; a new one, without a colon, as all other requests' ids.
         """
 
     def settle_all(self, settlements: Sequence[Settlement]) -> Deferred[None]:

@@ -92,6 +92,36 @@ class Granted:
     day: int = field(default=0, eq=False)
 
 
+@define
+class Lot:
+    """What was granted to several requests that are alike, and are to come; each takes a part of its own.
+
+    :ivar name: under which it was taken; a part's request id is ``NAME:0``, ``NAME:1`` ….
+    :ivar granted: to how many. :ivar remaining: as of :class:`Granted`, when all of them have come.
+    :ivar used: how many have come.
+    """
+
+    name: str
+    granted: int
+    remaining: tuple[int, ...] = ()
+    taken: tuple[int, ...] = ()
+    day: int = 0
+    used: int = 0
+
+    @property
+    def left(self) -> int:
+        """How many may come."""
+        return self.granted - self.used
+
+    def take(self) -> Granted:
+        """Return what the next of them was granted, as if one after the other had asked."""
+        later = self.granted - self.used - 1
+        remaining = tuple([left + later * cost for left, cost in zip(self.remaining, self.taken, strict=True)])
+        part = Granted(remaining, self.taken, f"{self.name}:{self.used}", self.day)
+        self.used += 1
+        return part
+
+
 @frozen
 class Denied:
     """Nothing was taken.

@@ -24,7 +24,17 @@ from txredisapi import RedisError
 from vllmproxy.limits.accounts import has_budget
 from vllmproxy.limits.behind import HELD, SELDOM, Settlement
 from vllmproxy.limits.spans import Spans, micros
-from vllmproxy.limits.values import BUDGETS, BUSY_RETRY_AFTER, MAX_AMOUNT, Ask, Denied, DuplicateRequest, Granted, Rule
+from vllmproxy.limits.values import (
+    BUDGETS,
+    BUSY_RETRY_AFTER,
+    MAX_AMOUNT,
+    Ask,
+    Denied,
+    DuplicateRequest,
+    Granted,
+    Lot,
+    Rule,
+)
 from vllmproxy.limits.window import bucket_width
 from vllmproxy.store.calls import Calls
 from vllmproxy.store.gathering import Gathering
@@ -79,38 +89,35 @@ class RedisLimiter:
         self._reserving.add(asked)
         return asked.decided
 
-    def reserve_ahead(
-        self, key: str, rules: tuple[Rule, ...], request_ids: Sequence[str], ahead: float
-    ) -> Deferred[list[Granted]]:
-        reservation, _ = _place_of(request_ids[0])
+    def reserve_ahead(self, key: str, rules: tuple[Rule, ...], name: str, count: int, ahead: float) -> Deferred[Lot]:
+        reservation = name_bytes(name)
         counters, text = _counted(name_bytes(key), rules)
         names = [_name(key, b"clock"), _name(key, b"request", reservation), *counters]
-        words = [*self._lengths, b"%d" % micros(ahead), reservation, b"%d" % len(request_ids), text]
+        words = [*self._lengths, b"%d" % micros(ahead), reservation, b"%d" % count, text]
         call = self._scripts.call(RESERVE, names, words)
+        wanted = Lot(name, count)
         reserved: Deferred[Any] = self._scripts.run(call)
         return reserved.addCallbacks(
             self._reserved_ahead,
             self._not_reserved_ahead,
-            (key, rules, request_ids),
-            errbackArgs=(key, rules, request_ids, call),
+            (key, rules, wanted),
+            errbackArgs=(key, rules, wanted, call),
         )
 
-    def _reserved_ahead(
-        self, reply: list[Any], key: str, rules: tuple[Rule, ...], request_ids: Sequence[str]
-    ) -> list[Granted]:
+    def _reserved_ahead(self, reply: list[Any], key: str, rules: tuple[Rule, ...], wanted: Lot) -> Lot:
         decision = _decision(len(rules), reply[2] if len(reply) > 2 else None, reply[1])
         if isinstance(decision, Granted):
-            return _each_of(decision, request_ids[: reply[2][0]])
+            count = min(reply[2][0], wanted.granted)
+            return Lot(wanted.name, count, decision.remaining, decision.taken, decision.day)
         if decision is None:
-            Deferred.fromCoroutine(self._give_back([Ask(key, request_id, rules) for request_id in request_ids]))
-        return []
+            Deferred.fromCoroutine(self._give_back(_asks_of(key, rules, wanted)))
+        return Lot(wanted.name, 0)
 
     def _not_reserved_ahead(
-        self, reason: Failure, key: str, rules: tuple[Rule, ...], request_ids: Sequence[str], call: ScriptCall
+        self, reason: Failure, key: str, rules: tuple[Rule, ...], wanted: Lot, call: ScriptCall
     ) -> Failure:
         if call.wire is not None:
-            asked = [Ask(key, request_id, rules) for request_id in request_ids]
-            Deferred.fromCoroutine(self._undo(asked, call.wire))
+            Deferred.fromCoroutine(self._undo(_asks_of(key, rules, wanted), call.wire))
         return reason
 
     def settle_all(self, settlements: Sequence[Settlement]) -> Deferred[None]:
@@ -255,15 +262,9 @@ def _used(units: Sequence[int], costs: Sequence[tuple[int | None, ...]]) -> byte
     return f"[{','.join(lists)}]".encode("ascii")
 
 
-def _each_of(all_of_them: Granted, request_ids: Sequence[str]) -> list[Granted]:
-    """Return what each of several was granted, as if one after the other."""
-    remaining, taken = all_of_them.remaining, all_of_them.taken
-    last = len(request_ids) - 1
-    each = []
-    for place, request_id in enumerate(request_ids):
-        left = tuple([remaining[rule] + (last - place) * cost for rule, cost in enumerate(taken)])
-        each.append(Granted(left, taken, request_id, all_of_them.day))
-    return each
+def _asks_of(key: str, rules: tuple[Rule, ...], wanted: Lot) -> list[Ask]:
+    """Return what each of a lot's requests would have asked for."""
+    return [Ask(key, f"{wanted.name}:{number}", rules) for number in range(wanted.granted)]
 
 
 def _counted(key: bytes, rules: tuple[Rule, ...]) -> tuple[list[bytes], bytes]:
