@@ -153,8 +153,8 @@ async def test_who_sends_events_again_is_told_of_their_accounts(tmp_path: Path) 
     await store.open()
     memory = MemoryUsage()
     for _ in range(2):
-        told = await store._write(usage_sqlite.add, "w", 1, [EVENT, EVENT])
-        assert told == memory.add("w", 1, [EVENT, EVENT]) == {TOKEN: Account(0, 2, 0)}
+        told = await store._write(usage_sqlite.add, "w", 1, [EVENT, EVENT], None)
+        assert told == memory.add("w", 1, [EVENT, EVENT], None) == {TOKEN: Account(0, 2, 0)}
     await store.close()
 
 

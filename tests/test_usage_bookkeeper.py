@@ -20,6 +20,7 @@ from vllmproxy.usage.book import Entry
 from vllmproxy.usage.bookkeeper import FLUSH_SECONDS, TELL_SECONDS, Bookkeeper, CannotWriteDown
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.journal import Journal, journals_in
+from vllmproxy.usage.ledger import Tally, batch_of
 from vllmproxy.usage.sums import UsageQuery
 
 EXPECTED = UsageEvent(time=1.0, key="k", prompt_tokens=1000, quality="estimated")
@@ -38,7 +39,9 @@ class Store(MemoryStore):
         self.sent = 0
         self.stalls: Deferred[None] | None = None
 
-    async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
+    async def add_usage(
+        self, writer: str, first: int, events: Sequence[UsageEvent], tally: Tally | None = None
+    ) -> None:
         self.calls += 1
         self.sent += len(events)
         if self.stalls is not None:
@@ -47,7 +50,8 @@ class Store(MemoryStore):
             raise StoreUnavailable
         if writer == self.refused:
             raise OverflowError("timestamp out of range")
-        await super().add_usage(writer, first, events)
+        assert tally is None or tally.batch() == batch_of(events)
+        await super().add_usage(writer, first, events, tally)
         if self.fault == "after":
             raise StoreUnavailable
 
@@ -147,7 +151,7 @@ def test_beyond_what_memory_may_hold_the_file_is_read_again(tmp_path: Path, monk
     for _ in range(50):
         desk.request()
     desk.turn()
-    assert len(desk.books._books[0]._pending) == 7
+    assert sum(len(each.events) for each in desk.books._books[0]._pending) == 7
     desk.store.fault = None
     desk.turn()
     desk.request()

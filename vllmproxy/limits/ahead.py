@@ -240,7 +240,7 @@ class _Stock:
         """A request has come, and takes one of what is here."""
         lot = self.ready[0][1]
         made = lot.take()
-        if not lot.left:
+        if lot.used == lot.granted:
             self.ready.popleft()
         self.here -= 1
         self.taken += 1

@@ -1,5 +1,6 @@
 """What is asked of the limits and what they answer."""
 
+from operator import sub
 from typing import Final, Literal
 
 from attrs import define, field, frozen
@@ -97,8 +98,8 @@ class Lot:
     """What was granted to several requests that are alike, and are to come; each takes a part of its own.
 
     :ivar name: under which it was taken; a part's request id is ``NAME:0``, ``NAME:1`` ….
-    :ivar granted: to how many. :ivar remaining: as of :class:`Granted`, when all of them have come.
-    :ivar used: how many have come.
+    :ivar granted: to how many. :ivar used: how many have come.
+    :ivar remaining: as of :class:`Granted`, when all of them have come. :ivar taken: for each of them.
     """
 
     name: str
@@ -106,7 +107,12 @@ class Lot:
     remaining: tuple[int, ...] = ()
     taken: tuple[int, ...] = ()
     day: int = 0
-    used: int = 0
+    used: int = field(default=0, init=False)
+    #: What remained for the last one that came, as if those after it had not asked yet.
+    _told: tuple[int, ...] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._told = tuple([left + self.granted * cost for left, cost in zip(self.remaining, self.taken, strict=True)])
 
     @property
     def left(self) -> int:
@@ -115,9 +121,8 @@ class Lot:
 
     def take(self) -> Granted:
         """Return what the next of them was granted, as if one after the other had asked."""
-        later = self.granted - self.used - 1
-        remaining = tuple([left + later * cost for left, cost in zip(self.remaining, self.taken, strict=True)])
-        part = Granted(remaining, self.taken, f"{self.name}:{self.used}", self.day)
+        self._told = tuple(map(sub, self._told, self.taken))
+        part = Granted(self._told, self.taken, f"{self.name}:{self.used}", self.day)
         self.used += 1
         return part
 

@@ -11,6 +11,7 @@ from vllmproxy.keys.key import VirtualKey
 from vllmproxy.limits.interface import Limiter
 from vllmproxy.store.listing import KeyPage, KeyQuery
 from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.ledger import Tally
 from vllmproxy.usage.sums import Account, Spent, UsageQuery, UsageSum
 
 #: The layout of what is stored. An older one is brought up to this; a store with a newer one is not opened.
@@ -148,7 +149,9 @@ class Store(Protocol):
     async def list_audit(self, limit: int, before: str | None = None) -> list[StoredEntry]:
         """Return at most ``limit`` entries, the newest first, older than the one with the id ``before``."""
 
-    async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
+    async def add_usage(
+        self, writer: str, first: int, events: Sequence[UsageEvent], tally: Tally | None = None
+    ) -> None:
         """Add events to the sums and to the accounts of virtual keys, each exactly once.
 
         All of them or none, up to 200; more may be added in pieces of so many, in order. Of one key and day only so
@@ -163,6 +166,7 @@ class Store(Protocol):
         :param writer: names a journal; its events are numbered 1, 2, 3 … and come in that order.
         :param first: the number of the first of ``events``. Those up to the last number that was added are left out;
             that some are missing before it does not matter.
+        :param tally: of all of these, where somebody has kept it.
         """
 
     async def forget_writer(self, writer: str) -> None:

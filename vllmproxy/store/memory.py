@@ -14,6 +14,7 @@ from vllmproxy.store.listing import KeyPage, KeyQuery, Selection
 from vllmproxy.store.rows import dump_entry, dump_row, load_entry, load_row
 from vllmproxy.store.usage_memory import MemoryUsage
 from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.ledger import Tally
 from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
 
 
@@ -85,9 +86,11 @@ class MemoryStore(Changes):
         end = len(self._audit) if before is None else min(int(before.partition("-")[0]), len(self._audit))
         return [StoredEntry(str(id), load_entry(self._audit[id])) for id in range(end - 1, max(end - limit, 0) - 1, -1)]
 
-    async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
+    async def add_usage(
+        self, writer: str, first: int, events: Sequence[UsageEvent], tally: Tally | None = None
+    ) -> None:
         self._check_open()
-        self._limiters.added(self._usage.add(writer, first, events), events)
+        self._limiters.added(self._usage.add(writer, first, events, tally), events)
 
     async def forget_writer(self, writer: str) -> None:
         self._check_open()

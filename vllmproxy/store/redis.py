@@ -43,6 +43,7 @@ from vllmproxy.store.rows import dump_entry, dump_row, load_entry, name_bytes, n
 from vllmproxy.store.subscription import Subscription
 from vllmproxy.store.usage_redis import RedisUsage
 from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.ledger import Tally
 from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
 
 # A script sent to a Redis that was stopped runs when it goes on, after the caller was told that it failed.
@@ -227,8 +228,10 @@ class RedisStore(Changes):
         except ValueError as error:
             raise StoreUnavailable(f"{self._address} holds something else than an audit entry: {error}") from error
 
-    async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
-        await self._usage.add(writer, first, events)
+    async def add_usage(
+        self, writer: str, first: int, events: Sequence[UsageEvent], tally: Tally | None = None
+    ) -> None:
+        await self._usage.add(writer, first, events, tally)
 
     async def forget_writer(self, writer: str) -> None:
         await self._usage.forget(writer)

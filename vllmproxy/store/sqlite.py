@@ -34,6 +34,7 @@ from vllmproxy.store.listing import KeyPage, KeyQuery, Selection
 from vllmproxy.store.rows import dump_entry, dump_row, load_entry, load_row, name_bytes, name_text
 from vllmproxy.store.sqlite_schema import BUSY_SECONDS, end_with, prepare
 from vllmproxy.usage.event import UsageEvent
+from vllmproxy.usage.ledger import Tally
 from vllmproxy.usage.sums import Account, UsageQuery, UsageSum
 
 _log = Logger(namespace=__name__)
@@ -133,8 +134,10 @@ class SqliteStore(Changes):
     async def list_audit(self, limit: int, before: str | None = None) -> list[StoredEntry]:
         return await self._run(_list_audit, limit, before)
 
-    async def add_usage(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
-        call = self._write(usage_sqlite.add, writer, first, tuple(events))
+    async def add_usage(
+        self, writer: str, first: int, events: Sequence[UsageEvent], tally: Tally | None = None
+    ) -> None:
+        call = self._write(usage_sqlite.add, writer, first, tuple(events), tally)
         accounts = await self._result(call, self._timeout)
         self._limiters.added(accounts, events)
 

@@ -13,6 +13,7 @@ from vllmproxy.usage.ledger import (
     OTHER,
     Numbers,
     Summing,
+    Tally,
     added,
     batch_of,
     days_of,
@@ -55,10 +56,10 @@ class MemoryUsage:
         self._writers.clear()
         self._accounts.clear()
 
-    def add(self, writer: str, first: int, events: Sequence[UsageEvent]) -> Mapping[str, Account]:
+    def add(self, writer: str, first: int, events: Sequence[UsageEvent], tally: Tally | None) -> Mapping[str, Account]:
         """Add those of ``events`` that are new, and return the accounts of all their keys."""
         new = unseen(first, events, self.last(writer))
-        batch = batch_of(new)
+        batch = batch_of(new, tally)
         # From here on nothing fails.
         for (day, key), rows in batch.sums.items():
             if day not in self._days:

@@ -26,6 +26,7 @@ from vllmproxy.usage.ledger import (
     OTHER,
     Batch,
     Summing,
+    Tally,
     batch_of,
     days_of,
     unseen,
@@ -38,7 +39,8 @@ _log = Logger(namespace=__name__)
 WRITER_DAYS: Final = 90
 
 _DAY: Final = 86_400
-#: Events in one script, and rows and hashes that one reads: each holds Redis up for a few milliseconds at most.
+#: Events in one script that may all be unlike, and rows and hashes that one reads: each holds Redis up for a few
+#: milliseconds at most.
 _EVENTS: Final = 200
 _ROWS: Final = 2000
 _HASHES: Final = 500
@@ -58,10 +60,13 @@ class RedisUsage:
         """Fail every call under way: the store closes."""
         self._scripts.end()
 
-    async def add(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
+    async def add(self, writer: str, first: int, events: Sequence[UsageEvent], tally: Tally | None) -> None:
         """Add ``events`` in pieces, each with a number of its own; a piece is added whole or not at all."""
         if not events:
             await self.last(writer)
+        if tally is not None and tally.unlike <= _EVENTS:
+            await self._add(writer, first, events, tally)
+            return
         for start in range(0, len(events), _EVENTS):
             await self._add(writer, first + start, events[start : start + _EVENTS])
 
@@ -99,9 +104,9 @@ class RedisUsage:
         except ValueError as error:
             raise StoreUnavailable(f"it holds something else than an account: {error}") from error
 
-    async def _add(self, writer: str, first: int, events: Sequence[UsageEvent]) -> None:
+    async def _add(self, writer: str, first: int, events: Sequence[UsageEvent], tally: Tally | None = None) -> None:
         while events:
-            names, words = _arguments(writer, first, len(events), batch_of(events))
+            names, words = _arguments(writer, first, len(events), batch_of(events, tally))
             what, _, *more = await self._scripts.run(self._scripts.call(ADD, names, _words(words)))
             if what != OVERLAP:
                 for name, why in zip(more[::2], more[1::2], strict=True):

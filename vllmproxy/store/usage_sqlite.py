@@ -13,6 +13,7 @@ from vllmproxy.usage.ledger import (
     MOST_GROUPS,
     MOST_MODELS,
     OTHER,
+    Tally,
     TooManySums,
     batch_of,
     days_of,
@@ -31,13 +32,15 @@ _ADD: Final = (
 _TABLES: Final = ("usage", "usage_names")
 
 
-def add(transaction: Transaction, writer: str, first: int, events: Sequence[UsageEvent]) -> dict[str, Account]:
+def add(
+    transaction: Transaction, writer: str, first: int, events: Sequence[UsageEvent], tally: Tally | None
+) -> dict[str, Account]:
     """Add those of ``events`` that are new, and return the accounts of all their keys.
 
     Also of those that were added before: who sends them again was not told what came of it.
     """
     new = unseen(first, events, last(transaction, writer))
-    batch = batch_of(new)
+    batch = batch_of(new, tally)
     for (day, key), rows in batch.sums.items():
         keyday = day, name_bytes(key)
         for (model, end_user), numbers in rows.items():

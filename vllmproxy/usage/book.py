@@ -3,19 +3,19 @@
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from itertools import islice
 from typing import Final, Protocol
 
-from attrs import frozen
+from attrs import Factory, define, frozen
 from twisted.logger import Logger
 
 from vllmproxy.soon import Soon
 from vllmproxy.usage.event import UsageEvent
 from vllmproxy.usage.journal import Ended, Journal, Numbered
+from vllmproxy.usage.ledger import Tally
 
 _log = Logger(namespace=__name__)
 
-#: Events in one call to the store, and events kept in memory for it; more are read from the file again.
+#: Events in one call to the store, about, and events kept in memory for it; more are read from the file again.
 _BATCH: Final = 500
 _MOST_PENDING: Final = 10_000
 #: Bytes of a former journal that the store has, from which on it is worth while to leave them out.
@@ -34,7 +34,7 @@ class Pages(Protocol):
 
     def begin(self, id: str, expected: UsageEvent) -> None: ...
 
-    def end(self, ended: Sequence[Ended]) -> list[Numbered]: ...
+    def end(self, ended: Sequence[Ended]) -> None: ...
 
     def read(self, offset: int, number: int, most: int) -> list[Numbered]: ...
 
@@ -65,12 +65,10 @@ class Unwritten:
     def begin(self, id: str, expected: UsageEvent) -> None:
         self.open[id] = expected
 
-    def end(self, ended: Sequence[Ended]) -> list[Numbered]:
-        first = self.written + 1
+    def end(self, ended: Sequence[Ended]) -> None:
         self.written += len(ended)
         for id, _ in ended:
             self.open.pop(id, None)
-        return [Numbered(number, event, 0) for number, (_, event) in enumerate(ended, first)]
 
     def read(self, offset: int, number: int, most: int) -> list[Numbered]:
         return []
@@ -97,6 +95,20 @@ class Unwritten:
         """There is no file."""
 
 
+@define
+class Delivery:
+    """Events that the store is to have in one call.
+
+    :ivar first: the number of the first one. :ivar end: where in the journal the line after the last begins.
+    :ivar tally: of the events, unless they were read again.
+    """
+
+    first: int
+    events: list[UsageEvent] = Factory(list)
+    end: int = 0
+    tally: Tally | None = Factory(Tally)
+
+
 class Book:
     """A journal and how far the store has come with it.
 
@@ -109,7 +121,11 @@ class Book:
         self.added = journal.before
         self._soon = soon
         self._offset = 0
-        self._pending: deque[Numbered] = deque()
+        self._pending: deque[Delivery] = deque()
+        #: The number of the last event in these, or that the store has.
+        self._kept = self.added
+        #: Whether no more is to go together with the last of these.
+        self._is_sealed = False
         self._ended: list[Ended] = []
         self._is_due = False
         self._complained = False
@@ -142,8 +158,9 @@ class Book:
     def _write(self, count: int) -> None:
         """Write down the first so many, or those before the first that the disk refuses, and keep them for the store if
         nothing before them was left out. Raises ``OSError``: not all."""
+        ended, first = self._ended[:count], self.journal.written + 1
         try:
-            numbered = self.journal.end(self._ended[:count])
+            self.journal.end(ended)
         except OSError:
             if count == 1:
                 raise
@@ -151,31 +168,46 @@ class Book:
             self._write(count - count // 2)
             return
         del self._ended[:count]
-        last = self._pending[-1].number if self._pending else self.added
-        if numbered[0].number == last + 1:
-            self._pending += numbered[: max(_MOST_PENDING - len(self._pending), 0)]
+        if first == self._kept + 1 and self._kept - self.added < _MOST_PENDING:
+            self._keep(first, [event for _, event in ended])
 
-    def batch(self) -> list[Numbered]:
+    def _keep(self, first: int, events: list[UsageEvent]) -> None:
+        """Keep what was just written down for the store."""
+        if not self._pending or self._is_sealed or len(self._pending[-1].events) >= _BATCH:
+            self._pending.append(Delivery(first))
+            self._is_sealed = False
+        delivery = self._pending[-1]
+        delivery.events += events
+        self._kept += len(events)
+        delivery.end = self.journal.size
+        if delivery.tally is not None:
+            delivery.tally.add(events)
+
+    def next(self) -> Delivery | None:
         """Return what the store is to have next, and the disk has: else a power cut would give numbers that the store
         knows to other events."""
         most = min(self._synced[1] - self.added, _BATCH)
         if most <= 0:
-            return []
+            return None
         if self._pending:
-            return list(islice(self._pending, most))
-        return self.journal.read(self._offset, self.added + 1, most)
+            return self._pending[0]
+        found = self.journal.read(self._offset, self.added + 1, most)
+        return Delivery(self.added + 1, [each.event for each in found], found[-1].end, None) if found else None
 
-    def has(self, batch: list[Numbered]) -> None:
+    def has(self, delivery: Delivery) -> None:
         """The store has it."""
-        self.added, self._offset = batch[-1].number, batch[-1].end
-        while self._pending and self._pending[0].number <= self.added:
+        self.added, self._offset = delivery.first + len(delivery.events) - 1, delivery.end
+        if self._pending:
             self._pending.popleft()
+        else:
+            self._kept = self.added
 
     async def sync(self, wait: Callable[[Callable[[], None]], Awaitable[None]]) -> None:
         """Have the disk take what was written so far. Raises ``OSError``.
 
         :param wait: calls what blocks, in a thread.
         """
+        self._is_sealed = True  # what comes meanwhile may not be on the disk
         so_far = self.journal.size, self.journal.written
         if so_far[0] != self._synced[0]:
             await wait(self.journal.sync)

@@ -140,9 +140,9 @@ class Bookkeeper:
 
     async def _bring(self, book: Book) -> None:
         await book.sync(self._wait_for)
-        while batch := book.batch():
-            await self._store.add_usage(book.journal.writer, batch[0].number, [each.event for each in batch])
-            book.has(batch)
+        while delivery := book.next():
+            await self._store.add_usage(book.journal.writer, delivery.first, delivery.events, delivery.tally)
+            book.has(delivery)
         if book is self._books[-1]:
             return
         if book.is_done:

@@ -154,20 +154,14 @@ class Journal:
         self._append(_begins(id, expected))
         self.open[id] = expected
 
-    def end(self, ended: Sequence[Ended]) -> list[Numbered]:
+    def end(self, ended: Sequence[Ended]) -> None:
         """Write down what requests used, all or nothing. Raises ``OSError``: should it stay at that, they are counted
         as expected when this is adopted."""
         lines = [f'["-",{encode_basestring_ascii(id)},{event.as_json()}]' for id, event in ended]
-        number, end = self.written, self.size
         self._append("\n".join(lines))
-        numbered = []
-        for place, (id, event) in enumerate(ended):
+        self.written += len(ended)
+        for id, _ in ended:
             self.open.pop(id, None)
-            number += 1
-            end += len(lines[place]) + 1  # all of it is ASCII
-            numbered.append(Numbered(number, event, end))
-        self.written = number
-        return numbered
 
     def read(self, offset: int, number: int, most: int) -> list[Numbered]:
         """Return up to ``most`` events from the line at ``offset`` on, the first of which has the number ``number``."""

@@ -80,36 +80,64 @@ class Batch:
     charges: Mapping[str, Charge]
 
 
-def batch_of(events: Iterable[UsageEvent]) -> Batch:
-    """Return what ``events`` add up to; a number beyond ``MAX_AMOUNT`` counts as that, a negative one as nothing.
+class Tally:
+    """Adds events up as they come, when they are at hand anyway; what they add up to does not depend on their order.
 
     Those that are alike in all but their numbers are added up together, in few steps for each.
+
+    :ivar count: of how many events.
     """
-    alike: dict[tuple[Any, ...], list[Numbers]] = {}
-    firsts: dict[tuple[Any, ...], UsageEvent] = {}
-    for event in events:
-        name = (event.time // 86_400, event.requests > 0, *_name_of(event))
-        numbers = alike.get(name)
-        if numbers is None:
-            alike[name] = [_numbers_of(event)]
-            firsts[name] = event
-        else:
-            numbers.append(_numbers_of(event))
-    sums: dict[tuple[str, str], dict[tuple[str, str], Numbers]] = {}
-    charges: dict[str, Charge] = {}
-    for name, each in alike.items():
-        first, (_, is_counted, key, model, end_user, quality, period, held_on) = firsts[name], name
-        requests, prompt, completion, cached, audio_ms, spend, held, held_tokens = _added_up(each)
-        if is_counted:
-            estimated, unknown = requests * (quality == "estimated"), requests * (quality == "unknown")
-            row = (requests, estimated, unknown, prompt, completion, cached, audio_ms, spend)
-            rows = sums.setdefault((first.day, key), {})
-            rows[model, end_user] = added(rows.get((model, end_user), NOTHING), row)
-        if first.is_of_virtual_key:
-            holds = {held_on: (held, held_tokens)} if held or held_tokens else {}
-            charge, before = Charge(period, spend, prompt + completion, holds), charges.get(key)
-            charges[key] = charge if before is None else before.joined(charge)
-    return Batch(sums, charges)
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._alike: dict[tuple[Any, ...], list[Numbers]] = {}
+        self._firsts: dict[tuple[Any, ...], UsageEvent] = {}
+
+    def add(self, events: Sequence[UsageEvent]) -> None:
+        """Add some more."""
+        self.count += len(events)
+        for event in events:
+            name = (event.time // 86_400, event.requests > 0, *_name_of(event))
+            numbers = self._alike.get(name)
+            if numbers is None:
+                self._alike[name] = [_numbers_of(event)]
+                self._firsts[name] = event
+            else:
+                numbers.append(_numbers_of(event))
+
+    @property
+    def unlike(self) -> int:
+        """In how many parts a store adds them, at most."""
+        return len(self._alike)
+
+    def batch(self) -> Batch:
+        """Return what they add up to; a number beyond ``MAX_AMOUNT`` counts as that, a negative one as nothing."""
+        sums: dict[tuple[str, str], dict[tuple[str, str], Numbers]] = {}
+        charges: dict[str, Charge] = {}
+        for name, each in self._alike.items():
+            first, (_, is_counted, key, model, end_user, quality, period, held_on) = self._firsts[name], name
+            requests, prompt, completion, cached, audio_ms, spend, held, held_tokens = _added_up(each)
+            if is_counted:
+                estimated, unknown = requests * (quality == "estimated"), requests * (quality == "unknown")
+                row = (requests, estimated, unknown, prompt, completion, cached, audio_ms, spend)
+                rows = sums.setdefault((first.day, key), {})
+                rows[model, end_user] = added(rows.get((model, end_user), NOTHING), row)
+            if first.is_of_virtual_key:
+                holds = {held_on: (held, held_tokens)} if held or held_tokens else {}
+                charge, before = Charge(period, spend, prompt + completion, holds), charges.get(key)
+                charges[key] = charge if before is None else before.joined(charge)
+        return Batch(sums, charges)
+
+
+def batch_of(events: Sequence[UsageEvent], tally: Tally | None = None) -> Batch:
+    """Return what ``events`` add up to.
+
+    :param tally: of these, or of more before them: then it is of no use.
+    """
+    if tally is None or tally.count != len(events):
+        tally = Tally()
+        tally.add(events)
+    return tally.batch()
 
 
 def added(numbers: Iterable[int], more: Iterable[int]) -> Numbers:
