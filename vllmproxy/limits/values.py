@@ -93,26 +93,27 @@ class Granted:
     day: int = field(default=0, eq=False)
 
 
-@define
 class Lot:
     """What was granted to several requests that are alike, and are to come; each takes a part of its own.
 
-    :ivar name: under which it was taken; a part's request id is ``NAME:0``, ``NAME:1`` ….
+    :param name: under which it was taken; a part's request id is ``NAME:0``, ``NAME:1`` ….
+    :param remaining: as of :class:`Granted`, when all of them have come.
     :ivar granted: to how many. :ivar used: how many have come.
-    :ivar remaining: as of :class:`Granted`, when all of them have come. :ivar taken: for each of them.
     """
 
-    name: str
-    granted: int
-    remaining: tuple[int, ...] = ()
-    taken: tuple[int, ...] = ()
-    day: int = 0
-    used: int = field(default=0, init=False)
-    #: What remained for the last one that came, as if those after it had not asked yet.
-    _told: tuple[int, ...] = field(init=False)
+    __slots__ = ("_left", "day", "granted", "name", "remaining", "taken", "used")
 
-    def __attrs_post_init__(self) -> None:
-        self._told = tuple([left + self.granted * cost for left, cost in zip(self.remaining, self.taken, strict=True)])
+    def __init__(
+        self, name: str, granted: int, remaining: tuple[int, ...] = (), taken: tuple[int, ...] = (), day: int = 0
+    ) -> None:
+        self.name = name
+        self.granted = granted
+        self.used = 0
+        self.remaining = remaining
+        self.taken = taken
+        self.day = day
+        #: What is left of each rule before the next of them comes.
+        self._left = tuple([left + granted * cost for left, cost in zip(remaining, taken, strict=True)])
 
     @property
     def left(self) -> int:
@@ -121,8 +122,8 @@ class Lot:
 
     def take(self) -> Granted:
         """Return what the next of them was granted, as if one after the other had asked."""
-        self._told = tuple(map(sub, self._told, self.taken))
-        part = Granted(self._told, self.taken, f"{self.name}:{self.used}", self.day)
+        self._left = tuple(map(sub, self._left, self.taken))
+        part = Granted(self._left, self.taken, f"{self.name}:{self.used}", self.day)
         self.used += 1
         return part
 
