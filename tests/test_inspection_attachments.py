@@ -99,6 +99,8 @@ def test_members_behind_attachments_are_where_they_are(inside: bytes, behind: by
         (b'"data:;base64,' + b"A" * 255 + b'"', 0),
         (b'"data:;base64,' + b"A" * 200_000 + b'"', 1),
         (b'"data:;base64,' + b"A" * 200_000 + b' "', 0),
+        (b'"data:;base64,' + b"A" * 200_000 + b'\xc3\xa9"', 0),
+        (b'"data:;base64,' + b"A" * 100_000 + b" " + b"A" * 100_000 + b'"' + PICTURE, 1),
         (b'"data:;base64,' + b"A" * 100_000 + b"\\n" + b"A" * 100_000 + b'"' + PICTURE, 1),
         (b'"data:;base64,' + b"A" * 300, 0),
         (b'"data":"' + b"A" * 300 + b"\n" + b'"', 0),
@@ -115,13 +117,20 @@ def test_members_behind_attachments_are_where_they_are(inside: bytes, behind: by
         (b'"data:;base64,' + b"A" * 100_000 + rb"\\" + b"/" * 65_535 + b'"', 0),
     ],
 )
-def test_only_base64_is_an_attachment(body: bytes, number: int) -> None:
+def test_only_what_may_be_base64_is_an_attachment(body: bytes, number: int) -> None:
     found = attachments_in(body)
     assert len(found) == number
     for attachment in found:
         assert body.startswith(b'"data', attachment.start)
         assert body[attachment.end : attachment.end + 1] == b'"'
         assert not body[attachment.begun : attachment.end].replace(rb"\/", b"").strip(b"AiVBO9j")
+
+
+def test_what_is_no_json_in_one_is_left_for_vllm_to_refuse() -> None:
+    body = b'{"messages":[' + PICTURE[:-1] + b'\x00"],"model":"m"}'
+    assert asked(body).model == "m"
+    with pytest.raises(Unreadable):
+        read_document(body)
 
 
 def test_what_decides_is_read_whole_though_it_looks_like_an_attachment() -> None:

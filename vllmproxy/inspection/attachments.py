@@ -1,7 +1,11 @@
 """Images, sounds and files in a JSON body, in base64, as OpenAI's and Anthropic's forms have them.
 
-They may be all but a few bytes of it. What is around them is read without them: they are looked at once, for being
-base64, and neither decoded nor copied. A slash in it may be written ``\\/``, as PHP's ``json_encode`` does.
+They may be all but a few bytes of it. What is around them is read without them: they are looked at once, and neither
+decoded nor copied. A slash in it may be written ``\\/``, as PHP's ``json_encode`` does.
+
+Of a long one only the beginning is known to be base64. Of the rest no more is asked than that it is ASCII without
+blanks and without other escapes, which takes a third of the time: nothing in it ends the string, and it is no text, but
+for one that is written so on purpose. Control characters, with which the body is no JSON, are left to vLLM to find.
 """
 
 import re
@@ -20,8 +24,7 @@ _LONG: Final = 4096
 _BEGINNING: Final = re.compile(rb'"data(?::[\w/+.\\-]*;base64,|"\s*:\s*")([\w+/=\\]{256,%d})' % _LONG)
 #: An escape of something else than a slash.
 _OTHER_ESCAPE: Final = re.compile(rb"\\(?!/)")
-_BASE64: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=_"
-#: Bytes that are looked at in one step: what is made of them is made in the processor's cache.
+#: Bytes that are looked at in one step: a copy of them is made in the processor's cache.
 _STEP: Final = 65_536
 
 
@@ -31,7 +34,7 @@ class Attachment:
 
     :ivar start: its opening quote, or that of the name before it.
     :ivar begun: behind its first characters, which are all that a short one has; ``end``: its closing quote. Between
-        the two there is only base64, with whole escapes of slashes, so nothing that could end a string or break JSON.
+        the two there are no escapes but whole ones of slashes.
     """
 
     start: int
@@ -52,20 +55,21 @@ def attachments_in(body: bytes | mmap) -> list[Attachment]:
                 break
             if body[begun - 1 : begun] == b"\\":
                 begun -= 1
-        if body[end : end + 1] == b'"' and _is_base64(body, match.start(1), end):
+        if body[end : end + 1] == b'"' and _goes_on(body, match.start(1), end):
             found.append(Attachment(match.start(), begun, end))
             end += 1
         match = _BEGINNING.search(body, end)
     return found
 
 
-def _is_base64(body: bytes | mmap, start: int, end: int) -> bool:
+def _goes_on(body: bytes | mmap, start: int, end: int) -> bool:
+    """Tell whether it goes on as it began, as far as is asked."""
     escapes = False
     for at in range(start, end, _STEP):
-        others = body[at : min(at + _STEP, end)].translate(None, _BASE64)
-        if others.strip(b"\\"):
+        piece = body[at : min(at + _STEP, end)]
+        if not piece.isascii() or b" " in piece:
             return False
-        escapes = escapes or others != b""
+        escapes = escapes or b"\\" in piece
     return not escapes or _OTHER_ESCAPE.search(body, start, end) is None
 
 
