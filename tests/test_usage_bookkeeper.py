@@ -144,6 +144,19 @@ def test_a_store_that_fails_is_told_again_and_counts_once(directory: Path | None
     desk.close()
 
 
+def test_where_there_is_no_file_all_of_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(book, "_MOST_PENDING", 7)
+    desk = Desk(None)
+    for _ in range(50):
+        desk.request()
+    desk.turn()
+    desk.request()
+    desk.turn()
+    assert desk.store.total() == (51, 0, 51)
+    desk.close()
+    assert desk.books._books == []
+
+
 def test_beyond_what_memory_may_hold_the_file_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(book, "_MOST_PENDING", 7)
     desk = Desk(tmp_path)

@@ -31,6 +31,7 @@ class Pages(Protocol):
     size: int
     least: int
     open: dict[str, UsageEvent]
+    keeps: bool
 
     def begin(self, id: str, expected: UsageEvent) -> None: ...
 
@@ -61,6 +62,7 @@ class Unwritten:
         self.before = self.written = 0
         self.size = self.least = 0
         self.open: dict[str, UsageEvent] = {}
+        self.keeps = False
 
     def begin(self, id: str, expected: UsageEvent) -> None:
         self.open[id] = expected
@@ -168,7 +170,7 @@ class Book:
             self._write(count - count // 2)
             return
         del self._ended[:count]
-        if first == self._kept + 1 and self._kept - self.added < _MOST_PENDING:
+        if first == self._kept + 1 and (self._kept - self.added < _MOST_PENDING or not self.journal.keeps):
             self._keep(first, [event for _, event in ended])
 
     def _keep(self, first: int, events: list[UsageEvent]) -> None:

@@ -58,6 +58,7 @@ class Journal:
     :ivar before: how many events are left out of it, the first ones; ``written``: how many there are with those.
     :ivar size: bytes; ``least``: those that it began with.
     :ivar open: the requests that have begun and are not over.
+    :ivar keeps: what was written can be read again.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -67,6 +68,7 @@ class Journal:
         self.before = self.written = 0
         self.size = self.least = 0
         self.open: dict[str, UsageEvent] = {}
+        self.keeps = True
         #: Bytes of the first line.
         self._head = 0
         #: The file ends in what was written by half, and could not be cut off.
