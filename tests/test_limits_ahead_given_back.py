@@ -8,7 +8,7 @@ from twisted.internet.defer import CancelledError
 from twisted.logger import LogEvent
 
 from vllmproxy.limits.ahead import AHEAD
-from vllmproxy.limits.behind import PAUSE
+from vllmproxy.limits.behind import _TOGETHER, PAUSE, RETRY
 from vllmproxy.limits.values import Ask, Denied, Granted, Rule
 from vllmproxy.store.interface import StoreUnavailable
 
@@ -34,8 +34,11 @@ def test_a_refusal_gives_back_what_is_ahead(under_way: bool) -> None:
         house.clock.advance(0)
         (more,) = (call for call in house.shared.under_way if call.what == "ahead")
         house.shared.mode = "up"
-    assert isinstance(house.asked(tokens(limit, limit)), Denied)
+    refused = house.ask(tokens(limit, limit))
+    house.clock.advance(LATENCY)
     assert list(house.ahead._untouched) == []
+    house.clock.advance(LATENCY)
+    assert isinstance(now(refused), Denied)
     if under_way:
         more.answer()
     house.pass_by(5 * LATENCY)
@@ -73,6 +76,45 @@ def test_nobody_is_refused_because_of_what_is_ahead_here() -> None:
     house.pass_by(3 * LATENCY)
     assert now(last) == Granted((0,))
     assert house.counted == {("tokens", ""): limit}
+    house.pass_by(LAPSED)
+    house.assert_nothing_is_left()
+
+
+def test_nobody_is_refused_because_of_what_was_asked_for_just_before() -> None:
+    house, limit = House(), 100_000
+    house.warm(tokens(limit, 512))
+    house.shared.mode = "held"
+    house.take_all(tokens(limit, 512))
+    house.clock.advance(0)
+    (lot,) = house.shared.under_way
+    assert lot.what == "ahead"
+    last = house.ask(tokens(limit, limit - 512 * house._ids))
+    for each in list(house.shared.under_way):
+        each.run()
+    house.shared.mode = "up"
+    for each in list(house.shared.under_way):
+        each.answer()
+    house.pass_by(3 * LATENCY)
+    assert now(last) == Granted((0,))
+    house.pass_by(LAPSED)
+    house.assert_nothing_is_left()
+
+
+def test_what_is_given_back_goes_together_though_the_store_is_away() -> None:
+    house = House()
+    for _ in range(900):
+        house.asked(FAR)
+        house.clock.advance(LATENCY / 4)
+    ready = house.ready
+    assert ready > 2 * _TOGETHER
+    house.shared.mode = "away"
+    house.ahead._drop(TOKEN)
+    kept = house.ahead._behind._kept
+    assert sum(len(settlements) for settlements, *_ in kept) >= ready
+    assert len(kept) <= ready // _TOGETHER + 2
+    house.shared.mode = "up"
+    house.pass_by(2 * RETRY)
+    assert house.counted == {("requests", ""): 900}
     house.pass_by(LAPSED)
     house.assert_nothing_is_left()
 

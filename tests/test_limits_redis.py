@@ -523,7 +523,9 @@ async def test_what_comes_together_is_of_its_own_key_each(server: RedisServer, l
     assert held_tokens(server, "key-2") == 0
 
 
-@pytest.mark.parametrize("answers", [[], [None], [[]], [[1]], [[0, 1]], ["text"]], ids=str)
+@pytest.mark.parametrize(
+    "answers", [[], [None], [[]], [[1]], [[0, 1]], ["text"], [[1, 9, 900, None, 1, 100, 1, 0]]], ids=str
+)
 @pytest_twisted.ensureDeferred
 async def test_an_answer_that_makes_no_sense_is_a_failure_and_given_back(
     server: RedisServer, links: list[Link], monkeypatch: pytest.MonkeyPatch, answers: list[Any]

@@ -176,8 +176,7 @@ class Ahead:
 
     def _give_back(self, key: str, unused: Iterable[Lot]) -> None:
         for lot in unused:
-            while lot.left:
-                self._behind.settle(key, lot.take().request_id, (0,) * len(lot.taken), prompt=True)
+            self._behind.give_back(key, lot)
 
 
 class _Stock:
@@ -267,8 +266,9 @@ class _Stock:
 
     @property
     def held(self) -> tuple[tuple[Rule, int], ...]:
-        """Each rule, and how much of it is reserved here."""
-        return tuple([(rule, self.here * rule.cost) for rule in self.rules]) if self.here else ()
+        """Each rule, and how much of it is reserved here, or asked for: what was asked for first is taken first."""
+        count = self.here + self.asked
+        return tuple([(rule, count * rule.cost) for rule in self.rules]) if count else ()
 
     def grow(self) -> None:
         """Requests would soon find nothing here."""

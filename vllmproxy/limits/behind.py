@@ -86,12 +86,23 @@ class Behind:
         """Tell it, ``prompt`` or within :data:`PAUSE`."""
         self._due.append((key, request_id, costs))
         self._keys.add(key)
-        if prompt and len(self._telling) >= _AT_A_TIME:
-            self._is_hasty = True
-        elif prompt:
-            self._tell_all()
+        if prompt:
+            self._hurry()
         elif self._pause is None:
             self._pause = self._clock.callLater(PAUSE, self._paused)
+
+    def give_back(self, key: str, lot: Lot) -> None:
+        """Tell promptly that none of those come that might. They go together, also while the store is away."""
+        nothing = (0,) * len(lot.taken)
+        self._due += [(key, lot.take().request_id, nothing) for _ in range(lot.left)]
+        self._keys.add(key)
+        self._hurry()
+
+    def _hurry(self) -> None:
+        if len(self._telling) >= _AT_A_TIME:
+            self._is_hasty = True
+        else:
+            self._tell_all()
 
     def tell(self, key: str) -> None:
         """Tell what is due for a key: somebody is about to ask for what it gives back."""

@@ -281,6 +281,7 @@ def _counted(key: bytes, rules: tuple[Rule, ...]) -> tuple[list[bytes], bytes]:
     return names, b"[%b]" % b",".join(words)
 
 
+_NUMBERS: Final = frozenset({int})
 #: What a reservation fails with whose answer cannot be read.
 _NONSENSE: Final = Failure(StoreUnavailable("the Redis answered something else than a decision"))
 
@@ -295,7 +296,7 @@ def _decision(count: int, answer: Any, now: int) -> Granted | Denied | Failure |
         if what == DUPLICATE:
             return Failure(DuplicateRequest())
         if what > REFUSED:
-            if len(numbers) != 2 * count + 1:
+            if len(numbers) != 2 * count + 1 or not _NUMBERS.issuperset(map(type, numbers)):
                 return None
             return Granted(tuple(numbers[:count]), tuple(numbers[count:-1]), day=numbers[-1])
         place, wait, never, left = numbers
