@@ -1,6 +1,6 @@
 """What does the proxy cost, beside others that do the same or less?
 
-    pip install -e '.[bench,test]'
+    pip install '.[bench,test]'
     python benchmarks/compare.py
 
 It starts everything on loopback: an upstream that answers as vLLM does, a load generator, and each contestant, which
@@ -24,7 +24,7 @@ from pathlib import Path
 try:
     import uvloop
 except ModuleNotFoundError:
-    raise SystemExit("The benchmark needs more than the proxy does: pip install -e '.[bench,test]'") from None
+    raise SystemExit("The benchmark needs more than the proxy does: pip install '.[bench,test]'") from None
 from _bench import Bench, default_peers
 from _contestants import CONTESTANTS, Place
 from _growth import keys, limits, start_up, workers
