@@ -174,7 +174,7 @@ class _Field:
     @property
     def assignment(self) -> str:
         if self.made is None:
-            return f"self.{self.name}: {self.annotation} = {self.argument}"
+            return f"self.{self.name}: {self.annotation} = {self.argument if self.init else self.default}"
         value = f"{self.made} if {self.argument} is None else {self.argument}" if self.init else self.made
         return f"self.{self.name}: {self.annotation} = {value}"
 
@@ -204,7 +204,7 @@ def _methods(made: ast.ClassDef, fields: list[_Field], asked: _Asked) -> Iterato
     by_place = [each.parameter for each in fields if each.init and not (asked.kw_only or each.kw_only)]
     by_name = [each.parameter for each in fields if each.init and (asked.kw_only or each.kw_only)]
     parameters = ", ".join(["self", *by_place, *(["*", *by_name] if by_name else [])])
-    steps = [each.assignment for each in fields if each.init or each.made is not None]
+    steps = [each.assignment for each in fields if each.init or each.made is not None or each.default is not None]
     if "__attrs_post_init__" in own:
         steps.append("self.__attrs_post_init__()")
     yield f"def __init__({parameters}) -> None: {'; '.join(steps)}"

@@ -113,6 +113,13 @@ def test_what_is_not_known_is_refused(source: str, said: str) -> None:
         written_out(source)
 
 
+def test_what_is_no_argument_is_there_all_the_same() -> None:
+    source = "@define\nclass A:\n    a: int\n    b: int = field(default=3, init=False)\n"
+    made: dict[str, Any] = {}
+    exec(written_out(source), made)
+    assert vars(made["A"](1)) == {"a": 1, "b": 3}
+
+
 def test_what_compiling_takes_is_looked_for_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", sys.executable)
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
