@@ -6,7 +6,7 @@ again and again, while its limits are far away, so that what nobody takes is no 
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final, Literal
 
 from twisted.internet.defer import Deferred, DeferredList
@@ -55,7 +55,7 @@ class Ahead:
         if stock is not None and stock.ready and ask.ahead:
             now = self._clock.seconds()
             if not 0 <= now - stock.ready[0][0] < AHEAD:
-                self._give_back(ask.key, stock.spoilt(now))
+                self._behind.give_back(ask.key, stock.spoilt(now))
             if stock.ready and stock.fit(ask.rules) == "fits":
                 made = stock.take()
                 self._fill_soon(ask.key, stock, now)
@@ -143,7 +143,7 @@ class Ahead:
         key, stock, count, at = self._asking.pop(asked)
         stock.asked -= count
         if self._stocks.get(key) is not stock:
-            self._give_back(key, [lot])
+            self._behind.give_back(key, [lot])
         elif lot.granted:
             stock.left(lot.remaining)
             stock.add(at, lot)
@@ -160,7 +160,7 @@ class Ahead:
         """No more was asked for in a while. What is ahead is given back, and as many made anew as were taken meanwhile:
         some ask many times at once, and then wait."""
         stock = self._stocks[key]
-        self._give_back(key, stock.all())
+        self._behind.give_back(key, stock.all())
         stock.size = min(stock.taken, MOST)
         if stock.missing > 0:
             self._fill(key, stock)
@@ -172,11 +172,7 @@ class Ahead:
         self._untouched.clear(key)
         stock = self._stocks.pop(key, None)
         if stock is not None:
-            self._give_back(key, stock.all())
-
-    def _give_back(self, key: str, unused: Iterable[Lot]) -> None:
-        for lot in unused:
-            self._behind.give_back(key, lot)
+            self._behind.give_back(key, stock.all())
 
 
 class _Stock:

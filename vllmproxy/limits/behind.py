@@ -1,6 +1,6 @@
 """Settlements on their way to a store that is not here: told together, and again while the store is away."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 
 from twisted.internet.defer import Deferred, DeferredList
@@ -91,12 +91,13 @@ class Behind:
         elif self._pause is None:
             self._pause = self._clock.callLater(PAUSE, self._paused)
 
-    def give_back(self, key: str, lot: Lot) -> None:
+    def give_back(self, key: str, lots: Iterable[Lot]) -> None:
         """Tell promptly that none of those come that might. They go together, also while the store is away."""
-        nothing = (0,) * len(lot.taken)
-        self._due += [(key, lot.take().request_id, nothing) for _ in range(lot.left)]
-        self._keys.add(key)
-        self._hurry()
+        unused = [(key, lot.take().request_id, (0,) * len(lot.taken)) for lot in lots for _ in range(lot.left)]
+        if unused:
+            self._due += unused
+            self._keys.add(key)
+            self._hurry()
 
     def _hurry(self) -> None:
         if len(self._telling) >= _AT_A_TIME:

@@ -102,13 +102,13 @@ class Delivery:
     """Events that the store is to have in one call.
 
     :ivar first: the number of the first one. :ivar end: where in the journal the line after the last begins.
-    :ivar tally: of the events, unless they were read again.
+    :ivar tally: of the events.
     """
 
     first: int
     events: list[UsageEvent] = Factory(list)
     end: int = 0
-    tally: Tally | None = Factory(Tally)
+    tally: Tally = Factory(Tally)
 
 
 class Book:
@@ -124,8 +124,6 @@ class Book:
         self._soon = soon
         self._offset = 0
         self._pending: deque[Delivery] = deque()
-        #: The number of the last event in these, or that the store has.
-        self._kept = self.added
         #: Whether no more is to go together with the last of these.
         self._is_sealed = False
         self._ended: list[Ended] = []
@@ -170,7 +168,9 @@ class Book:
             self._write(count - count // 2)
             return
         del self._ended[:count]
-        if first == self._kept + 1 and (self._kept - self.added < _MOST_PENDING or not self.journal.keeps):
+        newest = self._pending[-1] if self._pending else None
+        next_kept = self.added + 1 if newest is None else newest.first + len(newest.events)
+        if first == next_kept and (first - self.added <= _MOST_PENDING or not self.journal.keeps):
             self._keep(first, [event for _, event in ended])
 
     def _keep(self, first: int, events: list[UsageEvent]) -> None:
@@ -180,10 +180,8 @@ class Book:
             self._is_sealed = False
         delivery = self._pending[-1]
         delivery.events += events
-        self._kept += len(events)
         delivery.end = self.journal.size
-        if delivery.tally is not None:
-            delivery.tally.add(events)
+        delivery.tally.add(events)
 
     def next(self) -> Delivery | None:
         """Return what the store is to have next, and the disk has: else a power cut would give numbers that the store
@@ -194,15 +192,17 @@ class Book:
         if self._pending:
             return self._pending[0]
         found = self.journal.read(self._offset, self.added + 1, most)
-        return Delivery(self.added + 1, [each.event for each in found], found[-1].end, None) if found else None
+        if not found:
+            return None
+        delivery = Delivery(found[0].number, [each.event for each in found], found[-1].end)
+        delivery.tally.add(delivery.events)
+        return delivery
 
     def has(self, delivery: Delivery) -> None:
         """The store has it."""
         self.added, self._offset = delivery.first + len(delivery.events) - 1, delivery.end
         if self._pending:
             self._pending.popleft()
-        else:
-            self._kept = self.added
 
     async def sync(self, wait: Callable[[Callable[[], None]], Awaitable[None]]) -> None:
         """Have the disk take what was written so far. Raises ``OSError``.
