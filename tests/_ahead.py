@@ -41,6 +41,12 @@ class House:
         self.pass_by(3 * LATENCY)
         assert self.ready
 
+    def ask_often(self, times: int, *rules: Rule) -> None:
+        """Ask so often that many are ahead."""
+        for _ in range(times):
+            self.asked(*rules)
+            self.clock.advance(LATENCY / 4)
+
     def take_all(self, *rules: Rule) -> None:
         """Have requests take what is ahead."""
         while self.ready:

@@ -288,9 +288,7 @@ def test_when_a_limit_is_less_than_it_was_costs_are_learnt_anew() -> None:
 
 def test_who_costs_more_finds_as_many() -> None:
     house = House()
-    for _ in range(900):
-        house.asked(tokens(10**6, 1))
-        house.clock.advance(LATENCY / 4)
+    house.ask_often(900, tokens(10**6, 1))
     house.warm(tokens(10**6, 2))
     assert house.ready > MOST // 2
 
@@ -330,9 +328,7 @@ def test_what_is_young_enough_is_taken() -> None:
 
 def test_fewer_are_ahead_when_there_were_too_many() -> None:
     house = House()
-    for _ in range(300):
-        house.asked(FAR)
-        house.clock.advance(LATENCY / 4)
+    house.ask_often(300, FAR)
     many = house.ready
     house.clock.rightNow += AHEAD + LATENCY
     house.asked(FAR)

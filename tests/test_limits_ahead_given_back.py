@@ -50,9 +50,7 @@ def test_a_refusal_gives_back_what_is_ahead(under_way: bool) -> None:
 def test_of_several_that_ask_at_once_nobody_is_refused_because_of_what_is_ahead_here() -> None:
     """The first refusal gives it back, and the others' answers are on the way."""
     house, limit = House(), 100_000
-    for _ in range(300):
-        house.asked(tokens(limit, 64))
-        house.clock.advance(LATENCY / 4)
+    house.ask_often(300, tokens(limit, 64))
     house.pass_by(3 * LATENCY)
     ready = house.ready
     assert ready >= 8
@@ -102,9 +100,7 @@ def test_nobody_is_refused_because_of_what_was_asked_for_just_before() -> None:
 
 def test_what_is_given_back_goes_together_though_the_store_is_away() -> None:
     house = House()
-    for _ in range(900):
-        house.asked(FAR)
-        house.clock.advance(LATENCY / 4)
+    house.ask_often(900, FAR)
     ready = house.ready
     assert ready > 2 * _TOGETHER
     house.shared.mode = "away"
@@ -309,9 +305,7 @@ def test_in_an_outage_what_is_there_is_no_longer_good_than_else(mode: str) -> No
 def test_when_the_store_does_not_make_more_what_is_there_is_given_back() -> None:
     """It is no good for much longer, and the store may be long away."""
     house = House()
-    for _ in range(300):
-        house.asked(FAR)
-        house.clock.advance(LATENCY / 4)
+    house.ask_often(300, FAR)
     house.pass_by(3 * LATENCY)
     house.shared.mode = "held"
     while not house.shared.under_way:
