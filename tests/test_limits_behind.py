@@ -213,12 +213,43 @@ def test_that_all_is_given_back_matters_for_a_day(hours: int, matters: bool) -> 
     house.assert_nothing_is_left()
 
 
-def test_no_more_are_kept_than_there_is_memory_for() -> None:
+def test_no_more_are_kept_than_there_is_memory_for_and_the_log_says_so(logged: list[str]) -> None:
     house = House()
     house.shared.mode = "away"
-    for number in range(_MOST_KEPT + 10):
+    for number in range(_MOST_KEPT):
         house.settle(f"r{number}", prompt=True)
+    assert logged == []
+    house.settle("one", "too", "many")
+    house.pass_by(2 * PAUSE)
     assert len(house.behind._kept) == _MOST_KEPT
+    assert len(logged) == 1
+    assert "what 3 requests gave back is not kept" in logged[0]
+
+
+def test_what_is_told_again_goes_together() -> None:
+    house, count = House(), 3 * _TOGETHER // 2
+    house.shared.mode = "away"
+    for number in range(count):
+        house.settle(f"r{number}", prompt=True)
+    assert len(house.told) == count
+    house.clock.advance(RETRY)
+    assert [len(each) for each in house.told[count:]] == [_TOGETHER, count - _TOGETHER]
+    house.shared.mode = "up"
+    house.pass_by(3 * RETRY)
+    assert house.shared.heard == [f"r{number}" for number in range(count)]
+    house.assert_nothing_is_left()
+
+
+def test_what_goes_together_again_matters_for_as_long() -> None:
+    house = House()
+    house.shared.mode = "away"
+    house.settle("old", prompt=True)
+    house.clock.advance(0.9 * RETRY)
+    house.settle("younger", prompt=True)
+    house.clock.advance(0.9 * RETRY)
+    house.settle("youngest", prompt=True)
+    house.clock.advance(RETRY)
+    assert house.told[-2:] == [["old", "younger"], ["youngest"]]
 
 
 def test_a_fault_is_told_and_not_repeated(logged_errors: list[LogEvent]) -> None:

@@ -1,6 +1,6 @@
 """Settlements on their way to a store that is not here: told together, and again while the store is away."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Protocol
 
 from twisted.internet.defer import Deferred, DeferredList
@@ -16,6 +16,9 @@ _log = Logger(namespace=__name__)
 
 #: The settlement of one request: its key, its id, and what it did cost by each of its rules.
 Settlement = tuple[str, str, tuple[int | None, ...]]
+
+#: Settlements that could not be told, since when that is tried, and when it is again.
+_Kept = tuple[Sequence[Settlement], float, float]
 
 #: Seconds that one may wait for others, where nobody waits for what it gives back.
 PAUSE: Final = 0.1
@@ -76,8 +79,7 @@ class Behind:
         self._is_hasty = False
         self._pause: IDelayedCall | None = None
         self._telling: set[Deferred[None]] = set()
-        #: What could not be told, since when that is tried, and when it is again.
-        self._kept: list[tuple[Sequence[Settlement], float, float]] = []
+        self._kept: list[_Kept] = []
         self._retrying = LoopingCall(self._retry)
         self._retrying.clock = clock
         self._closed = False
@@ -156,17 +158,36 @@ class Behind:
         is_old = now - since >= MATTERS
         if is_old:  # what gives something back whole
             settlements = [each for each in settlements if 0 in each[2]]
-        if settlements and now - since < HELD and not self._closed and len(self._kept) < _MOST_KEPT:
-            self._kept.append((settlements, since, now + (SELDOM if is_old else 0)))
-            if not self._retrying.running:
-                self._retrying.start(RETRY, now=False)
+        if not settlements or now - since >= HELD or self._closed:
+            return
+        if len(self._kept) == _MOST_KEPT:
+            _log.warn("The store is away: what {count} requests gave back is not kept for it", count=len(settlements))
+            return
+        self._kept.append((settlements, since, now + (SELDOM if is_old else 0)))
+        if not self._retrying.running:
+            self._retrying.start(RETRY, now=False)
 
     def _retry(self) -> None:
         kept, self._kept = self._kept, []
-        for settlements, since, due in kept:
-            if due <= self._clock.seconds() or self._closed:
-                self._tell(settlements, since)
-            else:
-                self._kept.append((settlements, since, due))
+        now = self._clock.seconds()
+        due = [each for each in kept if each[2] <= now or self._closed]
+        self._kept = [each for each in kept if each[2] > now and not self._closed]
+        for settlements, since in _joined(due):
+            self._tell(settlements, since)
         if not kept:
             self._retrying.stop()
+
+
+def _joined(kept: Sequence[_Kept]) -> Iterator[tuple[Sequence[Settlement], float]]:
+    """Yield what could not be told, in fewer calls, and since when that is tried: a second more or less."""
+    together: list[Settlement] = []
+    first = 0.0
+    for settlements, since, _ in kept:
+        if together and (len(together) + len(settlements) > _TOGETHER or abs(since - first) > RETRY):
+            yield together, first
+            together = []
+        if not together:
+            first = since
+        together += settlements
+    if together:
+        yield together, first
