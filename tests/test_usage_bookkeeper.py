@@ -326,7 +326,7 @@ def test_what_is_over_while_a_journal_is_made_shorter_is_counted(
     desk.close()
 
 
-@pytest.mark.parametrize("what", ["open", "fdatasync", "rename", "pread", "fsync", "write"])
+@pytest.mark.parametrize("what", ["open", "fdatasync", "rename", "pread", "write"])
 def test_a_journal_that_cannot_be_made_shorter_stays_as_it_is(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,6 +344,32 @@ def test_a_journal_that_cannot_be_made_shorter_stays_as_it_is(
     desk.turn()
     assert desk.books.size < 2000 + 500
     long.end(USED)
+    desk.turn()
+    assert desk.store.total() == (31, 0, 31)
+    desk.close()
+
+
+def test_what_comes_behind_a_shorter_journal_waits_until_the_disk_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged_errors: list[LogEvent]
+) -> None:
+    """A power cut would bring back the longer one, and give the numbers of what the store has to other events."""
+    monkeypatch.setattr(bookkeeper, "_ROTATE", 2000)
+    desk = Desk(tmp_path)
+    long = desk.books.begin(EXPECTED)
+    for _ in range(30):
+        desk.request()
+    desk.turn()
+    monkeypatch.setattr(book, "_SHORTEN", 500)
+    desk.turn()
+    assert desk.books.size < 2000 + 500
+    long.end(USED)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", _full)
+        for _ in range(3):
+            desk.turn()
+    assert desk.store.total() == (30, 0, 30)
+    assert [event["log_format"] for event in logged_errors] == ["The disk fails the journal of usage: {error}"]
+    logged_errors.clear()
     desk.turn()
     assert desk.store.total() == (31, 0, 31)
     desk.close()
@@ -611,11 +637,14 @@ def test_what_cannot_be_forced_to_the_disk_waits(
     desk.close()
 
 
-def test_a_file_system_that_knows_of_no_disk_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", ["fdatasync", "fsync"])
+def test_a_file_system_that_knows_of_no_disk_is_not_waited_for(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unknown(_: int) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(os, "fdatasync", unknown)
+    monkeypatch.setattr(os, call, unknown)
     desk = Desk(tmp_path)
     desk.request()
     desk.turn()

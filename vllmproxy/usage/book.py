@@ -131,6 +131,7 @@ class Book:
         self._complained = False
         #: How many bytes of the journal the disk has for sure, and what was the last event in them.
         self._synced = (0, 0)
+        self._has_name = False
 
     def end(self, id: str, event: UsageEvent) -> None:
         """A request is over, and this is what it used. What cannot be written down yet is tried again before each batch
@@ -205,7 +206,8 @@ class Book:
             self._pending.popleft()
 
     async def sync(self, wait: Callable[[Callable[[], None]], Awaitable[None]]) -> None:
-        """Have the disk take what was written so far. Raises ``OSError``.
+        """Have the disk take what was written so far, and under its name: a power cut would bring back a longer one
+        that this has taken the place of. Raises ``OSError``.
 
         :param wait: calls what blocks, in a thread.
         """
@@ -213,6 +215,9 @@ class Book:
         so_far = self.journal.size, self.journal.written
         if so_far[0] != self._synced[0]:
             await wait(self.journal.sync)
+        if not self._has_name:
+            await wait(self.journal.sync_name)
+            self._has_name = True
         self._synced = so_far
 
     def draft(self) -> "Draft | None":
@@ -228,7 +233,8 @@ class Book:
         self._offset = draft.journal.least
         for each in self._pending:
             each.end += draft.journal.least - draft.since
-        self._synced = (0, self._synced[1])  # what came behind the draft may not be on the disk
+        self._synced = (0, self._synced[1])  # what came behind the draft may not be on the disk, nor its name
+        self._has_name = False
 
     @property
     def is_done(self) -> bool:

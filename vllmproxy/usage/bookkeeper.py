@@ -158,7 +158,6 @@ class Bookkeeper:
             if draft is not None:
                 await self._wait_for(draft.journal.sync)
                 book.take(draft)
-                await self._wait_for(book.journal.sync_name)  # or a power cut might bring the longer one back
         except OSError:  # it stays as long as it is, and is tried again; a full disk is told of by those who must write
             if draft is not None:
                 draft.journal.discard()

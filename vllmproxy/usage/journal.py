@@ -19,7 +19,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any, Final
@@ -181,17 +181,15 @@ class Journal:
     def sync(self) -> None:
         """Return when the disk has it. Blocks. Raises ``OSError``: it has not, but for file systems that know of no
         such thing."""
-        try:
+        with _nothing_to_wait_for():
             os.fdatasync(self._descriptor)
-        except OSError as error:
-            if error.errno not in _NOTHING_TO_WAIT_FOR:
-                raise
 
     def sync_name(self) -> None:
-        """Return when the disk has it under its name. Blocks."""
+        """Return when the disk has it under its name, as :meth:`sync` does."""
         directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(directory)
+            with _nothing_to_wait_for():
+                os.fsync(directory)
         finally:
             os.close(directory)
 
@@ -271,6 +269,16 @@ def _changed_at(path: Path) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:  # it was another process's
         return 0.0
+
+
+@contextmanager
+def _nothing_to_wait_for() -> Iterator[None]:
+    """Take it for done where a file system knows of no such thing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOTHING_TO_WAIT_FOR:
+            raise
 
 
 def _is_ours(descriptor: int) -> bool:
