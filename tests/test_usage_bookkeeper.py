@@ -1,6 +1,7 @@
 """From the journal to the store: each event once, whatever fails, and nothing held in memory without bound."""
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -373,6 +374,18 @@ def test_what_comes_behind_a_shorter_journal_waits_until_the_disk_has_its_name(
     desk.turn()
     assert desk.store.total() == (31, 0, 31)
     desk.close()
+
+
+def test_drafts_that_a_killed_process_left_are_removed(tmp_path: Path) -> None:
+    used, left, young = (tmp_path / f"{name}.begun" for name in ("used", "left", "young"))
+    with used.open("w") as of_another:
+        fcntl.flock(of_another, fcntl.LOCK_EX)
+        for path in (used, left, young):
+            path.write_text('{"writer":"8f3c","before":0}\n')
+        for path in (used, left):
+            os.utime(path, (1_500_000_000, 1_500_000_000))
+        Desk(tmp_path).close()
+        assert sorted(tmp_path.glob("*.begun")) == [used, young]
 
 
 Step = tuple[str, int]

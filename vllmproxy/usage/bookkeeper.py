@@ -15,7 +15,7 @@ from vllmproxy.soon import Soon, at_once
 from vllmproxy.store.interface import Store, StoreUnavailable
 from vllmproxy.usage.book import Book, Entry, Unwritten
 from vllmproxy.usage.event import UsageEvent
-from vllmproxy.usage.journal import Journal, journals_in
+from vllmproxy.usage.journal import Journal, journals_in, remove_drafts
 
 _log = Logger(namespace=__name__)
 
@@ -69,6 +69,7 @@ class Bookkeeper:
                 left = Journal.adopt(path)
                 if left is not None:
                     self._books.append(Book(left, self._soon))
+            remove_drafts(self._directory)
             if count := sum(book.journal.written for book in self._books):
                 _log.info("{count} requests of an earlier run are being counted", count=count)
         self._begin_journal()

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
+from time import time
 from typing import Any, Final
 
 from attrs import define
@@ -36,6 +37,8 @@ _log = Logger(namespace=__name__)
 
 _SUFFIX = ".journal"
 _DRAFT = ".begun"
+#: Seconds after which a draft that nobody has locked is nobody's.
+_LEFT: Final = 60.0
 
 
 #: A request that is over, by what it was begun as, and what it used.
@@ -262,6 +265,20 @@ class Journal:
 def journals_in(directory: Path) -> list[Path]:
     """Return the files of journals, oldest first."""
     return sorted(directory.glob(f"*{_SUFFIX}"), key=_changed_at)
+
+
+def remove_drafts(directory: Path) -> None:
+    """Remove what processes that were killed did not come to publish, as far as that is possible."""
+    for path in directory.glob(f"*{_DRAFT}"):
+        if time() - _changed_at(path) < _LEFT:
+            continue
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if _is_ours(descriptor):
+                    path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def _changed_at(path: Path) -> float:
