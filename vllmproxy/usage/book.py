@@ -215,9 +215,9 @@ class Book:
         so_far = self.journal.size, self.journal.written
         if so_far[0] != self._synced[0]:
             await wait(self.journal.sync)
-        if not self._has_name:
-            await wait(self.journal.sync_name)
-            self._has_name = True
+            if not self._has_name:
+                await wait(self.journal.sync_name)
+                self._has_name = True
         self._synced = so_far
 
     def draft(self) -> "Draft | None":
