@@ -7,6 +7,7 @@ from vllmproxy.http1.message import Limits, RequestHead
 from vllmproxy.http1.pipeline import Pipeline
 from vllmproxy.http1.server import LINGER_BYTES
 from vllmproxy.http1.stream import Stream
+from vllmproxy.http1.templates import KnownHeads
 
 GET = b"GET /a HTTP/1.1\r\nHost: h\r\n\r\n"
 CHUNKED = b"POST /b HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -32,7 +33,7 @@ def test_a_head_over_a_limit(head: bytes, status: int) -> None:
 
 def test_a_head_over_a_limit_is_told_the_limit() -> None:
     for line, said in ((b"GET /%s" % (b"a" * 500), "500 bytes"), (b"GET /", "20 lines or 2000 bytes")):
-        requests = Pipeline(no_stream, SMALL)
+        requests = Pipeline(no_stream, SMALL, KnownHeads(), ("192.0.2.1", False))
         requests.feed(line + b" HTTP/1.1\r\nHost: h\r\n%b\r\n" % (b"X: y\r\n" * 20))
         assert requests.error is not None
         assert requests.error.message.endswith(f"has more than {said}.")

@@ -9,12 +9,15 @@ from _fuzz import ANSWER_TOKENS, ANSWERS, REQUEST_TOKENS, REQUESTS, mutated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllmproxy.http1 import templates
 from vllmproxy.http1.message import BadAnswer, Limits, RequestHead
 from vllmproxy.http1.requests import RequestReader
 from vllmproxy.http1.responses import ResponseReader
+from vllmproxy.http1.templates import KnownHeads, Whence
 
 SOURCES = st.randoms(use_true_random=False)
 LIMITS = Limits(body=5000)
+HERE = ("192.0.2.1", False)
 
 NAMES = st.sampled_from(["Content-Length", "content-length", "CONTENT-LENGTH", "content-LENGTH"])
 OTHER_LINES = st.lists(
@@ -68,13 +71,21 @@ class Seen:
 class Requests:
     """A reader, and what it has found since it was asked last."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: KnownHeads | None = None, whence: Whence = HERE, limits: Limits = LIMITS) -> None:
         self.seen = Seen()
-        self.reader = RequestReader(self.seen, LIMITS)
+        self.known = known or KnownHeads()
+        self.reader = RequestReader(self.seen, limits, self.known, whence)
+
+    def feed(self, data: bytes) -> bool:
+        """Read ``data``; tell whether that took no parsing."""
+        taken = self.reader.take(data)
+        if not taken:
+            self.reader.feed(data)
+        return taken
 
     def read(self, data: bytes) -> list[Any]:
         self.seen.requests = []
-        self.reader.feed(data)
+        self.feed(data)
         error = self.reader.error
         said = None if error is None else (error.status, error.message)
         return [self.seen.requests, said, self.reader.in_head, self.reader.early, self.reader.body_left]
@@ -155,28 +166,67 @@ def test_heads_out_of_the_ordinary_are_parsed_each_time(head: bytes) -> None:
     reading = Requests()
     reading.learn(head + b"ok")
     assert reading.seen.requests[0][2]
-    assert reading.reader._template.match(head + b"ok") is None
+    assert not reading.feed(head + b"ok")
 
 
-def test_heads_that_are_never_alike_are_hardly_looked_at() -> None:
+def traced(number: int) -> bytes:
+    """Return a request with a head of its own."""
+    return request([b"X-Trace: %d" % number], "Content-Length", 5)
+
+
+def test_heads_that_come_once_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "_MOST_SEEN", 20)
     reading = Requests()
-    kept = []
     for number in range(100):
-        wire = request([b"X-Trace: %d" % number], "Content-Length", 5)
-        assert reading.read(wire)[0][0][2]
-        kept.append(reading.reader._template._head is not None)
-    assert kept[:4] == [False, True, True, False]
-    assert sum(kept) == 2 + 99 // 16
-    # One that is alike at last, and those after it, are taken again.
-    alike = request([], "Content-Length", 5)
-    for _ in range(16):
-        reading.read(alike)
-    parser, reading.reader._parser = reading.reader._parser, None
-    assert reading.read(alike)[0][0][2]
-    # From there on others are looked at again.
-    reading.reader._parser = parser
-    reading.read(request([b"X-Trace: another"], "Content-Length", 5))
-    assert reading.reader._template._head is not None
+        assert reading.read(traced(number))[0][0][2]
+        assert len(reading.known._seen) <= 20
+    assert reading.known._known == reading.known._former == {}
+
+
+def test_no_more_heads_are_kept_than_there_is_memory_for_and_those_that_are_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(templates, "_MOST", 10)
+    reading = Requests()
+    for number in range(100):
+        reading.learn(traced(number))
+        assert reading.feed(traced(0))
+        assert reading.feed(traced(number))
+        assert len(reading.known._known) <= 10
+        assert len(reading.known._former) <= 10
+    assert not reading.feed(traced(50))
+
+
+def test_a_head_is_known_on_other_connections() -> None:
+    first = Requests()
+    first.learn(traced(1))
+    second = Requests(first.known)
+    assert second.feed(traced(1))
+    assert not second.feed(traced(2))
+    assert second.feed(traced(1))
+
+
+@pytest.mark.parametrize("whence", [("192.0.2.2", False), ("192.0.2.1", True)])
+def test_a_head_that_comes_from_elsewhere_is_another(whence: Whence) -> None:
+    first = Requests()
+    first.learn(traced(1))
+    other = Requests(first.known, whence)
+    other.learn(traced(1))
+    assert other.reader._head is not None
+    (kept,) = (head for key, (head, _) in first.known._known.items() if key[0] == HERE)
+    assert other.reader._head.memo is not kept.memo
+
+
+def test_what_is_known_of_a_head_is_there_though_the_body_comes_in_pieces() -> None:
+    reading = Requests()
+    reading.learn(traced(1))
+    (known,) = reading.known._known.values()
+    wire = traced(1)
+    assert not reading.feed(wire[:-2])
+    assert reading.reader._head is not None
+    assert reading.reader._head.memo is known[0].memo is not None
+    reading.feed(wire[-2:])
+    assert reading.known._known == {next(iter(reading.known._known)): known}
 
 
 # that it changes nothing
@@ -215,7 +265,7 @@ def test_reads_in_a_row(length: int, source: random.Random) -> None:
         whole = request([], "Content-Length", length)
         at = source.randint(0, len(whole))
         piece = source.choice([whole, whole, whole[:at], whole[at:], b"\r", b"\n", b"\r\n", b"x"])
-        parsing.reader._template.forget()
+        parsing.reader._known = KnownHeads()
         assert reading.read(piece) == parsing.read(piece)
 
 
@@ -259,7 +309,7 @@ def test_a_request_within_the_body_of_another() -> None:
     reading.learn(inner)
     reading.read(request([], "Content-Length", 100 + len(inner))[: -len(inner)])
     requests = reading.seen.requests
-    reading.reader.feed(inner)
+    reading.feed(inner)
     assert [(len(body), whole) for _, body, whole in requests] == [(100 + len(inner), True)]
 
 
@@ -336,8 +386,7 @@ def test_an_answer_that_closes_is_no_template() -> None:
 def test_the_limits_of_a_head_are_kept(digits: bytes, passes: bool) -> None:
     like = request([], "Content-Length", 2)
     room = len(b"Hosth") + len(b"Content-Length2") + 2 * 4 + 1
-    reading = Requests()
-    reading.reader = RequestReader(reading.seen, Limits(head=room))
+    reading = Requests(limits=Limits(head=room))
     reading.learn(like)
     error = reading.read(like.replace(b": 2", b": " + digits))[1]
     assert (error is None) is passes

@@ -1,4 +1,4 @@
-"""Requests of a connection whose heads are alike: what was worked out of the first is not kept beyond its truth."""
+"""Requests whose heads are alike: what was worked out of the first is not kept beyond its truth."""
 
 from ipaddress import ip_network
 from typing import Any
@@ -8,6 +8,7 @@ from _memory import House, MemoryEndpoint
 from attrs import evolve
 
 from vllmproxy.http1.agent import UpstreamAgent
+from vllmproxy.http1.requests import RequestReader
 from vllmproxy.http1.streaming import StreamingClient
 from vllmproxy.keys.cache import KeyCache
 from vllmproxy.keys.gate import Gate
@@ -67,6 +68,26 @@ def test_only_the_length_and_the_body_are_others(house: House) -> None:
         found.append(head.replace(b"content-length: %d" % len(body), b""))
     assert found[0] == found[1] == found[2] == found[3]
     assert len({record.request_id for record in house.observer.records}) == 4
+
+
+@pytest.mark.parametrize("length", [1, 8000, 20_000])
+def test_the_first_request_of_a_connection_whose_head_is_known_needs_no_parsing(
+    warm: House, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RequestReader, "feed", pytest.fail)
+    warm.client = warm.connect()
+    ask(warm, b"x" * length)
+    head, got = seen(warm)
+    assert got == b"x" * length
+    assert b"\nx-forwarded-for: 192.0.2.1\n" in head
+
+
+def test_clients_with_the_same_head_are_told_apart(warm: House) -> None:
+    for peer in ("192.0.2.1", "192.0.2.2", "192.0.2.2", "192.0.2.2", "192.0.2.1"):
+        warm.client = warm.connect(peer)
+        ask(warm, b"another")
+        assert b"\nx-forwarded-for: %b\n" % peer.encode() in seen(warm)[0]
+        assert warm.observer.records[-1].client == peer
 
 
 @pytest.mark.parametrize("change", ["blocked", "expired", "deleted"])

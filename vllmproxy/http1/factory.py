@@ -16,6 +16,7 @@ from vllmproxy.http1.message import Limits, RequestHead, WireError
 from vllmproxy.http1.places import Places
 from vllmproxy.http1.server import ServerChannel
 from vllmproxy.http1.stream import Stream
+from vllmproxy.http1.templates import KnownHeads
 
 #: How many are looked at for one that may lose its place.
 _LOOKS = 1000
@@ -41,6 +42,7 @@ class ServerFactory(Factory):
     :param max_connections: 0 for any number, as for ``per_client``: how many one client may have.
     :param client_of: what a peer is counted as; empty for one that may have any number.
     :ivar client_of: the same; it may be exchanged.
+    :ivar known: heads that have come before.
     :ivar connections: those that are open, but for those that lost their place.
     :ivar refused: how many were not let in, by why; ``evicted``: how many lost their place to a new one.
     """
@@ -73,6 +75,7 @@ class ServerFactory(Factory):
         self.render = render
         self.hangups = hangups
         self.limits = limits
+        self.known = KnownHeads()
         self._waiting: list[Deferred[None]] = []
         self._most = max_connections
         self.client_of = client_of

@@ -136,10 +136,10 @@ class ResponseHead:
 
 
 def once(head: Head, work: Callable[..., Result], *more: Any) -> Result:
-    """Return what ``work`` makes of a head: done once for all heads of a connection that differ in their length only.
+    """Return what ``work`` makes of a head: done once for all that are alike.
 
     :param work: depends on the head, but not on its length, and never returns ``None``.
-    :param more: its other arguments, which are the same as long as the connection lasts.
+    :param more: its other arguments, which are the same for all of these.
     """
     memo = head.memo
     if memo is None:

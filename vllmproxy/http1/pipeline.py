@@ -6,6 +6,7 @@ from collections.abc import Callable
 from vllmproxy.http1.message import Limits, RequestHead, WireError
 from vllmproxy.http1.requests import RequestReader
 from vllmproxy.http1.stream import Stream
+from vllmproxy.http1.templates import KnownHeads, Whence
 
 #: Requests that may be queued behind each other before what follows them is left unparsed.
 QUEUE = 16
@@ -17,18 +18,21 @@ class Pipeline:
     """Takes bytes and gives requests, in order (RFC 9112 §9.3.2).
 
     :param make: makes a stream of a head that has just been read.
+    :param known: as for :class:`~vllmproxy.http1.requests.RequestReader`, and so is ``whence``.
     :ivar error: why nothing more is read of this connection. Requests that were whole before are still to be answered.
     :ivar in_head: whether some of a head has come, and not all of it.
     :ivar is_empty: whether nothing is here but, maybe, some of a head.
     :ivar has_early: whether bytes came behind a WebSocket handshake that is not answered yet.
     """
 
-    def __init__(self, make: Callable[[RequestHead], Stream], limits: Limits) -> None:
+    def __init__(
+        self, make: Callable[[RequestHead], Stream], limits: Limits, known: KnownHeads, whence: Whence
+    ) -> None:
         self._make: Callable[[RequestHead], Stream] | None = make
         self._queue: deque[Stream] = deque()
         self._incoming: Stream | None = None
         self._unparsed = b""
-        self._reader = RequestReader(self, limits)
+        self._reader = RequestReader(self, limits, known, whence)
         self.error: WireError | None = None
         self.in_head = self.has_early = False
         self.is_empty = True
@@ -74,6 +78,8 @@ class Pipeline:
 
     def _parse(self) -> None:
         data, at, reader = self._unparsed, 0, self._reader
+        if len(self._queue) < QUEUE and reader.take(data):
+            at = len(data)
         while at < len(data) and len(self._queue) < QUEUE and reader.error is None:
             end = at + _SLICE
             if end < len(data):

@@ -8,7 +8,7 @@ import httptools
 from vllmproxy.http1.chunks import Chunks
 from vllmproxy.http1.message import Limits, RequestHead, WireError, fields_of
 from vllmproxy.http1.rules import VERSIONS_SPOKEN, check_request
-from vllmproxy.http1.templates import HeadTemplate
+from vllmproxy.http1.templates import Cut, KnownHeads, Whence, cut
 
 _BAD_SYNTAX = "The request is not well-formed HTTP/1.1."
 #: Those that are spoken here.
@@ -38,15 +38,18 @@ class RequestSink(Protocol):
 class RequestReader:
     """Parses requests with llhttp, and refuses what llhttp or :mod:`vllmproxy.http1.rules` refuse.
 
+    :param known: heads that need no parsing, and ``whence`` the bytes come.
     :ivar error: set once, when the bytes are no HTTP that may be served; nothing is parsed afterwards.
     :ivar in_head: some of a head has come, not all of it.
     :ivar early: what came behind a WebSocket handshake; ``None`` where there is none. Nothing is parsed until
         :meth:`resume` says that the connection stayed HTTP.
     """
 
-    def __init__(self, sink: RequestSink, limits: Limits) -> None:
+    def __init__(self, sink: RequestSink, limits: Limits, known: KnownHeads, whence: Whence) -> None:
         self._sink = sink
         self._limits = limits
+        self._known = known
+        self._whence = whence
         self._parser: Any = httptools.HttpRequestParser(self)
         self.error: WireError | None = None
         self.in_head = False
@@ -66,15 +69,15 @@ class RequestReader:
         self._headers: list[tuple[bytes, bytes]] = []
         self._ignoring_head = False
         self._body_follows_upgrade = False
-        self._template: HeadTemplate[RequestHead] = HeadTemplate()
-        self._between = False  # two requests
+        self._between = True  # two requests, or before the first
+        self._cut: Cut | None = None  # the head that was taken for a known one, and is parsed now
 
     def feed(self, data: bytes) -> None:
         """Parse the next bytes, as they came."""
         if self.early is not None:
             self.early += data
             return
-        if self.error is not None or self._take_alike(data):
+        if self.error is not None:
             return
         size, self._progressed = len(data), False
         while data:
@@ -103,15 +106,23 @@ class RequestReader:
         """The parser refused something, or a callback of ours did, which has said why."""
         self.error = self.error or _refusal_of(error)
 
-    def _take_alike(self, data: bytes) -> bool:
-        """Take ``data`` if it is one whole request whose head is that of the one before but for its length."""
-        found = self._template.match(data) if self._between and not self._line_begun else None
-        if found is None or len(found[1]) > self._limits.body > 0:
+    def take(self, data: bytes) -> bool:
+        """Take the next bytes, as they came, if they are one whole request with a head that is known; they are not to
+        be fed then."""
+        self._cut = None
+        if not self._between or self.error is not None or self.early is not None or self._line_begun:
             return False
-        head, body = found
+        found = self._cut = cut(data, self._whence)
+        if found is None:
+            return False
+        at = found[2]
+        size = len(data) - at
+        head = None if size > self._limits.body > 0 else self._known.match(found, size)
+        if head is None:
+            return False
         self._head = None
         self._silent = 0
-        self._sink.whole_request(head, body)
+        self._sink.whole_request(head, data[at:])
         return True
 
     @property
@@ -231,10 +242,9 @@ class RequestReader:
         self._body_follows_upgrade = self._parser.should_upgrade() and not head.websocket
         self._chunks = Chunks() if head.chunked else None
         self._head = head
-        if self._begun:
-            self._template.forget()
-        else:
-            self._template.learn(head, self._data, self._head_at, self._limits.head - self._head_bytes)
+        if self._cut is not None and not self._head_at:
+            self._known.learn(self._cut, head, self._limits.head - self._head_bytes)
+        self._cut = None
         self._sink.request_begun(head)
 
     def _check_line(self, method: bytes) -> None:

@@ -8,7 +8,7 @@ import httptools
 
 from vllmproxy.http1.message import BadAnswer, Limits, ResponseHead
 from vllmproxy.http1.rules import CONNECTION, check_response
-from vllmproxy.http1.templates import HeadTemplate
+from vllmproxy.http1.templates import AnswerTemplate
 
 #: Informational answers that one request may have. There are two kinds in use, and each needs but one.
 _MOST_INFORMED = 32
@@ -31,7 +31,7 @@ class ResponseReader:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._parser: Any = None
-        self._template: HeadTemplate[ResponseHead] = HeadTemplate()
+        self._template = AnswerTemplate()
         self.begin(b"", upgrade=False, inform=None)
 
     def begin(self, method: bytes, *, upgrade: bool, inform: Callable[[ResponseHead], None] | None) -> None:

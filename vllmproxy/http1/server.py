@@ -68,7 +68,7 @@ class ServerChannel:
         self._shut = False
         self._held_up = False
         self._used = False
-        self._requests = Pipeline(self._make, factory.limits)
+        self._requests: Pipeline  # as soon as it is known whence they come
 
     # the transport's side
 
@@ -80,6 +80,8 @@ class ServerChannel:
         transport = self.transport
         self._plain = is_plain(transport)
         self.is_secure = isinstance(transport, TLSMemoryBIOProtocol)
+        whence = getattr(self.peer, "host", ""), self.is_secure
+        self._requests = Pipeline(self._make, self.factory.limits, self.factory.known, whence)
         sock = raw_socket(transport)
         if sock is not None:
             self._fd = sock.fileno()

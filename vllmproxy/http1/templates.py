@@ -1,35 +1,115 @@
-"""A head that comes again on its connection, alike but for its length: it need not be parsed anew.
+"""Heads that come again, alike but for their length: they need not be parsed anew.
 
 That is how clients go on asking, and how vLLM answers within one second. Nothing is guessed: two heads that differ in
 nothing but the digits of their one Content-Length mean the same, and only a message that is here whole is taken so.
 """
 
 import re
-from typing import Any, Final, Generic
+from typing import Final
 
-from vllmproxy.http1.message import Head
+from vllmproxy.http1.message import RequestHead, ResponseHead
 from vllmproxy.http1.rules import MOST_DIGITS
 from vllmproxy.recurring import is_worth_keeping
 
 #: A whole line of a head: what follows a line's end is no part of a value (RFC 9112 §5.2: folded ones are refused).
 _LENGTH: Final = re.compile(rb"\r\ncontent-length: ?([0-9]{1,%d})\r\n" % MOST_DIGITS, re.IGNORECASE)
-#: Bytes of the longest head that is kept: there is one for each connection.
+#: Bytes of the longest head that is kept.
 _LONGEST: Final = 2048
+#: Heads of requests that are kept: so many, and as many that came before those. And those of which it is only known
+#: that they have come.
+_MOST: Final = 1024
+_MOST_SEEN: Final = 8192
+
+#: What a head's meaning depends on besides: the address of the other end, and whether the connection is encrypted.
+Whence = tuple[str, bool]
+#: A head with the digits of its Content-Length left open: whence it comes, what is before them, and behind.
+_Key = tuple[Whence, bytes, bytes]
+#: A head as it is looked for, the digits that its length has, and where its body begins.
+Cut = tuple[_Key, bytes, int]
 
 
-class HeadTemplate(Generic[Head]):
-    """The head that a connection's messages had last, with the digits of its Content-Length left open."""
+def cut(data: bytes, whence: Whence) -> Cut | None:
+    """Return the head that ``data`` begins with; ``None`` where it is not whole, too long, or says no length."""
+    end = data.find(b"\r\n\r\n", 0, _LONGEST) + 4
+    found = _LENGTH.search(data, 0, end) if end > 3 else None
+    if found is None:
+        return None
+    return (whence, data[: found.start(1)], data[found.end(1) : end]), found[1], end
+
+
+class KnownHeads:
+    """Heads of requests, on all connections: a client may open one for each request, and a balancer puts the requests
+    of many on each of its own.
+
+    One is kept when it comes for the second time: some are like no other, by an id for each request, say.
+    """
+
+    __slots__ = ("_former", "_known", "_seen")
+
+    def __init__(self) -> None:
+        #: Each with how many digits its length may have.
+        self._known: dict[_Key, tuple[RequestHead, int]] = {}
+        self._former: dict[_Key, tuple[RequestHead, int]] = {}
+        self._seen: set[int] = set()
+
+    def match(self, cut: Cut, size: int) -> RequestHead | None:
+        """Return the head that was cut if it is known, and its body has ``size`` bytes."""
+        key, digits, _ = cut
+        if not size or digits != str(size).encode("ascii"):
+            return None
+        known = self._known.get(key) or self._get(key)
+        return None if known is None or len(digits) > known[1] else known[0].with_length(size)
+
+    def learn(self, cut: Cut, head: RequestHead, room: int) -> None:
+        """Take over a head that has passed every check.
+
+        :param room: bytes by which it may grow.
+        """
+        if not (head.content_length and head.is_plain):
+            return
+        key, digits, _ = cut
+        known = self._get(key)
+        if known is not None:  # its body came in several pieces
+            head.memo = known[0].memo
+        elif self._has_seen(hash(key)):
+            head.memo = {}
+            self._keep(key, (head, min(len(digits) + room, MOST_DIGITS)))
+
+    def _get(self, key: _Key) -> tuple[RequestHead, int] | None:
+        known = self._known.get(key)
+        if known is None:
+            known = self._former.get(key)
+            if known is not None:
+                self._keep(key, known)
+        return known
+
+    def _keep(self, key: _Key, known: tuple[RequestHead, int]) -> None:
+        if len(self._known) >= _MOST:
+            self._former, self._known = self._known, {}
+        self._known[key] = known
+
+    def _has_seen(self, mark: int) -> bool:
+        if mark in self._seen:
+            return True
+        if len(self._seen) >= _MOST_SEEN:
+            self._seen.clear()
+        self._seen.add(mark)
+        return False
+
+
+class AnswerTemplate:
+    """The head that a connection's answers had last, with the digits of its Content-Length left open."""
 
     __slots__ = ("_after", "_before", "_head", "_missed", "_most")
 
     def __init__(self) -> None:
-        self._head: Head | None = None
+        self._head: ResponseHead | None = None
         self._before = self._after = b""
         self._most = 0  # digits
-        self._missed = -1  # messages in a row that had another head; the very first one counts for none
+        self._missed = -1  # answers in a row that had another head; the very first one counts for none
 
-    def match(self, data: bytes) -> tuple[Head, bytes] | None:
-        """Return the head and the body of the one message that ``data`` is; ``None`` where it is anything else."""
+    def match(self, data: bytes) -> tuple[ResponseHead, bytes] | None:
+        """Return the head and the body of the one answer that ``data`` is; ``None`` where it is anything else."""
         head, before, after = self._head, self._before, self._after
         if head is None or not data.startswith(before):
             return None
@@ -41,14 +121,13 @@ class HeadTemplate(Generic[Head]):
         if not body or data[start:end] != str(len(body)).encode("ascii"):
             return None
         self._missed = 0
-        alike: Any = head.with_length(len(body))
-        return alike, body
+        return head.with_length(len(body)), body
 
-    def learn(self, head: Head, data: bytes | bytearray, start: int, room: int) -> None:
+    def learn(self, head: ResponseHead, data: bytes | bytearray, start: int, room: int) -> None:
         """Take over a head that has passed every check.
 
-        A connection's first one is passed over, as it may be the only one. So are most where each is another, as behind
-        a balancer that puts the requests of many clients on one connection: to keep one takes as long as a match saves.
+        A connection's first one is passed over, as it may be the only one. So are most where each is another: to keep
+        one takes as long as a match saves.
 
         :param data: where it was read, whole, from ``start`` on.
         :param room: bytes by which it may grow.
@@ -65,7 +144,3 @@ class HeadTemplate(Generic[Head]):
             self._head, self._before, self._after = head, raw[: found.start(1)], raw[found.end(1) :]
             self._most = min(len(found[1]) + room, MOST_DIGITS)
             head.memo = {}
-
-    def forget(self) -> None:
-        """The next message is to be parsed."""
-        self._head = None
