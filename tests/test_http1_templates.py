@@ -33,6 +33,8 @@ OTHER_LINES = st.lists(
             b"Expect: 100-continue",
             b"Transfer-Encoding: chunked",
             b"Content-Length: 7",
+            b"X-Request-ID: 7",
+            b"x-request-id: of-another",
             b"X-Empty:",
         ]
     ),
@@ -243,6 +245,55 @@ def test_requests_that_differ_in_their_length(
         assert reading.read(second) == fresh.read(second)
 
 
+IDS = st.sampled_from(
+    [b"7", b"a.b:c_d-E", b"x" * 127, b"x" * 128, b"x" * 129, b"", b" ", b"a b", b"\xff", b'"q"', b"a\tb"]
+)
+
+
+@given(
+    lines=OTHER_LINES,
+    places=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    names=st.tuples(NAMES, st.sampled_from(["X-Request-ID", "x-request-id", "X-REQUEST-Id"])),
+    ids=st.tuples(IDS, IDS),
+    lengths=st.tuples(*[st.integers(0, 300)] * 2),
+)
+def test_requests_that_differ_in_their_length_and_their_id(
+    lines: list[bytes],
+    places: tuple[int, int],
+    names: tuple[str, str],
+    ids: tuple[bytes, bytes],
+    lengths: tuple[int, int],
+) -> None:
+    reading, fresh, found = Requests(), Requests(), []
+    for id, length in zip(ids, lengths, strict=True):
+        named = lines.copy()
+        named.insert(places[0] % (len(lines) + 1), b"%s: %s" % (names[1].encode(), id))
+        found.append(request(named, names[0], length, places[1]))
+    reading.learn(found[0])
+    if reading.is_open():
+        assert reading.read(found[1]) == fresh.read(found[1])
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_a_head_with_another_id_is_taken_without_the_parser(place: int) -> None:
+    def named(id: bytes) -> bytes:
+        return request([b"Accept: */*", b"X-Request-ID: " + id, b"User-Agent: x"], "Content-Length", 5, place)
+
+    reading = Requests()
+    reading.learn(named(b"one"))
+    assert reading.feed(named(b"two:2"))
+    assert reading.feed(named(b"x" * 128))
+    assert not reading.feed(named(b"x" * 129))
+    assert not reading.feed(named(b"not one"))
+    assert Requests(reading.known).read(named(b"two:2")) == Requests().read(named(b"two:2"))
+
+
+def test_a_head_with_two_ids_is_parsed_each_time() -> None:
+    reading, twice = Requests(), request([b"X-Request-ID: a", b"X-Request-ID: b"], "Content-Length", 5)
+    for _ in range(4):
+        assert not reading.feed(twice)
+
+
 @given(lines=OTHER_LINES, name=NAMES, length=st.integers(1, 60), source=SOURCES)
 @settings(max_examples=600)
 def test_any_bytes_behind_a_request(lines: list[bytes], name: str, length: int, source: random.Random) -> None:
@@ -389,6 +440,16 @@ def test_the_limits_of_a_head_are_kept(digits: bytes, passes: bool) -> None:
     reading = Requests(limits=Limits(head=room))
     reading.learn(like)
     error = reading.read(like.replace(b": 2", b": " + digits))[1]
+    assert (error is None) is passes
+
+
+@pytest.mark.parametrize(("id", "passes"), [(b"of", True), (b"off", False)])
+def test_the_limits_of_a_head_are_kept_with_another_id(id: bytes, passes: bool) -> None:
+    like = request([b"X-Request-ID: a"], "Content-Length", 2)
+    room = len(b"Hosth") + len(b"Content-Length2") + len(b"X-Request-IDa") + 3 * 4 + 1
+    reading = Requests(limits=Limits(head=room))
+    reading.learn(like)
+    error = reading.read(like.replace(b": a", b": " + id))[1]
     assert (error is None) is passes
 
 

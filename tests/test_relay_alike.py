@@ -82,6 +82,18 @@ def test_the_first_request_of_a_connection_whose_head_is_known_needs_no_parsing(
     assert b"\nx-forwarded-for: 192.0.2.1\n" in head
 
 
+def test_each_request_has_the_id_that_its_caller_gave_it(house: House) -> None:
+    for id in (b"a", b"b:1", b"c" * 128, b"not one", b"d"):
+        ask(house, b"x", b"X-Request-ID: %b\r\n" % id)
+        expected = house.streams[-1].head.fields[b"x-request-id"]
+        assert expected == [id]
+        lines = house.wires[0].take().split(b"\r\n")
+        house.wires[0].receive(ANSWER)
+        assert (b"x-request-id: " + id in lines) is (id != b"not one")
+        assert (b"x-request-id: " + id + b"\r\n" in house.client.take()) is (id != b"not one")
+        assert (house.observer.records[-1].request_id == id.decode()) is (id != b"not one")
+
+
 def test_clients_with_the_same_head_are_told_apart(warm: House) -> None:
     for peer in ("192.0.2.1", "192.0.2.2", "192.0.2.2", "192.0.2.2", "192.0.2.1"):
         warm.client = warm.connect(peer)

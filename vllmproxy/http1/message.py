@@ -9,6 +9,9 @@ Result = TypeVar("Result")
 Head = TypeVar("Head", "RequestHead", "ResponseHead")
 
 
+#: The header that names a request, which is another for each.
+REQUEST_ID: Final = b"x-request-id"
+
 #: Statuses of what is not malformed, but came too slowly, or was too much.
 _KINDS: Final = {408: "too_slow", 413: "too_large", 414: "too_large", 431: "too_large"}
 
@@ -89,9 +92,14 @@ class RequestHead:
         asks_more = self.chunked or self.websocket or self.expects_continue
         return self.version == (1, 1) and self.keep_alive and not asks_more
 
-    def with_length(self, length: int) -> "RequestHead":
-        """Return the same head, which :attr:`is_plain`, with another Content-Length."""
-        return RequestHead(self.method, self.target, self.version, self.headers, self.fields, length, memo=self.memo)
+    def again(self, length: int, request_id: bytes) -> "RequestHead":
+        """Return the same head, which :attr:`is_plain`, with another Content-Length, and where it has an X-Request-ID
+        with another one of those."""
+        headers, fields = self.headers, self.fields
+        if request_id:
+            headers = [(name, request_id if name.lower() == REQUEST_ID else value) for name, value in headers]
+            fields = {**fields, REQUEST_ID: [request_id]}
+        return RequestHead(self.method, self.target, self.version, headers, fields, length, memo=self.memo)
 
 
 @define(slots=True)
@@ -138,7 +146,7 @@ class ResponseHead:
 def once(head: Head, work: Callable[..., Result], *more: Any) -> Result:
     """Return what ``work`` makes of a head: done once for all that are alike.
 
-    :param work: depends on the head, but not on its length, and never returns ``None``.
+    :param work: depends on the head, but not on its length nor on its X-Request-ID, and never returns ``None``.
     :param more: its other arguments, which are the same for all of these.
     """
     memo = head.memo

@@ -115,7 +115,7 @@ class RequestReader:
         found = self._cut = cut(data, self._whence)
         if found is None:
             return False
-        at = found[2]
+        at = found[3]
         size = len(data) - at
         head = None if size > self._limits.body > 0 else self._known.match(found, size)
         if head is None:

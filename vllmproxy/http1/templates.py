@@ -1,18 +1,21 @@
 """Heads that come again, alike but for their length: they need not be parsed anew.
 
 That is how clients go on asking, and how vLLM answers within one second. Nothing is guessed: two heads that differ in
-nothing but the digits of their one Content-Length mean the same, and only a message that is here whole is taken so.
+nothing but the digits of their one Content-Length mean the same, and only a message that is here whole is taken so. Of
+requests the one X-Request-ID may be another, too, as far as it is a plain word: balancers give each its own.
 """
 
 import re
 from typing import Final
 
-from vllmproxy.http1.message import RequestHead, ResponseHead
+from vllmproxy.http1.message import REQUEST_ID, RequestHead, ResponseHead
 from vllmproxy.http1.rules import MOST_DIGITS
 from vllmproxy.recurring import is_worth_keeping
 
+_DIGITS: Final = rb"content-length: ?([0-9]{1,%d})" % MOST_DIGITS
 #: A whole line of a head: what follows a line's end is no part of a value (RFC 9112 §5.2: folded ones are refused).
-_LENGTH: Final = re.compile(rb"\r\ncontent-length: ?([0-9]{1,%d})\r\n" % MOST_DIGITS, re.IGNORECASE)
+_LENGTH: Final = re.compile(rb"\r\n%b\r\n" % _DIGITS, re.IGNORECASE)
+_OPEN: Final = re.compile(rb"\r\n(?:%b|x-request-id: ?([A-Za-z0-9._:-]{1,128}))\r\n" % _DIGITS, re.IGNORECASE)
 #: Bytes of the longest head that is kept.
 _LONGEST: Final = 2048
 #: Heads of requests that are kept: so many, and as many that came before those. And those of which it is only known
@@ -22,60 +25,70 @@ _MOST_SEEN: Final = 8192
 
 #: What a head's meaning depends on besides: the address of the other end, and whether the connection is encrypted.
 Whence = tuple[str, bool]
-#: A head with the digits of its Content-Length left open: whence it comes, what is before them, and behind.
-_Key = tuple[Whence, bytes, bytes]
-#: A head as it is looked for, the digits that its length has, and where its body begins.
-Cut = tuple[_Key, bytes, int]
+#: A head with the digits of its Content-Length left open, and its X-Request-ID: whence it comes, what is before the
+#: first of these, between them, and behind.
+_Key = tuple[Whence, bytes, bytes, bytes]
+#: A head as it is looked for; the digits of its length, its id or nothing, and where its body begins.
+Cut = tuple[_Key, bytes, bytes, int]
+#: A head, and the bytes that digits and id may have together.
+_Known = tuple[RequestHead, int]
 
 
 def cut(data: bytes, whence: Whence) -> Cut | None:
     """Return the head that ``data`` begins with; ``None`` where it is not whole, too long, or says no length."""
     end = data.find(b"\r\n\r\n", 0, _LONGEST) + 4
-    found = _LENGTH.search(data, 0, end) if end > 3 else None
-    if found is None:
+    first = _OPEN.search(data, 0, end) if end > 3 else None
+    if first is None:
         return None
-    return (whence, data[: found.start(1)], data[found.end(1) : end]), found[1], end
+    digits, id = first.groups()
+    start, stop = first.span(2 if digits is None else 1)
+    second = _OPEN.search(data, stop, end)
+    if second is None:
+        return None if digits is None else ((whence, data[:start], b"", data[stop:end]), digits, b"", end)
+    more, last = second.span(1 if digits is None else 2)
+    if last < 0:  # the same header twice
+        return None
+    return (whence, data[:start], data[stop:more], data[last:end]), digits or second[1], id or second[2], end
 
 
 class KnownHeads:
     """Heads of requests, on all connections: a client may open one for each request, and a balancer puts the requests
     of many on each of its own.
 
-    One is kept when it comes for the second time: some are like no other, by an id for each request, say.
+    One is kept when it comes for the second time: some are like no other.
     """
 
     __slots__ = ("_former", "_known", "_seen")
 
     def __init__(self) -> None:
-        #: Each with how many digits its length may have.
-        self._known: dict[_Key, tuple[RequestHead, int]] = {}
-        self._former: dict[_Key, tuple[RequestHead, int]] = {}
+        self._known: dict[_Key, _Known] = {}
+        self._former: dict[_Key, _Known] = {}
         self._seen: set[int] = set()
 
     def match(self, cut: Cut, size: int) -> RequestHead | None:
         """Return the head that was cut if it is known, and its body has ``size`` bytes."""
-        key, digits, _ = cut
+        key, digits, id, _ = cut
         if not size or digits != str(size).encode("ascii"):
             return None
         known = self._known.get(key) or self._get(key)
-        return None if known is None or len(digits) > known[1] else known[0].with_length(size)
+        return None if known is None or len(digits) + len(id) > known[1] else known[0].again(size, id)
 
     def learn(self, cut: Cut, head: RequestHead, room: int) -> None:
         """Take over a head that has passed every check.
 
         :param room: bytes by which it may grow.
         """
-        if not (head.content_length and head.is_plain):
+        key, digits, id, _ = cut
+        if not (head.content_length and head.is_plain) or (id and len(head.fields[REQUEST_ID]) > 1):
             return
-        key, digits, _ = cut
         known = self._get(key)
         if known is not None:  # its body came in several pieces
             head.memo = known[0].memo
         elif self._has_seen(hash(key)):
             head.memo = {}
-            self._keep(key, (head, min(len(digits) + room, MOST_DIGITS)))
+            self._keep(key, (head, len(digits) + len(id) + room))
 
-    def _get(self, key: _Key) -> tuple[RequestHead, int] | None:
+    def _get(self, key: _Key) -> _Known | None:
         known = self._known.get(key)
         if known is None:
             known = self._former.get(key)
@@ -83,7 +96,7 @@ class KnownHeads:
                 self._keep(key, known)
         return known
 
-    def _keep(self, key: _Key, known: tuple[RequestHead, int]) -> None:
+    def _keep(self, key: _Key, known: _Known) -> None:
         if len(self._known) >= _MOST:
             self._former, self._known = self._known, {}
         self._known[key] = known

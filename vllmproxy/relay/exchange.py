@@ -10,7 +10,7 @@ from twisted.python.failure import Failure
 from vllmproxy.errors import ApiError, AuthError, BadRequest, Internal, UpstreamTimeout
 from vllmproxy.http1.answer import Answer, OutgoingHeaders, Request
 from vllmproxy.http1.bodies import StreamedBody, WholeBody
-from vllmproxy.http1.message import ResponseHead, WireError
+from vllmproxy.http1.message import REQUEST_ID, ResponseHead, WireError
 from vllmproxy.http1.stream import Stream
 from vllmproxy.ids import fresh_id
 from vllmproxy.keys.gate import Caller
@@ -20,7 +20,7 @@ from vllmproxy.relay.admission import Admission
 from vllmproxy.relay.bill import Bill, Outcome
 from vllmproxy.relay.facts import facts_of
 from vllmproxy.relay.failures import error_of
-from vllmproxy.relay.headers import answer_lines
+from vllmproxy.relay.headers import answer_lines, request_id_in
 from vllmproxy.relay.passing import Passing
 from vllmproxy.relay.quotas import Reservation
 from vllmproxy.relay.recording import begin_record, end_record
@@ -63,7 +63,8 @@ class Exchange:
         self._tunnel: Tunnel | None = None
         self._patience = Patience(self, relay.waits)
         self._admission = Admission(relay, stream, facts)
-        self._id = facts.given_id or fresh_id()
+        fields = stream.head.fields
+        self._id = (REQUEST_ID in fields and request_id_in(fields)) or fresh_id()
         self._record = begin_record(facts, self._id, time=self._began)
 
     # admission

@@ -11,7 +11,7 @@ from vllmproxy.inspection.request import Asked, printable
 from vllmproxy.inspection.splice import Edit
 from vllmproxy.keys.credentials import Credential, read_credential
 from vllmproxy.keys.key import VirtualKey
-from vllmproxy.relay.headers import Around, Client, TrustedProxies, around_of, request_id_in
+from vllmproxy.relay.headers import Around, Client, TrustedProxies, around_of
 from vllmproxy.relay.targets import split_target
 from vllmproxy.relay.ways import Way, way_of
 from vllmproxy.upstreams.server import Server
@@ -46,7 +46,7 @@ class Terms:
 
 @define  # as above
 class Facts:
-    """What a head tells, whatever the length of its body.
+    """What a head tells, whatever the length of its body and the request's id.
 
     :ivar server: where the request goes, and ``trusted``: whose word counts; the relay's may be exchanged meanwhile.
     :ivar client: who is at the other end.
@@ -56,7 +56,6 @@ class Facts:
     :ivar opened_by: the last key that opened this way.
     :ivar terms: what was to be done with the last of them.
     :ivar end_user: whom it names as its own user, if anybody.
-    :ivar given_id: the caller's own id for it, if that will do.
     :ivar is_preflight: this is a CORS preflight, which vLLM answers without a key (its ``AuthenticationMiddleware``).
     :ivar around: the header lines for vLLM around those that differ from request to request.
     """
@@ -70,7 +69,6 @@ class Facts:
     credential: Credential
     end_user: str | None
     bodies: BodyReader
-    given_id: bytes | None
     is_preflight: bool
     around: Around
     opened_by: VirtualKey | None = None
@@ -104,7 +102,6 @@ def _facts_of(head: RequestHead, stream: Stream, server: Server, trusted: Truste
         credential=read_credential(head.fields),
         end_user=_end_user_in(head.fields),
         bodies=_reader_of(way.route, head.fields),
-        given_id=request_id_in(head.fields),
         is_preflight=asks_alone and way.group in ("inference", "info"),
         around=around_of(head, client, stream.is_secure, server.authorization, host=upstream.authority),
     )

@@ -8,7 +8,7 @@ from attrs import define, frozen
 from twisted.internet.interfaces import IAddress
 
 from vllmproxy import PRODUCT
-from vllmproxy.http1.message import RequestHead, ResponseHead, once
+from vllmproxy.http1.message import REQUEST_ID, RequestHead, ResponseHead, once
 from vllmproxy.http1.places import client_named
 from vllmproxy.http1.rules import HOP_BY_HOP, connection_options
 from vllmproxy.keys.credentials import CREDENTIAL_HEADERS
@@ -36,13 +36,13 @@ FORWARDED = frozenset(
 )
 
 #: Made anew for the upstream, whatever the client sent.
-_REPLACED = frozenset([b"host", b"content-length", b"expect", b"x-request-id", *CREDENTIAL_HEADERS])
+_REPLACED = frozenset([b"host", b"content-length", b"expect", REQUEST_ID, *CREDENTIAL_HEADERS])
 
 _DROPPED = HOP_BY_HOP | _FORBIDDEN | _REPLACED
 _DROPPED_UNTRUSTED = _DROPPED | FORWARDED
 _DROPPED_TRUSTED = _DROPPED | {b"x-forwarded-for", b"via"}
 
-_DROPPED_ANSWER = HOP_BY_HOP | {b"content-length", b"x-request-id"}
+_DROPPED_ANSWER = HOP_BY_HOP | {b"content-length", REQUEST_ID}
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
 
@@ -109,7 +109,7 @@ def _is_address(text: str) -> bool:
 
 def request_id_in(fields: dict[bytes, list[bytes]]) -> bytes | None:
     """Return the caller's own request id, if it is a sane token."""
-    given = fields.get(b"x-request-id")
+    given = fields.get(REQUEST_ID)
     return given[0] if given is not None and len(given) == 1 and _SANE_ID.match(given[0]) else None
 
 
