@@ -62,6 +62,10 @@ class Wire:
         self._answer = answer
         hangups: Any = Hangups()
         self.factory = ServerFactory(self.clock, self._handle, render, hangups, limits=limits, **timeouts)
+        self.connect()
+
+    def connect(self) -> None:
+        """Go on with a new connection."""
         self.channel: ServerChannel = self.factory.buildProtocol(None)
         self.transport = MemoryTransport(self.clock)
         self.transport.connect(self.channel)

@@ -39,6 +39,18 @@ def test_a_head_over_a_limit_is_told_the_limit() -> None:
         assert requests.error.message.endswith(f"has more than {said}.")
 
 
+def test_limits_that_change_hold_on_new_connections_for_heads_that_were_known() -> None:
+    wire, asked = Wire(answer=True), b"POST / HTTP/1.1\r\nHost: h\r\nA: b\r\nContent-Length: 2\r\n\r\nok"
+    for _ in range(3):
+        wire.feed(asked)
+    wire.factory.change_limits(Limits(lines=2))
+    wire.feed(asked)
+    assert [stream.status for stream in wire.streams] == [200] * 4
+    wire.connect()
+    wire.feed(asked)
+    assert wire.refused == 431
+
+
 def no_stream(head: RequestHead) -> Stream:
     raise AssertionError(head)
 

@@ -188,7 +188,7 @@ def test_heads_that_come_once_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> N
 def test_no_more_heads_are_kept_than_there_is_memory_for_and_those_that_are_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(templates, "_MOST", 10)
+    monkeypatch.setattr(templates, "_MOST", 10 * (2 * templates._LINE + templates._WORKED_OUT))
     reading = Requests()
     for number in range(100):
         reading.learn(traced(number))
@@ -197,6 +197,13 @@ def test_no_more_heads_are_kept_than_there_is_memory_for_and_those_that_are_used
         assert len(reading.known._known) <= 10
         assert len(reading.known._former) <= 10
     assert not reading.feed(traced(50))
+
+
+def test_heads_of_many_lines_take_the_place_of_more() -> None:
+    reading, lines = Requests(), [b"X%d:" % number for number in range(120)]
+    for number in range(300):
+        reading.learn(request([b"X-Trace: %d" % number, *lines], "Content-Length", 5))
+    assert len(reading.known._known) + len(reading.known._former) < 280
 
 
 def test_a_head_is_known_on_other_connections() -> None:
@@ -362,6 +369,16 @@ def test_a_request_within_the_body_of_another() -> None:
     requests = reading.seen.requests
     reading.feed(inner)
     assert [(len(body), whole) for _, body, whole in requests] == [(100 + len(inner), True)]
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_a_request_behind_the_last_one(version: bytes) -> None:
+    known, last = Requests().known, b"GET / HTTP/%b\r\nHost: h\r\nConnection: close\r\n\r\n" % version
+    Requests(known).learn(traced(1))
+    reading, fresh = Requests(known), Requests()
+    assert reading.read(last) == fresh.read(last)
+    assert reading.read(traced(1)) == fresh.read(traced(1))
+    assert reading.reader.error is not None
 
 
 def test_the_rest_of_a_head_is_no_head() -> None:

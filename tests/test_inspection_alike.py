@@ -8,7 +8,9 @@ from attrs import evolve
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vllmproxy.inspection.alike import BodyReader
+from vllmproxy.inspection import alike
+from vllmproxy.inspection.alike import _MOST, BodyReader
+from vllmproxy.inspection.document import scan
 from vllmproxy.inspection.request import Asked, read_request
 from vllmproxy.inspection.splice import Edit, edited, model_edits, moved, usage_edits
 
@@ -69,6 +71,45 @@ def test_a_body_that_differs_in_its_messages_is_told_by_what_is_around_them(
     asked, *_ = reader.read(one)
     assert assert_same(reader, other, route) is asked
     assert assert_same(reader, one, route) is asked
+
+
+def test_several_applications_with_one_key_are_each_known() -> None:
+    applications = [chat("a", before=f'"model": "m{number}", ') for number in range(_MOST)]
+    reader = reader_of(*applications)
+    told = [reader.read(body)[0] for body in applications]
+    assert len({id(asked) for asked in told}) == _MOST
+    for _ in range(3):
+        for body, asked in zip(applications, told, strict=True):
+            assert assert_same(reader, body.replace(b'"a"', b'"bc"'), CHAT) is asked
+
+
+def test_no_more_are_known_than_some_and_those_that_were_used_last() -> None:
+    applications = [chat("a", before=f'"model": "m{number}", ') for number in range(40)]
+    reader = BodyReader(CHAT, JSON)
+    for body in applications:
+        for _ in range(16):
+            assert_same(reader, body, CHAT)
+        assert len(reader._templates) <= _MOST
+    kept = [template.asked.model for template in reader._templates]
+    assert kept == [f"m{number}" for number in range(39, 39 - _MOST, -1)]
+
+
+def test_what_takes_memory_is_not_kept() -> None:
+    for depth, is_kept in ((10, True), (200, False)):
+        options = '"stream_options": {"include_usage": ' + "[" * depth + "]" * depth + "}"
+        reader = reader_of(chat("a", behind=f', "stream": true, {options}'))
+        assert bool(reader._templates) is is_kept
+
+
+def test_only_one_that_may_fit_is_looked_at_closely(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = [b"}", b" }", b"  }", b"   }"]
+    bodies = [b'{"model": "m", "messages": []' + end for end in ends]
+    reader = reader_of(*[body for body in bodies for _ in range(2)])
+    assert len(reader._templates) == len(bodies) == _MOST
+    looks = []
+    monkeypatch.setattr(alike, "scan", lambda *args: looks.append(args) or scan(*args))
+    assert_same(reader, b'{"model": "m", "messages": []     }', CHAT)
+    assert len(looks) == 2  # and once more when it is kept itself
 
 
 ONE = chat("a")

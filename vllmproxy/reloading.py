@@ -103,7 +103,7 @@ def _cache(proxy: "Proxy", settings: Settings) -> None:
 
 def _wire(proxy: "Proxy", settings: Settings) -> None:
     factory = proxy.factory
-    factory.limits = limits_of(settings)
+    factory.change_limits(limits_of(settings))
     factory.head_deadlines.change(settings.head_timeout)
     factory.idle_deadlines.change(settings.idle_timeout)
     factory.change_body(settings.body_timeout, settings.min_body_rate)

@@ -74,8 +74,7 @@ class ServerFactory(Factory):
         self.handle = handler
         self.render = render
         self.hangups = hangups
-        self.limits = limits
-        self.known = KnownHeads()
+        self.change_limits(limits)
         self._waiting: list[Deferred[None]] = []
         self._most = max_connections
         self.client_of = client_of
@@ -92,6 +91,11 @@ class ServerFactory(Factory):
         self.linger_deadlines: Deadlines[ServerChannel] = Deadlines(clock, linger_timeout, ServerChannel.linger_late)
         self.unused_deadlines: Deadlines[ServerChannel] = Deadlines(clock, unused_timeout, ServerChannel.unused_late)
         self.change_body(body_timeout, min_body_rate)
+
+    def change_limits(self, limits: Limits) -> None:
+        """Hold what comes on new connections to these; heads that are known were held to others."""
+        self.limits = limits
+        self.known = KnownHeads()
 
     def change_body(self, timeout: float, min_rate: int) -> None:
         """Have bodies come in that time, and at least at that rate."""

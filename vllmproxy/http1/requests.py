@@ -69,7 +69,7 @@ class RequestReader:
         self._headers: list[tuple[bytes, bytes]] = []
         self._ignoring_head = False
         self._body_follows_upgrade = False
-        self._between = True  # two requests, or before the first
+        self._between = True  # two requests, or before the first; not behind the last
         self._cut: Cut | None = None  # the head that was taken for a known one, and is parsed now
 
     def feed(self, data: bytes) -> None:
@@ -286,7 +286,7 @@ class RequestReader:
             self._follow(chunks)
             if not chunks.whole:
                 self._refuse(400, _BAD_SYNTAX)
-        self._between = True
+        self._between = self._head is not None and self._head.keep_alive
         self._sink.request_read()
 
 

@@ -18,9 +18,11 @@ _LENGTH: Final = re.compile(rb"\r\n%b\r\n" % _DIGITS, re.IGNORECASE)
 _OPEN: Final = re.compile(rb"\r\n(?:%b|x-request-id: ?([A-Za-z0-9._:-]{1,128}))\r\n" % _DIGITS, re.IGNORECASE)
 #: Bytes of the longest head that is kept.
 _LONGEST: Final = 2048
-#: Heads of requests that are kept: so many, and as many that came before those. And those of which it is only known
-#: that they have come.
-_MOST: Final = 1024
+#: Bytes of the heads of requests that are kept, about, and as many of those that came before; what one line takes, and
+#: what is worked out of a head. And those of which it is only known that they have come.
+_MOST: Final = 8 << 20
+_LINE: Final = 512
+_WORKED_OUT: Final = 4096
 _MOST_SEEN: Final = 8192
 
 #: What a head's meaning depends on besides: the address of the other end, and whether the connection is encrypted.
@@ -58,10 +60,11 @@ class KnownHeads:
     One is kept when it comes for the second time: some are like no other.
     """
 
-    __slots__ = ("_former", "_known", "_seen")
+    __slots__ = ("_former", "_known", "_seen", "_size")
 
     def __init__(self) -> None:
         self._known: dict[_Key, _Known] = {}
+        self._size = 0
         self._former: dict[_Key, _Known] = {}
         self._seen: set[int] = set()
 
@@ -97,9 +100,11 @@ class KnownHeads:
         return known
 
     def _keep(self, key: _Key, known: _Known) -> None:
-        if len(self._known) >= _MOST:
-            self._former, self._known = self._known, {}
+        if self._size >= _MOST:
+            self._former, self._known, self._size = self._known, {}, 0
         self._known[key] = known
+        _, before, between, behind = key
+        self._size += len(before) + len(between) + len(behind) + _LINE * len(known[0].headers) + _WORKED_OUT
 
     def _has_seen(self, mark: int) -> bool:
         if mark in self._seen:

@@ -20,8 +20,11 @@ _OPEN: Final = {
     "/v1/messages": ("messages", b"["),
     "/v1/responses": ("input", b'"['),
 }
-#: Bytes around it of the longest body that is kept: there is one for each connection.
+#: Bytes around it of the longest body that is kept, and of the longest ``stream_options``, of which the values are.
 _LONGEST: Final = 2048
+_LONGEST_OPTIONS: Final = 256
+#: Bodies that are kept for one head: who calls with one key may be several applications.
+_MOST: Final = 4
 
 
 class _Template:
@@ -38,10 +41,10 @@ class _Template:
         self._start, self._rest = len(self._before.decode()), len(self._behind.decode())  # in characters
         self._kind = list if body[start] == ord("[") else str
 
-    def fits(self, body: bytes) -> bool:
-        """Tell whether ``body`` is the same with another value."""
+    def fits(self, body: bytes) -> bool | None:
+        """Tell whether ``body`` is the same with another value; ``None`` where what is around that is not the same."""
         if not (body.startswith(self._before) and body.endswith(self._behind)):
-            return False
+            return None
         if len(body) > MOST_VALUES or body.find(b'"data') >= 0:  # it may be too much, or have attachments
             return False
         try:
@@ -60,7 +63,7 @@ class BodyReader:
     :param unclear: why these heads leave open how a body is read, as half a sentence for the caller.
     """
 
-    __slots__ = ("_encoding", "_missed", "_route", "_template", "_type", "_unclear")
+    __slots__ = ("_encoding", "_missed", "_route", "_templates", "_type", "_unclear")
 
     def __init__(
         self, route: str, content_type: bytes | None, content_encoding: bytes | None = None, unclear: str = ""
@@ -69,7 +72,7 @@ class BodyReader:
         self._type = content_type
         self._encoding = content_encoding
         self._unclear = unclear
-        self._template: _Template | None = None
+        self._templates: list[_Template] = []  # the one that was used last first
         self._missed = -1  # bodies in a row that were not alike; the very first one counts for none
 
     def read(self, body: bytes | mmap) -> tuple[Asked, int, int]:
@@ -78,18 +81,22 @@ class BodyReader:
         """
         if self._unclear:
             return Asked(surety="ambiguous", reason=self._unclear, unclear=self._unclear), 0, 0
-        template = self._template
-        if template is not None and isinstance(body, bytes) and template.fits(body):
-            self._missed = 0
-            asked = template.asked
-            return asked, -(-len(body) // BYTES_PER_TOKEN), len(body) - asked.size
+        for place, template in enumerate(self._templates):
+            fits = isinstance(body, bytes) and template.fits(body)
+            if fits:
+                self._missed = 0
+                if place:
+                    self._templates.insert(0, self._templates.pop(place))
+                asked = template.asked
+                return asked, -(-len(body) // BYTES_PER_TOKEN), len(body) - asked.size
+            if fits is False:  # to look as closely at another would take too long
+                break
         asked = read_request(self._route, body, self._type, self._encoding)
         self._learn(asked, body)
         return asked, asked.prompt_tokens, 0
 
     def _learn(self, asked: Asked, body: bytes | mmap) -> None:
         """Keep a body for the next ones to be compared with, if they may be alike."""
-        self._template = None
         self._missed += 1
         if not is_worth_keeping(self._missed):
             return
@@ -98,9 +105,10 @@ class BodyReader:
         if document is None or document.repeated or name not in document.spans or not isinstance(body, bytes):
             return
         start, end = document.spans[name]
-        if len(body) - (end - start) > _LONGEST or body[start] not in beginnings:
+        begin, stop = document.spans.get("stream_options", (0, 0))
+        if len(body) - (end - start) > _LONGEST or stop - begin > _LONGEST_OPTIONS or body[start] not in beginnings:
             return
         template = _Template(body, asked, start, end)
         if template.fits(body):  # as long as it has no attachments, and is none of the empty texts
             asked.size, asked.moves = len(body), end
-            self._template = template
+            self._templates = [template, *self._templates[: _MOST - 1]]
