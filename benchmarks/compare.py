@@ -115,13 +115,26 @@ def _start(bench: Bench, stack: ExitStack, name: str) -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=_some_of(MEASURES), default=list(MEASURES), metavar="NAME,…", help="measures")
-    parser.add_argument("--contestants", type=_some_of(CONTESTANTS), default=list(CONTESTANTS), metavar="NAME,…")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--only",
+        type=_some_of(MEASURES),
+        default=list(MEASURES),
+        metavar="NAME,…",
+        help=f"measures, of {', '.join(MEASURES)}",
+    )
+    contestants = f"of {', '.join(CONTESTANTS)}"
+    parser.add_argument(
+        "--contestants", type=_some_of(CONTESTANTS), default=list(CONTESTANTS), metavar="NAME,…", help=contestants
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of each measure (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="measure everything shortly, to see that it works")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="directory for the results")
-    parser.add_argument("--peers", type=Path, default=default_peers(), help="directory to install the peers in")
-    parser.add_argument("--cores", type=_two_cores, default=_default_cores(), metavar="LOAD,PROXY")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="directory for the results (%(default)s)")
+    parser.add_argument(
+        "--peers", type=Path, default=default_peers(), help="directory to install the peers in (%(default)s)"
+    )
+    parser.add_argument(
+        "--cores", type=_two_cores, default=_default_cores(), metavar="LOAD,PROXY", help="numbers of the cores"
+    )
     options = parser.parse_args()
     if options.quick:
         options.rounds = 1

@@ -1,7 +1,7 @@
 """Sizes and times of the server channel, in memory with a clock."""
 
 import pytest
-from _memory import Wire
+from _memory import Wire, render
 
 from vllmproxy.http1.message import Limits, RequestHead
 from vllmproxy.http1.pipeline import Pipeline
@@ -379,9 +379,12 @@ def test_a_body_that_is_announced_as_too_large() -> None:
     wire.feed(b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\n" + b"a" * 1000)
     assert len(wire.streams) == 1
     other = Wire(limits=Limits(body=1000))
+    refused: list[RequestHead | None] = []
+    other.factory.render = lambda error, head, peer: refused.append(head) or render(error, head, peer)
     other.feed(b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 1001\r\n\r\n")
     assert other.refused == 413
     assert not other.streams
+    assert [head is not None and head.target for head in refused] == [b"/a"]  # so that it can be named
 
 
 def test_a_body_that_grows_too_large() -> None:

@@ -223,7 +223,16 @@ def test_sizes_prices_and_who_is_trusted(make: Make) -> None:
     echoed = ask(proxy.service, "GET", MODELS, key=MASTER_KEY, headers=headers).json()["headers"]
     assert ["x-forwarded-for", "192.0.2.7, 127.0.0.1"] in [[name.lower(), value] for name, value in echoed]
     assert "max-body" in proxy.reload(max_body=100)
-    assert ask(proxy.service, "POST", "/vllm/v1/chat/completions", {"a": "b" * 200}, key=MASTER_KEY).status == 413
+    refused = ask(
+        proxy.service,
+        "POST",
+        "/vllm/v1/chat/completions",
+        {"a": "b" * 200},
+        key=MASTER_KEY,
+        headers={"X-Request-ID": "mine-1"},
+    )
+    assert refused.status == 413
+    assert refused.headers["x-request-id"] == "mine-1"
     assert proxy.reload(max_body=0, max_api_body=100)
     assert ask(proxy.service, "POST", "/key/generate", {"metadata": {"a": "b" * 200}}, key=MASTER_KEY).status == 413
 

@@ -38,7 +38,7 @@ from vllmproxy.observers.record import RequestRecord
 from vllmproxy.openfiles import capacity, raise_open_files
 from vllmproxy.polling import lighten
 from vllmproxy.relay.exchange import Exchange
-from vllmproxy.relay.headers import TrustedProxies
+from vllmproxy.relay.headers import TrustedProxies, request_id_in
 from vllmproxy.relay.line import Line
 from vllmproxy.relay.quotas import Quotas
 from vllmproxy.relay.refuse import wire_refusal
@@ -190,7 +190,7 @@ class Proxy:
 
     def refuse_wire(self, error: WireError, head: RequestHead | None, peer: IAddress | None) -> bytes:
         """Report and render the refusal of a request that is no HTTP."""
-        id = fresh_id()
+        id = (head and request_id_in(head.fields)) or fresh_id()
         self.observer.started()
         self.observer.finished(
             RequestRecord(

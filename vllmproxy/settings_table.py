@@ -197,7 +197,7 @@ _ROWS = (
     Row("max-requests-per-client", COUNT_OR_ZERO, "The same for one address; 0: any number.", default="0"),
     Row("max-waiting", COUNT_OR_ZERO, "Requests that wait, in order, where max-requests are under way.", default="100"),
     Row("waiting-timeout", SECONDS, "Seconds a request may wait for that.", default="30"),
-    Row("max-head", COUNT, "Bytes a request head may have.", default="65536"),
+    Row("max-head", COUNT, "Bytes the header lines of a request may have.", default="65536"),
     Row("max-headers", COUNT, "Header lines a request may have.", default="128"),
     Row("max-target", COUNT, "Bytes a request target (path and query) may have.", default="16384"),
     Row(

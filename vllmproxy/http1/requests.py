@@ -237,8 +237,6 @@ class RequestReader:
             check_request(head)
         except WireError as error:
             self._refuse(error.status, error.message)
-        if (head.content_length or 0) > self._limits.body > 0:
-            self._refuse_body()
         self._body_follows_upgrade = self._parser.should_upgrade() and not head.websocket
         self._chunks = Chunks() if head.chunked else None
         self._head = head
@@ -246,6 +244,8 @@ class RequestReader:
             self._known.learn(self._cut, head, self._limits.head - self._head_bytes)
         self._cut = None
         self._sink.request_begun(head)
+        if (head.content_length or 0) > self._limits.body > 0:
+            self._refuse_body()
 
     def _check_line(self, method: bytes) -> None:
         """Refuse a request line that has several spaces in a place, or names RTSP: llhttp takes it for one of HTTP, and
