@@ -327,17 +327,23 @@ def test_what_is_over_while_a_journal_is_made_shorter_is_counted(
     desk.close()
 
 
-@pytest.mark.parametrize("what", ["open", "fdatasync", "rename", "pread", "write"])
-def test_a_journal_that_cannot_be_made_shorter_stays_as_it_is(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def outgrown(directory: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Desk, Entry]:
+    """Return a desk, and a request that goes on in a journal which is to be made shorter in the next turn."""
     monkeypatch.setattr(bookkeeper, "_ROTATE", 2000)
-    desk = Desk(tmp_path)
+    desk = Desk(directory)
     long = desk.books.begin(EXPECTED)
     for _ in range(30):
         desk.request()
     desk.turn()
     monkeypatch.setattr(book, "_SHORTEN", 500)
+    return desk, long
+
+
+@pytest.mark.parametrize("what", ["open", "fdatasync", "rename", "pread", "write"])
+def test_a_journal_that_cannot_be_made_shorter_stays_as_it_is(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk, long = outgrown(tmp_path, monkeypatch)
     with monkeypatch.context() as broken:
         broken.setattr(os, what, _full)
         desk.turn()
@@ -354,13 +360,7 @@ def test_what_comes_behind_a_shorter_journal_waits_until_the_disk_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged_errors: list[LogEvent]
 ) -> None:
     """A power cut would bring back the longer one, and give the numbers of what the store has to other events."""
-    monkeypatch.setattr(bookkeeper, "_ROTATE", 2000)
-    desk = Desk(tmp_path)
-    long = desk.books.begin(EXPECTED)
-    for _ in range(30):
-        desk.request()
-    desk.turn()
-    monkeypatch.setattr(book, "_SHORTEN", 500)
+    desk, long = outgrown(tmp_path, monkeypatch)
     desk.turn()
     assert desk.books.size < 2000 + 500
     long.end(USED)

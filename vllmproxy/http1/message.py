@@ -9,8 +9,9 @@ Result = TypeVar("Result")
 Head = TypeVar("Head", "RequestHead", "ResponseHead")
 
 
-#: The header that names a request, which is another for each.
+#: The header that names a request, which is another for each; and the names, as a pattern, that are taken over.
 REQUEST_ID: Final = b"x-request-id"
+SANE_ID: Final = rb"[A-Za-z0-9._:-]{1,128}"
 
 #: Statuses of what is not malformed, but came too slowly, or was too much.
 _KINDS: Final = {408: "too_slow", 413: "too_large", 414: "too_large", 431: "too_large"}

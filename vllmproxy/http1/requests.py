@@ -70,7 +70,7 @@ class RequestReader:
         self._ignoring_head = False
         self._body_follows_upgrade = False
         self._between = True  # two requests, or before the first; not behind the last
-        self._cut: Cut | None = None  # the head that was taken for a known one, and is parsed now
+        self._cut: Cut | None = None  # the head that was not known, and is parsed now
 
     def feed(self, data: bytes) -> None:
         """Parse the next bytes, as they came."""

@@ -8,14 +8,14 @@ requests the one X-Request-ID may be another, too, as far as it is a plain word:
 import re
 from typing import Final
 
-from vllmproxy.http1.message import REQUEST_ID, RequestHead, ResponseHead
+from vllmproxy.http1.message import REQUEST_ID, SANE_ID, RequestHead, ResponseHead
 from vllmproxy.http1.rules import MOST_DIGITS
 from vllmproxy.recurring import is_worth_keeping
 
 _DIGITS: Final = rb"content-length: ?([0-9]{1,%d})" % MOST_DIGITS
 #: A whole line of a head: what follows a line's end is no part of a value (RFC 9112 §5.2: folded ones are refused).
 _LENGTH: Final = re.compile(rb"\r\n%b\r\n" % _DIGITS, re.IGNORECASE)
-_OPEN: Final = re.compile(rb"\r\n(?:%b|x-request-id: ?([A-Za-z0-9._:-]{1,128}))\r\n" % _DIGITS, re.IGNORECASE)
+_OPEN: Final = re.compile(rb"\r\n(?:%b|%b: ?(%b))\r\n" % (_DIGITS, REQUEST_ID, SANE_ID), re.IGNORECASE)
 #: Bytes of the longest head that is kept.
 _LONGEST: Final = 2048
 #: Bytes of the heads of requests that are kept, about, and as many of those that came before; what one line takes, and
@@ -73,7 +73,7 @@ class KnownHeads:
         key, digits, id, _ = cut
         if not size or digits != str(size).encode("ascii"):
             return None
-        known = self._known.get(key) or self._get(key)
+        known = self._known.get(key) or self._former_one(key)
         return None if known is None or len(digits) + len(id) > known[1] else known[0].again(size, id)
 
     def learn(self, cut: Cut, head: RequestHead, room: int) -> None:
@@ -84,19 +84,18 @@ class KnownHeads:
         key, digits, id, _ = cut
         if not (head.content_length and head.is_plain) or (id and len(head.fields[REQUEST_ID]) > 1):
             return
-        known = self._get(key)
+        known = self._known.get(key) or self._former_one(key)
         if known is not None:  # its body came in several pieces
             head.memo = known[0].memo
         elif self._has_seen(hash(key)):
             head.memo = {}
             self._keep(key, (head, len(digits) + len(id) + room))
 
-    def _get(self, key: _Key) -> _Known | None:
-        known = self._known.get(key)
-        if known is None:
-            known = self._former.get(key)
-            if known is not None:
-                self._keep(key, known)
+    def _former_one(self, key: _Key) -> _Known | None:
+        """Return one that came before those that are known, and is known again now."""
+        known = self._former.get(key)
+        if known is not None:
+            self._keep(key, known)
         return known
 
     def _keep(self, key: _Key, known: _Known) -> None:

@@ -8,7 +8,7 @@ from attrs import define, frozen
 from twisted.internet.interfaces import IAddress
 
 from vllmproxy import PRODUCT
-from vllmproxy.http1.message import REQUEST_ID, RequestHead, ResponseHead, once
+from vllmproxy.http1.message import REQUEST_ID, SANE_ID, RequestHead, ResponseHead, once
 from vllmproxy.http1.places import client_named
 from vllmproxy.http1.rules import HOP_BY_HOP, connection_options
 from vllmproxy.keys.credentials import CREDENTIAL_HEADERS
@@ -44,7 +44,7 @@ _DROPPED_TRUSTED = _DROPPED | {b"x-forwarded-for", b"via"}
 
 _DROPPED_ANSWER = HOP_BY_HOP | {b"content-length", REQUEST_ID}
 
-_SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
+_SANE_ID = re.compile(SANE_ID + rb"\Z")
 
 
 @frozen

@@ -131,6 +131,7 @@ class Book:
         self._complained = False
         #: How many bytes of the journal the disk has for sure, and what was the last event in them.
         self._synced = (0, 0)
+        #: Whether the disk has it under its name.
         self._has_name = False
 
     def end(self, id: str, event: UsageEvent) -> None:
